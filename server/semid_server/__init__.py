@@ -1,0 +1,1 @@
+"""The server of semid: the quantiser, its checkpoints, exact encoding, and serving."""

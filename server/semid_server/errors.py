@@ -1,0 +1,130 @@
+"""What can go wrong in semid, in semid's own words.
+
+These errors know no wire: `semid_server.serving.status` holds the one table that maps
+them to gRPC status codes, and the commands print their message as it is.
+
+    SemidError
+    ├── InvalidInputError          a request that can never succeed as it stands
+    ├── FingerprintMismatchError   the caller expects another model
+    ├── UnsupportedDecodeModeError the checkpoint lacks what the mode needs
+    ├── ModelNotFoundError         no model of that name is served
+    ├── OverloadedError            no room now; come back later
+    ├── DeadlineExpiredError       dropped before it was computed
+    ├── NotServingError            loading or draining
+    ├── DeviceError                the device failed while it worked
+    ├── ConfigurationError         a setting, flag or file that cannot be used
+    └── CheckpointError            a checkpoint that cannot be used
+        ├── MalformedCheckpointError   damaged, truncated, or not what it says
+        ├── UnsafeCheckpointError      a pickle that would run something
+        └── DegenerateModelError       loads, but its codes would mean nothing
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+class SemidError(Exception):
+    """Base of every error that semid raises on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One thing wrong with a request: the field's path, and what is wrong there.
+
+    Attributes
+    ----------
+    field : str
+        Path within the request, such as ``embeddings.rows[3]``.
+    description : str
+        What was found and what was expected, with both values.
+    """
+
+    field: str
+    description: str
+
+
+class InvalidInputError(SemidError):
+    """A request that can never succeed as it stands; each violation names its place."""
+
+    def __init__(self, message: str, violations: Sequence[FieldViolation] = ()) -> None:
+        super().__init__(message)
+        self.violations = tuple(violations)
+
+    @classmethod
+    def at(cls, field: str, description: str) -> InvalidInputError:
+        """Build the error of a single violation, whose message is ``field: description``."""
+        return cls(f"{field}: {description}", [FieldViolation(field, description)])
+
+
+class FingerprintMismatchError(SemidError):
+    """The caller expects codes of another model than the one that is served."""
+
+    def __init__(self, *, model: str, expected: str, actual: str) -> None:
+        super().__init__(
+            f"model {model!r} has fingerprint {actual}, but the request expects {expected}: "
+            "its codes belong to another codebook"
+        )
+        self.model, self.expected, self.actual = model, expected, actual
+
+
+class UnsupportedDecodeModeError(SemidError):
+    """The checkpoint lacks what a decode mode needs."""
+
+
+class ModelNotFoundError(SemidError):
+    """No model of that name is served."""
+
+    def __init__(self, *, name: str, available: Sequence[str]) -> None:
+        served = ", ".join(repr(other) for other in available) or "none"
+        super().__init__(f"no model named {name!r} is served here; served: {served}")
+        self.name, self.available = name, tuple(available)
+
+
+class OverloadedError(SemidError):
+    """No room in the queue now. ``retry_after`` is a hint in seconds."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExpiredError(SemidError):
+    """The deadline passed while the request waited; nothing was computed for it."""
+
+
+class NotServingError(SemidError):
+    """The server is loading its model or draining; another attempt may succeed elsewhere."""
+
+
+class DeviceError(SemidError):
+    """The device failed while it computed a batch."""
+
+
+class ConfigurationError(SemidError):
+    """A setting, a flag or a configuration file that cannot be used."""
+
+
+class CheckpointError(SemidError):
+    """A checkpoint that cannot be used. The message begins with its path."""
+
+    def __init__(self, path: Path | str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path, self.problem = path, problem
+
+
+class MalformedCheckpointError(CheckpointError):
+    """Damaged, truncated, of an unknown format, or at odds with its own description."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A pickle that would run something other than rebuild tensors. Nothing of it ran."""
+
+
+class DegenerateModelError(CheckpointError):
+    """The file is sound, but the codes of its model would mean nothing."""
