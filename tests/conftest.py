@@ -1,0 +1,107 @@
+"""What every test may ask for: the reference sets, read from `tests/reference`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REFERENCE_DIR = Path(__file__).parent / "reference"
+
+REFERENCE_SETS = (
+    "digits_rkmeans",
+    "digits_rkmeans_raw_residuals",
+    "digits_rqvae",
+    "digits_rvq",
+    "movies_rkmeans",
+    "movies_rkmeans_64",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceSet:
+    """One recorded run of the original implementation.
+
+    Its arrays are shared and read-only: copy them into torch with ``torch.tensor(array)``.
+
+    Attributes
+    ----------
+    name : str
+        Name of its folder.
+    checkpoint : Path
+        The ``.ckpt`` file, in the original's own format.
+    embeddings : float32 (n_items, D)
+        What was encoded.
+    codes : int32 (n_items, L)
+        What the original returned.
+    vanishing : bool (n_items,)
+        Rows whose recorded codes are rounding noise; all False where the set records none.
+        There the float64 arithmetic decides, everywhere else the recorded codes do.
+    reconstruction : float32 (n_reconstructed, D)
+        What the original decoded, of the first ``n_reconstructed`` items: of all, or of 256.
+    info : dict
+        Kind, parameters and counts: ``info.json``.
+    """
+
+    name: str
+    checkpoint: Path
+    embeddings: np.ndarray
+    codes: np.ndarray
+    vanishing: np.ndarray
+    reconstruction: np.ndarray
+    info: dict
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.parent
+
+    @property
+    def n_layers(self) -> int:
+        return self.codes.shape[1]
+
+
+def _load(path: Path) -> np.ndarray:
+    array = np.load(path)
+    array.setflags(write=False)
+    return array
+
+
+@cache
+def load_reference_set(name: str) -> ReferenceSet:
+    """Read one set; every test of a run shares its arrays."""
+    folder = REFERENCE_DIR / name
+    info = json.loads((folder / "info.json").read_text())
+    codes = _load(folder / "codes.npy")
+    vanishing = np.zeros(len(codes), dtype=bool)
+    if (folder / "vanishing.npy").exists():
+        vanishing = _load(folder / "vanishing.npy")
+    whole = folder / "reconstruction.npy"
+    return ReferenceSet(
+        name=name,
+        checkpoint=folder / "model.ckpt",
+        embeddings=_load((folder / info["embeddings"]).resolve()),
+        codes=codes,
+        vanishing=vanishing,
+        reconstruction=_load(whole if whole.exists() else folder / "reconstruction_first_256.npy"),
+        info=info,
+    )
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """`tests/reference`, for tests that read a file of their own choice."""
+    return REFERENCE_DIR
+
+
+@pytest.fixture(scope="session", params=REFERENCE_SETS)
+def reference_set(request) -> ReferenceSet:
+    """Each of the reference sets in turn.
+
+    A test of some of them only says so with
+    ``@pytest.mark.parametrize("reference_set", ["digits_rvq"], indirect=True)``.
+    """
+    return load_reference_set(request.param)
