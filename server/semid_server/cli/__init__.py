@@ -1,0 +1,1 @@
+"""The commands of a machine that serves, one module each, imported when called."""
