@@ -9,6 +9,7 @@ them to gRPC status codes, and the commands print their message as it is.
     ├── UnsupportedDecodeModeError the checkpoint lacks what the mode needs
     ├── ModelNotFoundError         no model of that name is served
     ├── OverloadedError            no room now; come back later
+    ├── MessageTooLargeError       more than one message may hold
     ├── DeadlineExpiredError       dropped before it was computed
     ├── NotServingError            loading or draining
     ├── DeviceError                the device failed while it worked
@@ -92,6 +93,10 @@ class OverloadedError(SemidError):
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class MessageTooLargeError(SemidError):
+    """More rows or bytes than one message may hold; split it by the published limits."""
 
 
 class DeadlineExpiredError(SemidError):

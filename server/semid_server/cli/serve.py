@@ -1,0 +1,231 @@
+"""`semid serve`: a checkpoint in, a gRPC service out."""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from semid_server.cli import errors_as_sentences
+from semid_server.config import ServeConfig
+
+# Written out, since the enumerations live beside torch; a test holds them equal.
+KINDS = ("rq-kmeans", "r-vq", "rq-vae")
+ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "identity")
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def _read_config(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+    """Take the defaults of all other flags from a file, so that flags and environment win."""
+    if value is None:
+        return
+    try:
+        settings = tomllib.loads(value.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{value} is not valid TOML: {error}", param=parameter) from error
+    known = {str(option.name) for option in context.command.params} - {"config"}
+    defaults = {name.replace("-", "_"): setting for name, setting in settings.items()}
+    if unknown := sorted(defaults.keys() - known):
+        raise click.BadParameter(
+            f"{value} sets {', '.join(map(repr, unknown))}, which no flag has as its name; "
+            f"known: {', '.join(sorted(known))}",
+            param=parameter,
+        )
+    if tables := sorted(name for name, value in defaults.items() if isinstance(value, dict | list)):
+        raise click.BadParameter(
+            f"{value} gives {', '.join(map(repr, tables))} more than one value; expected one",
+            param=parameter,
+        )
+    # Strings, as the command line would give them: every flag's own type checks them.
+    context.default_map = {
+        name: setting if isinstance(setting, bool) else str(setting)
+        for name, setting in defaults.items()
+    }
+
+
+def _option(*names: str, **attributes: Any) -> Any:
+    """Return an option with its environment twin, SEMID_SERVE_ and the flag's name."""
+    flag = names[0].split("/")[0].removeprefix("--").replace("-", "_")
+    return click.option(
+        *names, envvar=f"SEMID_SERVE_{flag.upper()}", show_envvar=True, **attributes
+    )
+
+
+DEFAULTS = ServeConfig(checkpoint=Path())
+
+
+def _default(name: str) -> dict[str, Any]:
+    return {"default": getattr(DEFAULTS, name), "show_default": True}
+
+
+@click.command(short_help="Serve a checkpoint over gRPC.")
+@_option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="TOML file of settings named like these flags (max_batch_rows = 8192). Flags win over "
+    "the environment, and both over the file.",
+)
+@_option(
+    "--checkpoint",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Native checkpoint folder, GRID .ckpt, or .pt with a model_state_dict.",
+)
+@_option(
+    "--name",
+    default=None,
+    help="Name by which requests may ask for the model. Default: the checkpoint's.",
+)
+@_option(
+    "--host",
+    **_default("host"),
+    help="Address to listen on. 127.0.0.1 keeps the service to this machine.",
+)
+@_option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    **_default("port"),
+    help="Port of the gRPC service; 0 picks a free one and prints it.",
+)
+@_option(
+    "--metrics-host",
+    default=None,
+    help="Address of the metrics endpoint, if not --host: set it to keep metrics internal.",
+)
+@_option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    **_default("metrics_port"),
+    help="Port of the Prometheus endpoint; 0 picks a free one and prints it.",
+)
+@_option(
+    "--device",
+    **_default("device"),
+    help="auto, cpu, cuda or cuda:i. auto takes the first GPU if there is one; name the device "
+    "to have the start fail where it is missing.",
+)
+@_option(
+    "--threads",
+    type=click.IntRange(1),
+    default=None,
+    help="CPU threads of the encoder. Default: all cores; lower it on a shared machine.",
+)
+@_option(
+    "--max-message-bytes",
+    type=click.IntRange(1),
+    **_default("max_message_bytes"),
+    help="Largest message in either direction, in bytes. 1 to 4 MiB messages are the fastest; "
+    "raise it only for callers that cannot split.",
+)
+@_option(
+    "--max-batch-rows",
+    type=click.IntRange(1),
+    **_default("max_batch_rows"),
+    help="Rows of a batch, and of a request, at most. Lower it for latency under load, raise it "
+    "for throughput of small rows on a GPU.",
+)
+@_option(
+    "--max-batch-bytes",
+    type=click.IntRange(1),
+    **_default("max_batch_bytes"),
+    help="Bytes of a batch at most; at least --max-message-bytes. Bounds the device's buffers.",
+)
+@_option(
+    "--max-queue-requests",
+    type=click.IntRange(1),
+    **_default("max_queue_requests"),
+    help="Requests that may wait; more are refused at once with RESOURCE_EXHAUSTED.",
+)
+@_option(
+    "--max-queue-bytes",
+    type=click.IntRange(1),
+    **_default("max_queue_bytes"),
+    help="Bytes that may wait. Bounds memory and, with the device's speed, the wait.",
+)
+@_option(
+    "--max-concurrent-rpcs",
+    type=click.IntRange(1),
+    **_default("max_concurrent_rpcs"),
+    help="Calls in progress, of every service; more are refused with RESOURCE_EXHAUSTED.",
+)
+@_option(
+    "--grace",
+    type=click.FloatRange(0),
+    **_default("grace"),
+    help="Seconds after SIGTERM or SIGINT to finish what was admitted. Keep it under the "
+    "supervisor's own patience.",
+)
+@_option(
+    "--reference",
+    is_flag=True,
+    help="Encode by the float64 reference alone, hundreds of times slower: to rule out the fast "
+    "path when looking for an error.",
+)
+@_option(
+    "--verify-fraction",
+    type=click.FloatRange(0, 1),
+    **_default("verify_fraction"),
+    help="Share of rows to encode again by the float64 reference while serving; differences are "
+    "counted in semid_verify_mismatches_total. 0.001 costs little and watches always.",
+)
+@_option(
+    "--kind",
+    type=click.Choice(KINDS),
+    default=None,
+    help="How the model was trained, where a foreign checkpoint does not say.",
+)
+@_option(
+    "--activation",
+    type=click.Choice(ACTIVATIONS),
+    default=None,
+    help="Activation of an RQ-VAE's networks, which a GRID checkpoint does not record. "
+    "Default there: relu.",
+)
+@_option(
+    "--normalize-input/--no-normalize-input",
+    default=None,
+    help="Whether an RQ-VAE brings its input to length 1, which a GRID checkpoint does not "
+    "record. Default there: yes.",
+)
+@_option(
+    "--normalize-residuals/--no-normalize-residuals",
+    default=None,
+    help="Whether residuals are brought to length 1, where the checkpoint does not say.",
+)
+@_option(
+    "--allow-degenerate",
+    is_flag=True,
+    help="Serve a model whose codes mean nothing (layers never initialised, or one shared "
+    "codebook), with a warning in place of the refusal.",
+)
+@_option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Least severity of what is logged to stderr.",
+)
+def serve(log_level: str, **settings: Any) -> None:
+    """Serve a trained checkpoint: Encode and Decode over gRPC, metrics for Prometheus.
+
+    Prints where it listens, serves until SIGTERM or Ctrl-C, then finishes what was admitted.
+    """
+    logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT)
+    with errors_as_sentences():
+        config = ServeConfig(**settings)
+        # Here, not above: torch takes seconds to import, and `--help` needs none of it.
+        import asyncio  # noqa: PLC0415
+
+        from semid_server.serving.server import Server  # noqa: PLC0415
+
+        async def run() -> None:
+            await Server(config, announce=lambda line: click.echo(f"semid: {line}")).run()
+
+        asyncio.run(run())

@@ -1,0 +1,333 @@
+"""What runs on the device: the model, its encoder, and the buffer that batches are copied into.
+
+Made, warmed up and called by one thread, the batcher's worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from semid_server.checkpoint import Overrides, load_checkpoint
+from semid_server.encoding import make_encoder
+from semid_server.errors import (
+    ConfigurationError,
+    FieldViolation,
+    InvalidInputError,
+    SemidError,
+)
+from semid_server.model import Activation, DecodeMode, ModelKind
+from semid_server.serving.batcher import Runner
+from semid_server.serving.types import (
+    HOST_TYPES,
+    DecodeKey,
+    DecodeModeName,
+    EmbeddingType,
+    EncodeKey,
+    ServedModel,
+    WorkKey,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy.typing as npt
+
+    from semid_server.config import ServeConfig
+
+logger = logging.getLogger(__name__)
+
+TORCH_TYPES: dict[EmbeddingType, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+# Same-sized types that numpy knows too: a bfloat16 buffer is filled through its bits.
+FILL_TYPES: dict[EmbeddingType, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.uint16,
+    "float64": torch.float64,
+}
+
+MAX_NAMED_ROWS = 16
+
+
+class Backend(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
+    """The model on its device.
+
+    Parameters
+    ----------
+    config : ServeConfig
+        Names the checkpoint, the device and the limits.
+    on_verified : callable
+        Told, after a sample of rows was encoded again in float64, how many and how many differed.
+    draw : callable
+        Uniform numbers in [0, 1) that choose which batches are verified.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint cannot be used.
+    ConfigurationError
+        The device asked for cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        on_verified: Callable[[int, int], None],
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._device = choose_device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        checkpoint = load_checkpoint(
+            config.checkpoint,
+            overrides=Overrides(
+                name=config.name,
+                kind=None if config.kind is None else ModelKind(config.kind),
+                activation=None if config.activation is None else Activation(config.activation),
+                normalize_input=config.normalize_input,
+                normalize_residuals=config.normalize_residuals,
+                allow_degenerate=config.allow_degenerate,
+            ),
+        )
+        for note in checkpoint.notes:
+            logger.info("%s: %s", config.checkpoint, note)
+        for warning in checkpoint.warnings:
+            logger.warning("%s: %s", config.checkpoint, warning)
+        spec = checkpoint.spec
+        self._model = checkpoint.model.to(self._device)
+        self._calibration = checkpoint.calibration
+        self._encoder = make_encoder(
+            self._model,
+            spec,
+            device=self._device,
+            threads=config.threads,
+            reference=config.reference,
+        )
+        self._verify_fraction = config.verify_fraction
+        self._verifier = (
+            make_encoder(
+                self._model, spec, device=self._device, threads=config.threads, reference=True
+            )
+            if config.verify_fraction
+            else None
+        )
+        self._on_verified, self._draw = on_verified, draw
+        self._sample: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._code_type = np.dtype(f"<u{spec.code_bits // 8}")
+        self._buffers: dict[EmbeddingType, torch.Tensor] = {}
+        modes: tuple[DecodeModeName, ...] = ("sum",)
+        if self._calibration is not None or not spec.normalize_residuals:
+            modes = ("sum", "calibrated")
+        self.served = ServedModel(
+            name=checkpoint.name,
+            fingerprint=checkpoint.fingerprint,
+            kind=spec.kind.value,
+            input_dim=spec.input_dim,
+            embedding_dim=spec.embedding_dim,
+            codebook_widths=spec.codebook_widths,
+            normalize_residuals=spec.normalize_residuals,
+            decode_modes=modes,
+            code_dtype=self._code_type,
+            device=_device_name(self._device),
+        )
+
+    def warm_up(self) -> None:
+        """Run each path once: what is compiled or allocated at first use is not a caller's wait."""
+        self._encoder.warm_up()
+        row = np.zeros((1, self.served.input_dim), np.float32)
+        codes = np.zeros((1, len(self.served.codebook_widths)), self._code_type)
+        self.run(EncodeKey("float32"), [row])
+        for mode in self.served.decode_modes:
+            self.run(DecodeKey(codes.shape[1], mode), [codes])
+        self._sample = None
+
+    def proved_rows(self) -> Mapping[str, int]:
+        """Rows encoded so far, by the level of precision that proved their codes."""
+        return self._encoder.counts().as_dict()
+
+    def run(
+        self, key: WorkKey, payloads: Sequence[npt.NDArray[Any]]
+    ) -> Sequence[npt.NDArray[Any] | SemidError]:
+        """Answer each payload: codes (n, L) of embeddings, or float32 (n, D) of codes.
+
+        A payload with NaN or Inf gets an `InvalidInputError` of its own; the others are answered
+        as if it had not been there.
+        """
+        match key:
+            case EncodeKey(dtype=dtype):
+                return self._encode(dtype, payloads)
+            case DecodeKey(mode=mode):
+                return self._decode(DecodeMode(mode), payloads)
+
+    def after(self) -> None:
+        """Verify the sample that the last batch left, if it left one."""
+        if self._sample is None or self._verifier is None:
+            return
+        (rows, codes), self._sample = self._sample, None
+        again = self._verifier.encode(rows)
+        wrong = (again.to(torch.int64) != codes.to(torch.int64)).any(dim=1)
+        mismatches = int(wrong.sum())
+        self._on_verified(len(rows), mismatches)
+        if mismatches:
+            first = int(wrong.nonzero()[0])
+            logger.error(
+                "%d of %d verified rows differ from the float64 reference; the first: served %s, "
+                "reference %s",
+                mismatches,
+                len(rows),
+                codes[first].tolist(),
+                again[first].tolist(),
+            )
+
+    def _encode(
+        self, dtype: EmbeddingType, payloads: Sequence[npt.NDArray[Any]]
+    ) -> list[npt.NDArray[Any] | SemidError]:
+        answers: list[npt.NDArray[Any] | SemidError] = [_PENDING] * len(payloads)
+        rows = self._fill(dtype, payloads)
+        if not _all_finite(rows):
+            for index, payload in enumerate(payloads):
+                error = _describe_bad_rows(_as_torch(dtype, payload))
+                if error is not None:
+                    answers[index] = error
+            good = [index for index, answer in enumerate(answers) if answer is _PENDING]
+            rows = self._fill(dtype, [payloads[index] for index in good])
+        else:
+            good = list(range(len(payloads)))
+        codes = self._encoder.encode(rows)
+        if self._verifier is not None:
+            self._draw_sample(rows, codes)
+        host = codes.cpu().numpy().astype(self._code_type, copy=False)
+        start = 0
+        for index in good:
+            stop = start + len(payloads[index])
+            answers[index] = host[start:stop]
+            start = stop
+        return answers
+
+    def _fill(self, dtype: EmbeddingType, payloads: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
+        """Copy the payloads one after another into the batch buffer: the one copy on the way."""
+        total = sum(len(payload) for payload in payloads)
+        buffer = self._buffers.get(dtype)
+        if buffer is None or len(buffer) < total:
+            # Grown by doubling, up to the largest batch seen; page-locked where a GPU reads it.
+            capacity = max(total, 2 * len(buffer) if buffer is not None else 0)
+            buffer = torch.empty(
+                (capacity, self.served.input_dim),
+                dtype=TORCH_TYPES[dtype],
+                pin_memory=self._device.type == "cuda",
+            )
+            self._buffers[dtype] = buffer
+        host = buffer.view(FILL_TYPES[dtype]).numpy()
+        start = 0
+        for payload in payloads:
+            host[start : start + len(payload)] = payload
+            start += len(payload)
+        return buffer[:total]
+
+    def _decode(
+        self, mode: DecodeMode, payloads: Sequence[npt.NDArray[Any]]
+    ) -> list[npt.NDArray[Any] | SemidError]:
+        codes = torch.from_numpy(np.concatenate(payloads).astype(np.int64))
+        out = self._model.decode(codes.to(self._device), mode=mode, calibration=self._calibration)
+        host = out.cpu().numpy()
+        ends = np.cumsum([len(payload) for payload in payloads])
+        return list(np.split(host, ends[:-1]))
+
+    def _draw_sample(self, rows: torch.Tensor, codes: torch.Tensor) -> None:
+        """Keep each row with the probability asked for; `after` verifies those kept."""
+        kept = [row for row in range(len(rows)) if self._draw() < self._verify_fraction]
+        if kept:
+            index = torch.tensor(kept)
+            self._sample = rows[index].clone(), codes[index].clone()
+
+
+_PENDING: npt.NDArray[Any] = np.empty(0)
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:i`` means on this machine.
+
+    Raises
+    ------
+    ConfigurationError
+        No such device here; the message says which there are.
+    """
+    if device == "auto":
+        chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        logger.info("device auto: %s", _device_name(chosen))
+        return chosen
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"device {device!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, ..."
+        ) from error
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type != "cuda":
+        raise ConfigurationError(
+            f"device {device!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, ..."
+        )
+    if not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"device {device!r} asked for, but torch {torch.__version__} finds no CUDA device; "
+            "use --device cpu, or install a CUDA build of torch and a driver"
+        )
+    count = torch.cuda.device_count()
+    if (chosen.index or 0) >= count:
+        raise ConfigurationError(
+            f"device {device!r} asked for, but there are {count} CUDA devices: "
+            f"cuda:0 to cuda:{count - 1}"
+        )
+    return chosen
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _all_finite(rows: torch.Tensor) -> bool:
+    """Whether every number is finite: a sum meets NaN or Inf if any addend is."""
+    if not rows.numel():
+        return True
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    total = rows.sum(dtype=wide)
+    # A sum of finite numbers may overflow; only then is every number looked at.
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(rows).all())
+
+
+def _as_torch(dtype: EmbeddingType, payload: npt.NDArray[Any]) -> torch.Tensor:
+    # Copied, since torch wants arrays it may write to; reached by bad requests only.
+    return torch.from_numpy(payload.astype(HOST_TYPES[dtype])).view(TORCH_TYPES[dtype])
+
+
+def _describe_bad_rows(rows: torch.Tensor) -> InvalidInputError | None:
+    """Name the rows that hold NaN or Inf; None if all are finite."""
+    finite = torch.isfinite(rows)
+    bad = (~finite.all(dim=1)).nonzero()[:, 0].tolist()
+    if not bad:
+        return None
+    violations = []
+    for row in bad[:MAX_NAMED_ROWS]:
+        feature = int((~finite[row]).nonzero()[0])
+        violations.append(
+            FieldViolation(
+                f"embeddings[{row}]",
+                f"feature {feature} is {rows[row, feature].item()}; expected a finite number",
+            )
+        )
+    count = "1 row has" if len(bad) == 1 else f"{len(bad)} rows have"
+    return InvalidInputError(
+        f"{count} NaN or Inf, the first: {violations[0].field}: {violations[0].description}",
+        violations,
+    )

@@ -1,0 +1,120 @@
+"""Around every call of semid's own service: its metrics, and its errors as statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import grpc
+import grpc.aio
+
+from semid_server.errors import SemidError
+from semid_server.serving.status import status_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from semid_server.serving.metrics import Metrics
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+    Handler = grpc.RpcMethodHandler[Any, Any]
+
+logger = logging.getLogger(__name__)
+
+INTERNAL_MESSAGE = "an internal error; the server's log says more"
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+    """Counts and times the calls of one service, and turns what they raise into statuses.
+
+    An exception that is not semid's own is a bug: it is logged, and the caller is told only that,
+    since its text may hold what is no caller's business.
+
+    Parameters
+    ----------
+    service : str
+        Full name of the service; calls of others pass through untouched.
+    metrics : Metrics
+        Where calls are counted.
+    """
+
+    def __init__(self, service: str, metrics: Metrics) -> None:
+        self._service, self._metrics = service, metrics
+
+    async def intercept_service(  # type: ignore[override]  # None for an unknown method
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Return the handler of a call, wrapped."""
+        handler = await continuation(handler_call_details)
+        _, service, method = handler_call_details.method.split("/")
+        if handler is None or service != self._service:
+            return handler
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(handler.unary_unary, ("unary", service, method)),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return grpc.stream_stream_rpc_method_handler(
+            self._stream(handler.stream_stream, ("bidi_stream", service, method)),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+    def _unary(self, behaviour: Any, call: tuple[str, str, str]) -> Any:
+        async def answer(request: Any, context: Context) -> Any:
+            with _Call(self._metrics, call, context) as this:
+                try:
+                    return await behaviour(request, context)
+                except Exception as error:  # noqa: BLE001 - told apart there
+                    await this.fail(error)
+
+        return answer
+
+    def _stream(self, behaviour: Any, call: tuple[str, str, str]) -> Any:
+        async def answer(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            with _Call(self._metrics, call, context) as this:
+                try:
+                    async for response in behaviour(requests, context):
+                        yield response
+                except Exception as error:  # noqa: BLE001 - told apart there
+                    await this.fail(error)
+
+        return answer
+
+
+class _Call:
+    """One call, from its start to its status."""
+
+    def __init__(self, metrics: Metrics, call: tuple[str, str, str], context: Context) -> None:
+        self._metrics, self._call, self._context = metrics, call, context
+        self._code = grpc.StatusCode.OK
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self._metrics.started.labels(*self._call).inc()
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            remaining = self._context.time_remaining()
+            late = remaining is not None and remaining <= 0
+            self._code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+        seconds = time.perf_counter() - self._started
+        self._metrics.handling.labels(*self._call).observe(seconds)
+        self._metrics.handled.labels(*self._call, self._code.name).inc()
+
+    async def fail(self, error: Exception) -> NoReturn:
+        """End the call with the status of ``error``."""
+        if isinstance(error, SemidError):
+            status = status_of(error)
+            self._code = status.code
+            await self._context.abort(status.code, status.message, status.trailing_metadata)
+        logger.error("%s failed", "/".join(self._call[1:]), exc_info=error)
+        self._code = grpc.StatusCode.INTERNAL
+        await self._context.abort(self._code, INTERNAL_MESSAGE)
+        raise AssertionError("abort() raises")  # pragma: no cover

@@ -1,0 +1,257 @@
+"""Everything that semid measures of itself, in one Prometheus registry.
+
+Calls are counted in the `grpc_server_*` convention; what is semid's own begins with `semid_`.
+Units are in the names; every series that can be known beforehand starts at 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+
+    import grpc
+    from prometheus_client.core import Metric
+
+    from semid_server.serving.batcher import QueueState
+    from semid_server.serving.types import ServedModel
+
+SECONDS = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+ROWS = tuple(4**power for power in range(10))
+REQUESTS = tuple(2**power for power in range(13))
+
+OPERATIONS = ("encode", "decode")
+
+CALL = ("grpc_type", "grpc_service", "grpc_method")
+
+
+class Metrics:
+    """The metrics of one server, and the observer of its batcher.
+
+    Attributes
+    ----------
+    registry : prometheus_client.CollectorRegistry
+        What the metrics endpoint exposes; one a server, so that tests may have several.
+    """
+
+    def __init__(self) -> None:
+        # Each counter's creation time as a series of its own doubles the page for no use here.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # it has no annotations
+        registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+
+        self.started = Counter(
+            "grpc_server_started_total", "Calls that the server began.", CALL, registry=registry
+        )
+        self.handled = Counter(
+            "grpc_server_handled_total",
+            "Calls that the server ended, by status code.",
+            (*CALL, "grpc_code"),
+            registry=registry,
+        )
+        self.handling = Histogram(
+            "grpc_server_handling_seconds",
+            "Seconds from the first byte handled to the end of a call.",
+            CALL,
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.rows = Counter("semid_rows_total", "Rows answered.", ("operation",), registry=registry)
+        self.batch_rows = Histogram(
+            "semid_batch_rows", "Rows in a batch.", ("operation",), buckets=ROWS, registry=registry
+        )
+        self.batch_requests = Histogram(
+            "semid_batch_requests",
+            "Requests that shared a batch.",
+            ("operation",),
+            buckets=REQUESTS,
+            registry=registry,
+        )
+        self.queue_seconds = Histogram(
+            "semid_queue_seconds",
+            "Seconds that a request waited for its batch to begin.",
+            ("operation",),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.device_seconds = Histogram(
+            "semid_device_seconds",
+            "Seconds that a batch took on the device, copies included.",
+            ("operation",),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.queue_requests = Gauge(
+            "semid_queue_requests", "Requests that wait for a batch.", registry=registry
+        )
+        self.queue_rows = Gauge(
+            "semid_queue_rows", "Rows that wait for a batch.", registry=registry
+        )
+        self.queue_bytes = Gauge(
+            "semid_queue_bytes", "Bytes that wait for a batch.", registry=registry
+        )
+        self.refused_requests = Counter(
+            "semid_refused_requests_total",
+            "Requests refused because the queue was full.",
+            ("operation",),
+            registry=registry,
+        )
+        self.expired_requests = Counter(
+            "semid_expired_requests_total",
+            "Requests whose deadline passed in the queue; nothing was computed for them.",
+            ("operation",),
+            registry=registry,
+        )
+        self.withdrawn_requests = Counter(
+            "semid_withdrawn_requests_total",
+            "Requests whose caller left while they were queued; nothing was computed for them.",
+            ("operation",),
+            registry=registry,
+        )
+        self.failed_batches = Counter(
+            "semid_failed_batches_total",
+            "Batches that the device failed to run.",
+            ("operation",),
+            registry=registry,
+        )
+        self.verified_rows = Counter(
+            "semid_verified_rows_total",
+            "Rows encoded a second time by the float64 reference, as a check.",
+            registry=registry,
+        )
+        self.verify_mismatches = Counter(
+            "semid_verify_mismatches_total",
+            "Verified rows whose codes differed from the float64 reference. Must stay 0.",
+            registry=registry,
+        )
+        self.serving = Gauge(
+            "semid_serving", "1 while the server takes requests, else 0.", registry=registry
+        )
+        self.model_info = Gauge(
+            "semid_model_info",
+            "The model that is served; always 1.",
+            ("model", "fingerprint", "kind", "input_dim", "layers", "codebook_widths", "device"),
+            registry=registry,
+        )
+        for operation in OPERATIONS:
+            for metric in (
+                self.rows,
+                self.batch_rows,
+                self.batch_requests,
+                self.queue_seconds,
+                self.device_seconds,
+                self.refused_requests,
+                self.expired_requests,
+                self.withdrawn_requests,
+                self.failed_batches,
+            ):
+                metric.labels(operation)
+
+    # -- the batcher's observer --------------------------------------------------------------
+
+    def refused(self, key: Hashable) -> None:
+        """Count a request that found no room."""
+        self.refused_requests.labels(_operation(key)).inc()
+
+    def expired(self, key: Hashable) -> None:
+        """Count a request whose deadline passed in the queue."""
+        self.expired_requests.labels(_operation(key)).inc()
+
+    def withdrawn(self, key: Hashable) -> None:
+        """Count a request whose caller left."""
+        self.withdrawn_requests.labels(_operation(key)).inc()
+
+    def ran(
+        self, key: Hashable, *, rows: int, waits: Sequence[float], seconds: float, failed: bool
+    ) -> None:
+        """Record a batch."""
+        operation = _operation(key)
+        if failed:
+            self.failed_batches.labels(operation).inc()
+        else:
+            self.rows.labels(operation).inc(rows)
+        self.batch_rows.labels(operation).observe(rows)
+        self.batch_requests.labels(operation).observe(len(waits))
+        self.device_seconds.labels(operation).observe(seconds)
+        queue_seconds = self.queue_seconds.labels(operation)
+        for wait in waits:
+            queue_seconds.observe(wait)
+
+    # -- calls -------------------------------------------------------------------------------
+
+    def expect_method(self, call: tuple[str, str, str], codes: Iterable[grpc.StatusCode]) -> None:
+        """Start the series of a method at 0, so that rates exist from the first call on."""
+        self.started.labels(*call)
+        self.handling.labels(*call)
+        for code in codes:
+            self.handled.labels(*call, code.name)
+
+    # -- the model and the queue -------------------------------------------------------------
+
+    def watch_queue(self, state: Callable[[], QueueState]) -> None:
+        """Have the queue's gauges read ``state`` at every scrape."""
+        self.queue_requests.set_function(lambda: state().requests)
+        self.queue_rows.set_function(lambda: state().rows)
+        self.queue_bytes.set_function(lambda: state().nbytes)
+
+    def show_model(self, model: ServedModel) -> None:
+        """Tell which model is served."""
+        self.model_info.labels(
+            model=model.name,
+            fingerprint=model.fingerprint,
+            kind=model.kind,
+            input_dim=model.input_dim,
+            layers=len(model.codebook_widths),
+            codebook_widths=",".join(map(str, model.codebook_widths)),
+            device=model.device,
+        ).set(1)
+
+    def verified(self, rows: int, mismatches: int) -> None:
+        """Count rows that were encoded again, and those that differed."""
+        self.verified_rows.inc(rows)
+        self.verify_mismatches.inc(mismatches)
+
+    def watch_proofs(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Have the rows proved at each level of precision read ``counts`` at every scrape."""
+        self.registry.register(_ProvedRows(counts))
+
+
+class _ProvedRows(Collector):
+    """Rows by the level of precision that proved their codes, as the encoder counts them."""
+
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the one family."""
+        family = CounterMetricFamily(
+            "semid_proved_rows_total",
+            "Rows encoded, by the level of precision that proved their codes.",
+            labels=("level",),
+        )
+        for level, rows in self._counts().items():
+            family.add_metric((level,), rows)
+        yield family
+
+
+def _operation(key: Hashable) -> str:
+    return str(getattr(key, "operation", "unknown"))

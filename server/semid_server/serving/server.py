@@ -1,0 +1,241 @@
+"""The life of a server: startup, serving, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from semid.v1 import semid_pb2 as pb
+from semid.v1 import semid_pb2_grpc as pb_grpc
+from semid_server.errors import ConfigurationError
+from semid_server.serving.backend import Backend
+from semid_server.serving.batcher import Batcher, BatchLimits
+from semid_server.serving.interceptors import CallInterceptor
+from semid_server.serving.metrics import Metrics
+from semid_server.serving.servicer import SemanticIdServicer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from wsgiref.simple_server import WSGIServer
+
+    import numpy.typing as npt
+
+    from semid_server.config import ServeConfig
+    from semid_server.serving.types import WorkKey
+
+logger = logging.getLogger(__name__)
+
+# Its asyncio half is public, but unknown to the type stubs.
+HealthServicer: Any = health.aio.HealthServicer  # type: ignore[attr-defined]
+
+SERVICE = pb.DESCRIPTOR.services_by_name["SemanticIdService"].full_name
+
+EXPECTED_CODES = (
+    grpc.StatusCode.OK,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNAVAILABLE,
+)
+
+LAST_WORDS = 1.0
+"""Seconds after the grace period for the answers of those whose turn never came."""
+
+
+class Server:
+    """One server process: gRPC and metrics around one model.
+
+    Parameters
+    ----------
+    config : ServeConfig
+        What it is told to be.
+    announce : callable
+        Told, a line each, where metrics and service can be reached.
+    """
+
+    def __init__(self, config: ServeConfig, *, announce: Callable[[str], None]) -> None:
+        self._config, self._announce = config, announce
+        self._metrics = Metrics()
+        self._batcher: Batcher[WorkKey, npt.NDArray[Any], npt.NDArray[Any]] = Batcher(
+            limits=BatchLimits(
+                max_batch_rows=config.max_batch_rows,
+                max_batch_bytes=config.max_batch_bytes,
+                max_queue_requests=config.max_queue_requests,
+                max_queue_bytes=config.max_queue_bytes,
+            ),
+            observer=self._metrics,
+        )
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, SIGINT or `request_stop`, then drain.
+
+        Raises
+        ------
+        ConfigurationError
+            A port cannot be had, or the device asked for is not there.
+        CheckpointError
+            The checkpoint cannot be used.
+        """
+        with self._signals():
+            metrics_server = self._open_metrics()
+            try:
+                await self._serve()
+            finally:
+                # In a thread, since it waits for the serving loop to notice.
+                await asyncio.to_thread(metrics_server.shutdown)
+                metrics_server.server_close()
+
+    def request_stop(self) -> None:
+        """Begin the drain; may be called more than once."""
+        self._stop.set()
+
+    async def _serve(self) -> None:
+        servicer = SemanticIdServicer(self._batcher, config=self._config)
+        health_servicer = HealthServicer()
+        server, address = await self._open_grpc(servicer, health_servicer)
+        await server.start()
+        try:
+            if await self._load(servicer):
+                await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
+                self._metrics.serving.set(1)
+                self._announce(f"serving {servicer.model_name} on {address}")
+                await self._stop.wait()
+                logger.info("draining, for at most %g s", self._config.grace)
+        finally:
+            self._metrics.serving.set(0)
+            await health_servicer.enter_graceful_shutdown()
+            await self._drain(server, servicer)
+
+    async def _load(self, servicer: SemanticIdServicer) -> bool:
+        """Load and warm up the model; False if told to stop before that was done."""
+
+        def make_backend() -> Backend:
+            backend = Backend(self._config, on_verified=self._metrics.verified)
+            backend.warm_up()
+            return backend
+
+        loading = asyncio.ensure_future(self._batcher.start(make_backend))
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not loading.done():
+                return False
+            backend = loading.result()
+        finally:
+            loading.cancel()
+            stopping.cancel()
+        servicer.begin(backend.served)
+        self._metrics.show_model(backend.served)
+        self._metrics.watch_queue(lambda: self._batcher.queue)
+        self._metrics.watch_proofs(backend.proved_rows)
+        return True
+
+    async def _drain(self, server: grpc.aio.Server, servicer: SemanticIdServicer) -> None:
+        """Refuse new calls, finish those that began, and end by the grace period.
+
+        Streams are read no further. What is still queued when the period ends is told so, rather
+        than cut off.
+        """
+        servicer.drain()
+        stopping = asyncio.ensure_future(server.stop(self._config.grace + LAST_WORDS))
+        done, _ = await asyncio.wait({stopping}, timeout=self._config.grace)
+        left = self._batcher.queue.requests
+        self._batcher.stop()
+        if not done:
+            logger.warning("the grace period ended with %d requests still queued", left)
+            await stopping
+
+    async def _open_grpc(
+        self, servicer: SemanticIdServicer, health_servicer: Any
+    ) -> tuple[grpc.aio.Server, str]:
+        server = grpc.aio.server(
+            interceptors=[CallInterceptor(SERVICE, self._metrics)],
+            maximum_concurrent_rpcs=self._config.max_concurrent_rpcs,
+            options=(
+                ("grpc.max_receive_message_length", self._config.max_message_bytes),
+                ("grpc.max_send_message_length", self._config.max_message_bytes),
+                # A second server on the same port is a mistake, not a share of the load.
+                ("grpc.so_reuseport", 0),
+                # Clients may ping an idle connection every 30 s to keep it open.
+                ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ),
+        )
+        add: Any = pb_grpc.add_SemanticIdServiceServicer_to_server  # generated, not annotated
+        add(servicer, server)
+        for method in pb.DESCRIPTOR.services_by_name["SemanticIdService"].methods:
+            kind = "bidi_stream" if method.client_streaming else "unary"
+            self._metrics.expect_method((kind, SERVICE, method.name), EXPECTED_CODES)
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        # As constructed, the servicer calls the server healthy: it is not until it has a model.
+        await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        host = _bracketed(self._config.host)
+        try:
+            port = server.add_insecure_port(f"{host}:{self._config.port}")
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"cannot listen on {host}:{self._config.port}: the port is taken or the address "
+                "is not this machine's; choose another with --port or --host"
+            ) from error
+        return server, f"{host}:{port}"
+
+    def _open_metrics(self) -> WSGIServer:
+        host = self._config.metrics_host or self._config.host
+        try:
+            server, _ = start_http_server(
+                self._config.metrics_port, addr=host, registry=self._metrics.registry
+            )
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot listen on {_bracketed(host)}:{self._config.metrics_port} for metrics: "
+                f"{error.strerror}; choose another with --metrics-port or --metrics-host"
+            ) from error
+        self._announce(f"metrics on {_bracketed(host)}:{server.server_port}")
+        return server
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT as requests to drain, and give both back afterwards."""
+        loop = asyncio.get_running_loop()
+        taken = (signal.SIGTERM, signal.SIGINT)
+        for number in taken:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in taken:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop.is_set():  # asked a second time: somebody is in a hurry
+            self._batcher.stop()
+            logger.warning("%s again: what is queued is given up", signal.Signals(number).name)
+        logger.info("%s received", signal.Signals(number).name)
+        self.request_stop()
+
+
+async def _set_health(servicer: Any, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+    for name in ("", SERVICE):
+        await servicer.set(name, status)
+
+
+def _bracketed(host: str) -> str:
+    """Write an IPv6 address as URLs do."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host

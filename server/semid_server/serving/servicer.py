@@ -1,0 +1,273 @@
+"""The methods of `semid.v1.SemanticIdService`: messages to batcher and back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from semid.v1 import semid_pb2 as pb
+from semid.v1 import semid_pb2_grpc as pb_grpc
+from semid_server.errors import (
+    FingerprintMismatchError,
+    ModelNotFoundError,
+    NotServingError,
+    SemidError,
+    UnsupportedDecodeModeError,
+)
+from semid_server.serving import wire
+from semid_server.serving.types import DecodeKey, EncodeKey, ServedModel, WorkKey
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    import grpc.aio
+    import numpy.typing as npt
+
+    from semid_server.config import ServeConfig
+    from semid_server.serving.batcher import Batcher
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+T = TypeVar("T")
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+STREAM_WINDOW = 8
+"""Messages of one stream that may be in work at once: enough to keep a batch filling behind the
+one that runs; the rest stays with the sender."""
+
+
+# ruff: noqa: N802 - the methods have the names of the contract
+class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
+    """Speaks the contract for one model.
+
+    Errors leave as `SemidError`; an interceptor turns them into statuses.
+
+    Parameters
+    ----------
+    batcher : Batcher
+        Runs the work.
+    config : ServeConfig
+        The limits to keep and to publish.
+    clock : callable
+        The batcher's clock.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher[WorkKey, npt.NDArray[Any], npt.NDArray[Any]],
+        *,
+        config: ServeConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._batcher, self._config, self._clock = batcher, config, clock
+        self._model: ServedModel | None = None
+        self._max_rows = 0
+        self._draining = asyncio.Event()
+
+    def begin(self, model: ServedModel) -> None:
+        """Serve ``model`` from now on."""
+        self._max_rows = self._config.max_rows(model.input_dim)
+        self._model = model
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model that is served."""
+        return self._find("").name
+
+    def drain(self) -> None:
+        """Read no further messages from streams; those admitted are still answered."""
+        self._draining.set()
+
+    # -- methods -----------------------------------------------------------------------------
+
+    async def Encode(self, request: pb.EncodeRequest, context: Context) -> pb.EncodeResponse:
+        """Codes of each embedding."""
+        return await (await self._encode(request, context, wait=False))
+
+    async def Decode(self, request: pb.DecodeRequest, context: Context) -> pb.DecodeResponse:
+        """Reconstruction behind each semantic ID."""
+        return await (await self._decode(request, context, wait=False))
+
+    async def EncodeStream(
+        self, request_iterator: AsyncIterator[pb.EncodeStreamRequest], context: Context
+    ) -> AsyncIterator[pb.EncodeStreamResponse]:
+        """Encode, message by message, in order."""
+
+        async def admit(message: pb.EncodeStreamRequest) -> Awaitable[pb.EncodeResponse]:
+            return await self._encode(message.request, context, wait=True)
+
+        async for response in self._stream(request_iterator, admit):
+            yield pb.EncodeStreamResponse(response=response)
+
+    async def DecodeStream(
+        self, request_iterator: AsyncIterator[pb.DecodeStreamRequest], context: Context
+    ) -> AsyncIterator[pb.DecodeStreamResponse]:
+        """Decode, message by message, in order."""
+
+        async def admit(message: pb.DecodeStreamRequest) -> Awaitable[pb.DecodeResponse]:
+            return await self._decode(message.request, context, wait=True)
+
+        async for response in self._stream(request_iterator, admit):
+            yield pb.DecodeStreamResponse(response=response)
+
+    async def GetModel(
+        self,
+        request: pb.GetModelRequest,
+        context: Context,  # noqa: ARG002 - gRPC's signature
+    ) -> pb.GetModelResponse:
+        """What one model is."""
+        return pb.GetModelResponse(model=self._describe(self._find(request.model)))
+
+    async def ListModels(
+        self,
+        request: pb.ListModelsRequest,  # noqa: ARG002 - gRPC's signature
+        context: Context,  # noqa: ARG002 - gRPC's signature
+    ) -> pb.ListModelsResponse:
+        """Every model that is served here."""
+        model = self._find("")
+        return pb.ListModelsResponse(models=[self._describe(model)], default_model=model.name)
+
+    # -- inside ------------------------------------------------------------------------------
+
+    async def _encode(
+        self, request: pb.EncodeRequest, context: Context, *, wait: bool
+    ) -> Awaitable[pb.EncodeResponse]:
+        """Check and admit a request; what is returned waits for its answer."""
+        model = self._expect(request.model, request.expected_fingerprint)
+        form = request.WhichOneof("embeddings")
+        rows, dtype = await _convert(form, wire.read_embeddings, request, model, self._max_rows)
+        future = await self._admit(EncodeKey(dtype), rows, rows.nbytes, context, wait=wait)
+        return _then(future, lambda codes: _convert(form, wire.encode_response, codes, model, form))
+
+    async def _decode(
+        self, request: pb.DecodeRequest, context: Context, *, wait: bool
+    ) -> Awaitable[pb.DecodeResponse]:
+        """Check and admit a request; what is returned waits for its answer."""
+        model = self._expect(request.model, request.expected_fingerprint)
+        mode = wire.read_mode(request)
+        if mode not in model.decode_modes:
+            raise UnsupportedDecodeModeError(
+                f"model {model.name!r} has no residual norms recorded, which decode mode "
+                f"{mode.upper()} needs; its modes: {', '.join(model.decode_modes).upper()}"
+            )
+        form = request.WhichOneof("codes")
+        codes = await _convert(form, wire.read_codes, request, model, self._max_rows)
+        key = DecodeKey(codes.shape[1], mode)
+        # What it holds while it is in work is its answer, many times larger than the codes.
+        nbytes = len(codes) * model.input_dim * np.dtype(np.float32).itemsize
+        future = await self._admit(key, codes, nbytes, context, wait=wait)
+        return _then(future, lambda rows: _convert(form, wire.decode_response, rows, model, form))
+
+    async def _admit(
+        self, key: WorkKey, payload: npt.NDArray[Any], nbytes: int, context: Context, *, wait: bool
+    ) -> asyncio.Future[npt.NDArray[Any]]:
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else self._clock() + remaining
+        size = {"rows": len(payload), "nbytes": nbytes}
+        if wait:
+            return await self._batcher.admit_when_room(key, payload, **size, deadline=deadline)
+        return self._batcher.admit(key, payload, **size, deadline=deadline)
+
+    async def _stream(
+        self,
+        messages: AsyncIterator[Request],
+        admit: Callable[[Request], Awaitable[Awaitable[Response]]],
+    ) -> AsyncIterator[Response]:
+        """Answer messages in order, with up to `STREAM_WINDOW` of them in work.
+
+        A message is read only when the one before it was admitted, and admission waits for room:
+        a sender faster than the device is slowed down by gRPC's flow control, not refused.
+        """
+        answers: asyncio.Queue[asyncio.Future[Response] | Exception | None] = asyncio.Queue(
+            STREAM_WINDOW
+        )
+        reader = asyncio.create_task(self._read_stream(messages, admit, answers))
+        index = 0
+        try:
+            while (answer := await answers.get()) is not None:
+                if isinstance(answer, Exception):
+                    raise answer
+                try:
+                    response = await answer
+                except SemidError as error:
+                    raise _in_message(error, index) from error
+                yield response
+                index += 1
+        finally:
+            reader.cancel()
+            while not answers.empty():
+                if isinstance(answer := answers.get_nowait(), asyncio.Future):
+                    answer.cancel()
+
+    async def _read_stream(
+        self,
+        messages: AsyncIterator[Request],
+        admit: Callable[[Request], Awaitable[Awaitable[Response]]],
+        answers: asyncio.Queue[asyncio.Future[Response] | Exception | None],
+    ) -> None:
+        """Read, admit and queue messages until they end, one fails, or the server drains.
+
+        Puts the future of each answer, and at last None or the error that ended the reading.
+        """
+        drained = asyncio.ensure_future(self._draining.wait())
+        index = 0
+        try:
+            while True:
+                message = asyncio.ensure_future(anext(messages))
+                try:
+                    await asyncio.wait({message, drained}, return_when=asyncio.FIRST_COMPLETED)
+                    if not message.done():
+                        raise NotServingError("the server is shutting down; it was not read")
+                    answer = await admit(message.result())
+                finally:
+                    message.cancel()
+                await answers.put(asyncio.ensure_future(answer))
+                index += 1
+        except StopAsyncIteration:
+            await answers.put(None)
+        except SemidError as error:
+            await answers.put(_in_message(error, index))
+        except Exception as error:  # noqa: BLE001 - raised where the answers are awaited
+            await answers.put(error)
+        finally:
+            drained.cancel()
+
+    def _find(self, name: str) -> ServedModel:
+        if self._model is None:
+            raise NotServingError("the model is being loaded; try again soon")
+        if name and name != self._model.name:
+            raise ModelNotFoundError(name=name, available=[self._model.name])
+        return self._model
+
+    def _expect(self, name: str, fingerprint: str) -> ServedModel:
+        model = self._find(name)
+        if fingerprint and fingerprint != model.fingerprint:
+            raise FingerprintMismatchError(
+                model=model.name, expected=fingerprint, actual=model.fingerprint
+            )
+        return model
+
+    def _describe(self, model: ServedModel) -> pb.Model:
+        return wire.model_message(
+            model, max_message_bytes=self._config.max_message_bytes, max_rows=self._max_rows
+        )
+
+
+async def _then(future: asyncio.Future[T], write: Callable[[T], Awaitable[Response]]) -> Response:
+    return await write(await future)
+
+
+def _in_message(error: SemidError, index: int) -> SemidError:
+    error.args = (f"message {index} of the stream: {error}",)
+    return error
+
+
+async def _convert(form: str | None, function: Callable[..., T], *args: Any) -> T:
+    """Call ``function``, in a thread for rows written out: thousands of numbers take their time."""
+    if form == "rows":
+        return await asyncio.to_thread(function, *args)
+    return function(*args)

@@ -1,0 +1,273 @@
+"""Between the messages of `semid.v1` and numpy: views in, bytes out, and every check of shape.
+
+Tensors are read as views of the message's bytes: nothing is copied here. Rows written out as
+numbers are for people; they are converted, many times slower.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from semid.v1 import semid_pb2 as pb
+from semid_server.errors import FieldViolation, InvalidInputError, MessageTooLargeError
+from semid_server.serving.types import HOST_TYPES, EmbeddingType
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from semid_server.serving.types import DecodeModeName, ServedModel
+
+EMBEDDING_TYPES: Final[dict[pb.DataType, EmbeddingType]] = {
+    pb.DATA_TYPE_FLOAT32: "float32",
+    pb.DATA_TYPE_FLOAT16: "float16",
+    pb.DATA_TYPE_BFLOAT16: "bfloat16",
+    pb.DATA_TYPE_FLOAT64: "float64",
+}
+CODE_TYPES: Final[dict[pb.DataType, np.dtype[np.unsignedinteger]]] = {
+    pb.DATA_TYPE_UINT8: np.dtype("<u1"),
+    pb.DATA_TYPE_UINT16: np.dtype("<u2"),
+    pb.DATA_TYPE_UINT32: np.dtype("<u4"),
+}
+CODE_TYPE_NAMES: Final[dict[np.dtype[Any], pb.DataType]] = {
+    dtype: number for number, dtype in CODE_TYPES.items()
+}
+DECODE_MODES: Final[dict[pb.DecodeMode, DecodeModeName]] = {
+    pb.DECODE_MODE_UNSPECIFIED: "sum",
+    pb.DECODE_MODE_SUM: "sum",
+    pb.DECODE_MODE_CALIBRATED: "calibrated",
+}
+MODEL_KINDS: Final = {
+    "rq-kmeans": pb.MODEL_KIND_RQ_KMEANS,
+    "r-vq": pb.MODEL_KIND_R_VQ,
+    "rq-vae": pb.MODEL_KIND_RQ_VAE,
+}
+
+MAX_NAMED_ROWS = 16
+
+
+def read_embeddings(
+    request: pb.EncodeRequest, model: ServedModel, max_rows: int
+) -> tuple[npt.NDArray[Any], EmbeddingType]:
+    """Return the rows of a request, and the type of their numbers.
+
+    Returns
+    -------
+    rows : numpy.ndarray, shape (n, D)
+        A read-only view of the message where it carries a tensor; bfloat16 as its uint16 bits.
+    dtype : str
+        What the numbers are.
+
+    Raises
+    ------
+    InvalidInputError
+        The type, shape or length is not what the model takes.
+    MessageTooLargeError
+        More rows than ``max_rows``.
+    """
+    form = request.WhichOneof("embeddings")
+    if form is None:
+        raise InvalidInputError.at("embeddings", "missing; give either tensor or rows")
+    if form == "rows":
+        _check_rows(len(request.rows.rows), max_rows)
+        rows = [row.values for row in request.rows.rows]
+        _check_lengths("embeddings", rows, model.input_dim, f"model {model.name!r} expects")
+        # Filled row by row: an array of the container itself would be several times slower.
+        array = np.empty((len(rows), model.input_dim), np.float32)
+        for index, row in enumerate(rows):
+            array[index] = row
+        return array, "float32"
+    dtype = EMBEDDING_TYPES.get(request.tensor.dtype)
+    if dtype is None:
+        raise InvalidInputError.at(
+            "tensor.dtype",
+            f"{_name(pb.DataType, request.tensor.dtype)} is not a type of embeddings; "
+            f"expected one of {_names(pb.DataType, EMBEDDING_TYPES)}",
+        )
+    array = _view(request.tensor, HOST_TYPES[dtype], max_rows)
+    if array.shape[1] != model.input_dim:
+        raise InvalidInputError.at(
+            "tensor.shape",
+            f"rows of {array.shape[1]} numbers; model {model.name!r} expects {model.input_dim}",
+        )
+    return array, dtype
+
+
+def read_codes(
+    request: pb.DecodeRequest, model: ServedModel, max_rows: int
+) -> npt.NDArray[np.unsignedinteger]:
+    """Return the codes of a request, shape (n, l), every one of them in its layer's range.
+
+    Raises
+    ------
+    InvalidInputError
+        The type, shape, length or a code is not what the model takes; rows are named.
+    MessageTooLargeError
+        More rows than ``max_rows``.
+    """
+    form = request.WhichOneof("codes")
+    layers = len(model.codebook_widths)
+    if form is None:
+        raise InvalidInputError.at("codes", "missing; give either tensor or rows")
+    codes: npt.NDArray[np.unsignedinteger]
+    if form == "rows":
+        _check_rows(len(request.rows.rows), max_rows)
+        rows = [row.codes for row in request.rows.rows]
+        depth = len(rows[0]) if rows else layers
+        _check_lengths("codes", rows, depth, "the first row has")
+        codes = np.array([list(row) for row in rows], np.uint32).reshape(len(rows), depth)
+    else:
+        dtype = CODE_TYPES.get(request.tensor.dtype)
+        if dtype is None:
+            raise InvalidInputError.at(
+                "tensor.dtype",
+                f"{_name(pb.DataType, request.tensor.dtype)} is not a type of codes; "
+                f"expected one of {_names(pb.DataType, CODE_TYPES)}",
+            )
+        codes = _view(request.tensor, dtype, max_rows)
+    if not 1 <= codes.shape[1] <= layers:
+        raise InvalidInputError.at(
+            "tensor.shape" if form == "tensor" else "codes[0]",
+            f"{codes.shape[1]} codes a row; model {model.name!r} has {layers} layers, "
+            f"so between 1 and {layers}",
+        )
+    widths = np.array(model.codebook_widths[: codes.shape[1]], np.int64)
+    # The largest of each column first: the common case is settled without a matrix of verdicts.
+    if codes.shape[0] and (codes.max(axis=0) >= widths).any():
+        wrong = np.argwhere(codes >= widths)
+        raise InvalidInputError(
+            f"{len(wrong)} codes are out of range, the first in row {wrong[0][0]}: "
+            f"{codes[tuple(wrong[0])]} in layer {wrong[0][1]}, "
+            f"whose codes run from 0 to {widths[wrong[0][1]] - 1}",
+            [
+                FieldViolation(
+                    f"codes[{row}][{layer}]",
+                    f"{codes[row, layer]} is out of range; expected 0 to {widths[layer] - 1}",
+                )
+                for row, layer in wrong[:MAX_NAMED_ROWS]
+            ],
+        )
+    return codes
+
+
+def read_mode(request: pb.DecodeRequest) -> DecodeModeName:
+    """Return the mode that a request asks for."""
+    mode = DECODE_MODES.get(request.mode)
+    if mode is None:
+        raise InvalidInputError.at(
+            "mode",
+            f"{_name(pb.DecodeMode, request.mode)} is not a decode mode; "
+            f"expected one of {_names(pb.DecodeMode, DECODE_MODES)}",
+        )
+    return mode
+
+
+def encode_response(
+    codes: npt.NDArray[np.unsignedinteger], model: ServedModel, form: str | None
+) -> pb.EncodeResponse:
+    """Write codes in the form in which the embeddings came."""
+    if form == "rows":
+        rows = pb.CodeRows(rows=[pb.CodeRows.Row(codes=row) for row in codes.tolist()])
+        return pb.EncodeResponse(fingerprint=model.fingerprint, rows=rows)
+    tensor = _tensor(codes, CODE_TYPE_NAMES[codes.dtype])
+    return pb.EncodeResponse(fingerprint=model.fingerprint, tensor=tensor)
+
+
+def decode_response(
+    reconstructions: npt.NDArray[np.float32], model: ServedModel, form: str | None
+) -> pb.DecodeResponse:
+    """Write reconstructions in the form in which the codes came."""
+    if form == "rows":
+        rows = pb.FloatRows(rows=[pb.FloatRows.Row(values=row) for row in reconstructions.tolist()])
+        return pb.DecodeResponse(fingerprint=model.fingerprint, rows=rows)
+    tensor = _tensor(reconstructions, pb.DATA_TYPE_FLOAT32)
+    return pb.DecodeResponse(fingerprint=model.fingerprint, tensor=tensor)
+
+
+def model_message(model: ServedModel, *, max_message_bytes: int, max_rows: int) -> pb.Model:
+    """Describe a model, and the limits of this server."""
+    modes = {"sum": pb.DECODE_MODE_SUM, "calibrated": pb.DECODE_MODE_CALIBRATED}
+    return pb.Model(
+        name=model.name,
+        fingerprint=model.fingerprint,
+        kind=MODEL_KINDS[model.kind],
+        input_dim=model.input_dim,
+        layers=[
+            pb.Layer(codebook_width=width, embedding_dim=model.embedding_dim)
+            for width in model.codebook_widths
+        ],
+        normalize_residuals=model.normalize_residuals,
+        code_dtype=CODE_TYPE_NAMES[model.code_dtype],
+        decode_modes=[modes[mode] for mode in model.decode_modes],
+        limits=pb.Limits(max_message_bytes=max_message_bytes, max_rows=max_rows),
+    )
+
+
+def _check_rows(rows: int, limit: int) -> None:
+    """Refuse more rows than one request may have."""
+    if rows > limit:
+        raise MessageTooLargeError(
+            f"{rows} rows in one request; this server takes at most {limit} (Limits.max_rows): "
+            "send them in several"
+        )
+
+
+def _view(tensor: pb.Tensor, dtype: np.dtype[Any], max_rows: int) -> npt.NDArray[Any]:
+    """View the bytes of a tensor as a matrix, or say what does not fit."""
+    shape = tuple(tensor.shape)
+    if len(shape) != 2:  # noqa: PLR2004 - a matrix
+        raise InvalidInputError.at(
+            "tensor.shape", f"{list(shape)} has {len(shape)} dimensions; expected [rows, columns]"
+        )
+    if min(shape) < 0:
+        raise InvalidInputError.at("tensor.shape", f"{list(shape)} has a negative dimension")
+    _check_rows(shape[0], max_rows)
+    expected = math.prod(shape) * dtype.itemsize
+    if len(tensor.data) != expected:
+        raise InvalidInputError.at(
+            "tensor.data",
+            f"{len(tensor.data)} bytes; shape {list(shape)} of "
+            f"{_name(pb.DataType, tensor.dtype)} takes {expected}",
+        )
+    if shape[0] == 0:  # [0, columns]: frombuffer refuses no bytes at all
+        _check_columns_fit(shape)
+        return np.empty(shape, dtype)
+    return np.frombuffer(tensor.data, dtype).reshape(shape)
+
+
+def _check_columns_fit(shape: tuple[int, ...]) -> None:
+    """Refuse a width that no array can have: with no rows, no bytes speak against it."""
+    if shape[1] > 1 << 31:
+        raise InvalidInputError.at("tensor.shape", f"{list(shape)} has too many columns")
+
+
+def _check_lengths(field: str, rows: Sequence[Sequence[Any]], length: int, whose: str) -> None:
+    wrong = [index for index, row in enumerate(rows) if len(row) != length]
+    if wrong:
+        raise InvalidInputError(
+            f"{field}: {len(wrong)} rows of a wrong length, the first row {wrong[0]}, with "
+            f"{len(rows[wrong[0]])} numbers; {whose} {length}",
+            [
+                FieldViolation(f"{field}[{index}]", f"{len(rows[index])} numbers; {whose} {length}")
+                for index in wrong[:MAX_NAMED_ROWS]
+            ],
+        )
+
+
+def _tensor(array: npt.NDArray[Any], dtype: pb.DataType) -> pb.Tensor:
+    return pb.Tensor(dtype=dtype, shape=array.shape, data=array.tobytes())
+
+
+def _name(enum: Any, number: int) -> str:
+    try:
+        return str(enum.Name(number))
+    except ValueError:  # proto3 lets unknown numbers through
+        return str(number)
+
+
+def _names(enum: Any, numbers: Any) -> str:
+    return ", ".join(_name(enum, number) for number in numbers)
