@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: lint, format, types, import contracts, the
-# protocol, the tests. All checks run even if an early one fails; the exit status tells of any.
+# protocol, the Dockerfile, the tests. All checks run even if an early one fails; the exit status
+# tells of any.
 #
 #   bash tests/run.sh [arguments for pytest]
 #
@@ -95,6 +96,7 @@ check format ruff format --check .
 check types mypy
 check imports lint-imports
 check protocol buf lint proto
+check dockerfile hadolint docker/Dockerfile
 check tests pytest "$@"
 
 echo
