@@ -1,0 +1,23 @@
+"""Checkpoints: semid's own format, GRID's, and plain files of torch. FORMAT.md has the bytes."""
+
+from semid_server.checkpoint.contents import Overrides
+from semid_server.checkpoint.fingerprint import fingerprint
+from semid_server.checkpoint.health import LayerReport
+from semid_server.checkpoint.loading import (
+    Checkpoint,
+    Inspection,
+    inspect_checkpoint,
+    load_checkpoint,
+)
+from semid_server.checkpoint.native import save_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "Inspection",
+    "LayerReport",
+    "Overrides",
+    "fingerprint",
+    "inspect_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+]
