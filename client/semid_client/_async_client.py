@@ -1,0 +1,139 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+import grpc
+
+from semid_client._base import BaseClient, Flow
+from semid_client._errors import ClientClosedError
+from semid_client._transfer import Decoding, Encoding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from semid_client._channel import Settings
+    from semid_client._model import ModelInfo
+    from semid_client._transfer import RowSource
+
+T = TypeVar("T")
+
+
+class AsyncClient(BaseClient):
+    """A semid server, as seen from asyncio: `Client`, to be awaited.
+
+    It takes the same arguments and raises the same errors. Make it and use it in one running event
+    loop. A task that is cancelled cancels its calls.
+
+    Examples
+    --------
+    >>> async with AsyncClient("localhost:50051") as client:
+    ...     codes = await client.encode(embeddings)
+    """
+
+    async def encode(self, embeddings: ArrayLike, *, timeout: float | None = None) -> NDArray[Any]:  # noqa: ASYNC109 -- it goes to the server as the call's deadline
+        """Codes of each embedding; see `Client.encode`."""
+        return await self._drive(self._encode_flow(embeddings, timeout))
+
+    async def decode(
+        self,
+        codes: ArrayLike,
+        mode: Literal["sum", "calibrated"] = "sum",
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 -- it goes to the server
+    ) -> NDArray[Any]:
+        """Reconstruction behind each semantic ID; see `Client.decode`."""
+        return await self._drive(self._decode_flow(codes, mode, timeout))
+
+    async def encode_into(
+        self,
+        source: RowSource,
+        sink: Callable[[int, NDArray[Any]], None],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 -- it goes to the server
+    ) -> str:
+        """Encode rows that need not fit in memory; see `Client.encode_into`."""
+        return await self._drive(self._transfer(Encoding(source), sink, timeout, patient=True))
+
+    async def decode_into(
+        self,
+        source: RowSource,
+        sink: Callable[[int, NDArray[Any]], None],
+        mode: Literal["sum", "calibrated"] = "sum",
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 -- it goes to the server
+    ) -> str:
+        """Decode codes that need not fit in memory; see `Client.decode_into`."""
+        transfer = Decoding(source, mode)
+        return await self._drive(self._transfer(transfer, sink, timeout, patient=True))
+
+    async def model(self, *, timeout: float | None = None) -> ModelInfo:  # noqa: ASYNC109 -- it goes to the server
+        """Ask what the model is; see `Client.model`."""
+        return await self._drive(self._model_flow(timeout))
+
+    async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:  # noqa: ASYNC109 -- it goes to the server
+        """Ask for every model that is served; see `Client.models`."""
+        return await self._drive(self._models_flow(timeout))
+
+    async def wait_ready(self, timeout: float = 60.0) -> ModelInfo:  # noqa: ASYNC109 -- the same signature as Client's
+        """Wait until the server answers; see `Client.wait_ready`."""
+        return await self._drive(self._ready_flow(timeout))
+
+    async def close(self) -> None:
+        """Close the connection. Calls under way fail with `ClientClosedError`."""
+        self._closed = True
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @staticmethod
+    def _open_channel(settings: Settings) -> grpc.aio.Channel:
+        if settings.credentials is None:
+            return grpc.aio.insecure_channel(settings.target, settings.options)
+        return grpc.aio.secure_channel(settings.target, settings.credentials, settings.options)
+
+    def _start(self, method: str, request: Any, timeout: float) -> Any:
+        return getattr(self._stub, method)(
+            request, timeout=timeout, metadata=self._settings.metadata
+        )
+
+    def _pause(self, seconds: float) -> Any:
+        return asyncio.sleep(seconds)
+
+    async def _drive(self, flow: Flow[T]) -> T:
+        """Run a flow, awaiting whatever it yields."""
+        try:
+            waiting = next(flow)
+            while True:
+                try:
+                    result = await waiting
+                except asyncio.CancelledError as error:
+                    waiting = flow.throw(self._closed_or(error))
+                except BaseException as error:  # noqa: BLE001 -- the flow decides, and cleans up
+                    waiting = flow.throw(error)
+                else:
+                    waiting = flow.send(result)
+        except StopIteration as done:
+            value: T = done.value
+            return value
+
+    def _closed_or(self, error: asyncio.CancelledError) -> BaseException:
+        """Tell a call that ended because the client was closed from a task that is cancelled."""
+        task = asyncio.current_task()
+        if self._closed and not (task and task.cancelling()):
+            return ClientClosedError(f"the client of {self.target} was closed")
+        return error

@@ -1,0 +1,330 @@
+"""What `Client` and `AsyncClient` share: everything but the waiting.
+
+Each operation is a generator, a *flow*: it starts calls, yields whatever has to be waited for, and
+is given the result, or thrown the error, of the waiting. A client only drives flows: one by
+blocking, the other by awaiting. So requests, order, retries, deadlines and errors are written once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import grpc
+
+from semid.v1 import semid_pb2 as pb
+from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
+from semid_client._channel import TLS, Settings, check_timeout
+from semid_client._errors import (
+    CallError,
+    ClientClosedError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    FingerprintMismatchError,
+    InvalidArgumentError,
+    SemidClientError,
+    UnavailableError,
+    call_error,
+)
+from semid_client._model import ModelInfo
+from semid_client._tensor import as_matrix
+from semid_client._transfer import Answers, Collected, Decoding, Encoding, spans
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import ArrayLike, NDArray
+
+T = TypeVar("T")
+Flow = Generator[Any, Any, T]
+
+DEFAULT_TIMEOUT: Final = 60.0
+"""Seconds. There is always a deadline: a call without one can hang for ever."""
+
+PAUSE: Final = 0.25
+"""Seconds between attempts, each of which gRPC has retried with backoff already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A moment, on the monotonic clock, at which an answer is of no more use."""
+
+    at: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        """Build the deadline ``seconds`` from now."""
+        return cls(time.monotonic() + seconds)
+
+    def remaining(self) -> float:
+        """Seconds left; 0 when it has passed."""
+        return max(0.0, self.at - time.monotonic())
+
+
+@dataclass(slots=True)
+class _Sent:
+    """One span of a transfer, on its way."""
+
+    span: slice
+    deadline: Deadline
+    call: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What all messages of one transfer have in common."""
+
+    transfer: Encoding | Decoding
+    info: ModelInfo
+    expected_fingerprint: str
+    answers: Answers
+    patient: bool
+
+
+class BaseClient(ABC):
+    """Settings, flows and errors of both clients. `Client` documents the arguments."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        model: str = "",
+        expected_fingerprint: str = "",
+        timeout: float = DEFAULT_TIMEOUT,
+        max_in_flight: int = 4,
+        tls: TLS | None = None,
+        token: str | None = None,
+        allow_plaintext_token: bool = False,
+    ) -> None:
+        self._settings = Settings(
+            target=target,
+            model=model,
+            expected_fingerprint=expected_fingerprint,
+            timeout=timeout,
+            max_in_flight=max_in_flight,
+            tls=tls,
+            token=token,
+            allow_plaintext_token=allow_plaintext_token,
+        )
+        self._channel = self._open_channel(self._settings)
+        self._stub = SemanticIdServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        self._info: ModelInfo | None = None
+        self._closed = False
+        self._pid = os.getpid()
+
+    @property
+    def target(self) -> str:
+        """The server's address, as given."""
+        return self._settings.target
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<{type(self).__name__} of {self.target!r}, {state}>"
+
+    # What the two clients do differently: how to open a channel, start a call, and let time pass.
+
+    @staticmethod
+    @abstractmethod
+    def _open_channel(settings: Settings) -> Any: ...
+
+    @abstractmethod
+    def _start(self, method: str, request: Any, timeout: float) -> Any:
+        """Start a call without waiting for it; it can be waited for, and cancelled."""
+
+    @abstractmethod
+    def _pause(self, seconds: float) -> Any:
+        """Something that can be waited for, and takes that long."""
+
+    # Flows.
+
+    def _call(self, method: str, request: Any, deadline: Deadline) -> Flow[Any]:
+        with self._errors_of(method):
+            return (yield self._start(method, request, deadline.remaining()))
+
+    def _model_flow(self, timeout: float | None) -> Flow[ModelInfo]:
+        return (yield from self._fetch_model(self._deadline(timeout)))
+
+    def _fetch_model(self, deadline: Deadline) -> Flow[ModelInfo]:
+        request = pb.GetModelRequest(model=self._settings.model)
+        response = yield from self._call("GetModel", request, deadline)
+        info = ModelInfo.from_message(response.model)
+        expected = self._settings.expected_fingerprint
+        if expected and info.fingerprint != expected:
+            raise FingerprintMismatchError(
+                f"model {info.name!r} at {self.target} has fingerprint {info.fingerprint}, but "
+                f"{expected} is expected: its codes belong to another codebook"
+            )
+        self._info = info
+        return info
+
+    def _models_flow(self, timeout: float | None) -> Flow[tuple[ModelInfo, ...]]:
+        deadline = self._deadline(timeout)
+        response = yield from self._call("ListModels", pb.ListModelsRequest(), deadline)
+        return tuple(ModelInfo.from_message(model) for model in response.models)
+
+    def _ready_flow(self, timeout: float) -> Flow[ModelInfo]:
+        deadline = self._deadline(timeout)
+        reason: SemidClientError | None = None
+        while True:
+            try:
+                return (yield from self._fetch_model(deadline))
+            except UnavailableError as error:
+                reason = error
+            except DeadlineExceededError as error:
+                reason = reason or error
+            if deadline.remaining() <= PAUSE:
+                raise DeadlineExceededError(
+                    f"the server at {self.target} was not ready within {timeout:g} s: {reason}",
+                    target=self.target,
+                    method="GetModel",
+                    code=grpc.StatusCode.DEADLINE_EXCEEDED,
+                ) from reason
+            yield self._pause(PAUSE)
+
+    def _encode_flow(self, embeddings: ArrayLike, timeout: float | None) -> Flow[NDArray[Any]]:
+        rows, single = as_matrix(embeddings, "embeddings")
+        return (yield from self._collect(Encoding(rows), timeout, single=single))
+
+    def _decode_flow(
+        self, codes: ArrayLike, mode: str, timeout: float | None
+    ) -> Flow[NDArray[Any]]:
+        rows, single = as_matrix(codes, "codes")
+        return (yield from self._collect(Decoding(rows, mode), timeout, single=single))
+
+    def _collect(
+        self, transfer: Encoding | Decoding, timeout: float | None, *, single: bool
+    ) -> Flow[NDArray[Any]]:
+        sink = Collected(transfer.source.shape[0])
+        yield from self._transfer(transfer, sink, timeout, patient=False)
+        return sink.array[0] if single else sink.array
+
+    def _transfer(
+        self,
+        transfer: Encoding | Decoding,
+        sink: Callable[[int, NDArray[Any]], None],
+        timeout: float | None,
+        *,
+        patient: bool,
+    ) -> Flow[str]:
+        """Send all rows, several messages in flight, and hand the answers on in order.
+
+        The deadline bounds the whole transfer, or, if ``patient``, each message of it: then the
+        transfer also waits, within that time, for a server that is busy or coming back.
+        """
+        deadline = self._deadline(timeout)
+        info = self._info or (yield from self._fetch_model(deadline))
+        expected = self._settings.expected_fingerprint or (info.fingerprint if patient else "")
+        job = _Job(transfer, info, expected, Answers(transfer, expected, sink), patient)
+        names_bytes = len(self._settings.model.encode()) + len(expected.encode())
+        in_flight: deque[_Sent] = deque()
+        try:
+            for span in spans(transfer, info, names_bytes=names_bytes):
+                if len(in_flight) == self._settings.max_in_flight:
+                    yield from self._finish(job, in_flight[0])
+                    in_flight.popleft()
+                if patient:
+                    deadline = self._deadline(timeout)
+                in_flight.append(_Sent(span, deadline, self._send(job, span, deadline)))
+            while in_flight:
+                yield from self._finish(job, in_flight[0])
+                in_flight.popleft()
+        except SemidClientError:
+            self._info = None  # the server may have been replaced: ask again before the next call
+            raise
+        finally:
+            for sent in in_flight:
+                sent.call.cancel()
+        if job.answers.fingerprint != info.fingerprint:
+            self._info = None
+        return job.answers.fingerprint
+
+    def _finish(self, job: _Job, sent: _Sent) -> Flow[None]:
+        """Wait for one message's answer, and hand it on."""
+        while True:
+            try:
+                with self._errors_of(job.transfer.method):
+                    job.answers.take(sent.span, (yield sent.call))
+            except CallError as error:
+                pause = _pause_after(error) if job.patient else None
+                if pause is None or sent.deadline.remaining() <= pause:
+                    explained = _explained(error, job, sent.span)
+                    if explained is error:
+                        raise
+                    raise explained from error.__cause__
+                yield self._pause(pause)
+                sent.call = self._send(job, sent.span, sent.deadline)
+            else:
+                return
+
+    # Parts of flows.
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        seconds = self._settings.timeout if timeout is None else timeout
+        check_timeout(seconds)
+        return Deadline.after(seconds)
+
+    def _send(self, job: _Job, span: slice, deadline: Deadline) -> Any:
+        request = job.transfer.request(
+            span, model=self._settings.model, expected_fingerprint=job.expected_fingerprint
+        )
+        with self._errors_of(job.transfer.method):
+            return self._start(job.transfer.method, request, deadline.remaining())
+
+    @contextmanager
+    def _errors_of(self, method: str) -> Iterator[None]:
+        """Let no error of gRPC's pass: all of them become this package's own."""
+        if self._pid != os.getpid():
+            raise ClientClosedError(
+                f"this client was made before a fork, in process {self._pid}; gRPC does not "
+                "survive that: make a client in each process"
+            )
+        if self._closed:
+            raise ClientClosedError(f"the client of {self.target} is closed")
+        try:
+            yield
+        except grpc.RpcError as error:
+            if self._closed:
+                raise ClientClosedError(f"the client of {self.target} was closed") from error
+            raise call_error(error, target=self.target, method=method) from error
+        except (ValueError, grpc.aio.UsageError) as error:
+            # How gRPC says that the channel was closed by another thread or task.
+            if not self._closed or isinstance(error, SemidClientError):
+                raise
+            raise ClientClosedError(f"the client of {self.target} was closed") from error
+
+
+def _pause_after(error: CallError) -> float | None:
+    """Seconds after which a message may be sent again; None if that cannot help."""
+    if error.retry_after is None and isinstance(error, UnavailableError):
+        return PAUSE
+    return error.retry_after
+
+
+def _explained(error: CallError, job: _Job, span: slice) -> SemidClientError:
+    """Say of a refusal where it is in the array given, not in the message that was sent."""
+    if isinstance(error, FailedPreconditionError):
+        # The status stands for a missing decode mode too; only a mismatch names the fingerprint.
+        if job.expected_fingerprint and job.expected_fingerprint in error.details:
+            return FingerprintMismatchError(str(error))
+        return error
+    if not isinstance(error, InvalidArgumentError):
+        return error
+    fault = job.transfer.first_fault(span, job.info)
+    if fault is not None:
+        message = str(fault)
+    elif span.stop - span.start < job.transfer.source.shape[0]:
+        message = f"{error} (in rows {span.start} to {span.stop - 1}, counted there from 0)"
+    else:
+        return error
+    located = InvalidArgumentError(
+        message, target=error.target, method=error.method, code=error.code, details=error.details
+    )
+    if fault is not None:
+        located.row, located.problem = fault.row, fault.problem
+    return located

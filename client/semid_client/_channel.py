@@ -1,0 +1,181 @@
+"""How a channel to a semid server is set up: options, retries, TLS and the token."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+
+from semid_client._errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+SERVICE: Final = "semid.v1.SemanticIdService"
+
+MAX_MESSAGE_BYTES: Final = 64 << 20
+"""Most bytes of an answer. gRPC's own 4 MiB would refuse the reconstructions of a large model."""
+
+SERVICE_CONFIG: Final = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            # All of them can be repeated without harm: none changes anything on the server.
+            "name": [
+                {"service": SERVICE, "method": method}
+                for method in ("Encode", "Decode", "GetModel", "ListModels")
+            ],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                # A full queue is refused before anything is computed, and the server's
+                # grpc-retry-pushback-ms then takes the place of the backoff.
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            },
+        }
+    ],
+    # The budget: a failure costs 1, a success earns 0.1, and nothing is retried while less than
+    # half is left. An outage so adds 50 retries, then a tenth of the traffic, not three times it.
+    "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TLS:
+    """Encryption, and optionally a certificate of the client's own.
+
+    Attributes
+    ----------
+    root_certificates : bytes or None
+        PEM of the authorities that the server's certificate is checked against; None for those
+        that gRPC brings along.
+    certificate_chain, private_key : bytes or None
+        PEM of the client's own certificate and key, where the server asks for one. Both or none.
+    """
+
+    root_certificates: bytes | None = None
+    certificate_chain: bytes | None = None
+    private_key: bytes | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse half of a client certificate."""
+        if (self.certificate_chain is None) != (self.private_key is None):
+            raise ConfigurationError(
+                "a client certificate needs its private key, and a key its "
+                "certificate: give both or none"
+            )
+
+    @classmethod
+    def from_files(
+        cls,
+        root_certificates: str | os.PathLike[str] | None = None,
+        certificate_chain: str | os.PathLike[str] | None = None,
+        private_key: str | os.PathLike[str] | None = None,
+    ) -> TLS:
+        """Read the PEM files. `ConfigurationError` names one that cannot be read."""
+        contents = []
+        for path in (root_certificates, certificate_chain, private_key):
+            try:
+                contents.append(None if path is None else Path(path).read_bytes())
+            except OSError as error:
+                raise ConfigurationError(f"{path}: {error.strerror}") from error
+        return cls(*contents)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything a client was made with, checked once.
+
+    The attributes are the parameters of `Client`.
+    """
+
+    target: str
+    model: str
+    expected_fingerprint: str
+    timeout: float
+    max_in_flight: int
+    tls: TLS | None
+    token: str | None = field(repr=False)
+    allow_plaintext_token: bool
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, with a `ConfigurationError`."""
+        if not self.target:
+            raise ConfigurationError("target is empty; expected an address such as localhost:50051")
+        check_timeout(self.timeout)
+        if self.max_in_flight < 1:
+            raise ConfigurationError(f"max_in_flight is {self.max_in_flight}; expected at least 1")
+        if self.token is None:
+            return
+        if not (self.token and self.token.isascii() and self.token.isprintable()):
+            raise ConfigurationError("the token is empty, or holds other than printable ASCII")
+        if not (self.tls or self.allow_plaintext_token or is_loopback(self.target)):
+            raise ConfigurationError(
+                f"the token would travel unencrypted to {self.target}: set tls, or "
+                "allow_plaintext_token=True if the network between is trusted"
+            )
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes along with every call.
+
+        The token is sent here and not as gRPC call credentials, which do nothing without TLS;
+        whether it may go unencrypted was decided above.
+        """
+        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+
+    @property
+    def options(self) -> Sequence[tuple[str, Any]]:
+        """Options of the channel."""
+        return (
+            ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            # A request larger than this buffer (256 KiB by default) is silently not retried.
+            ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
+            # A server that comes back is found within seconds, not within gRPC's two minutes.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 5_000),
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.primary_user_agent", f"semid-client/{version('semid')}"),
+        )
+
+    @property
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """Credentials of the channel; None for one without encryption."""
+        if self.tls is None:
+            return None
+        return grpc.ssl_channel_credentials(
+            self.tls.root_certificates, self.tls.private_key, self.tls.certificate_chain
+        )
+
+
+def check_timeout(seconds: float) -> None:
+    """Refuse a timeout that is not a finite, positive number of seconds."""
+    if not 0 < seconds < float("inf"):
+        raise ConfigurationError(f"timeout is {seconds}; expected a positive number of seconds")
+
+
+def is_loopback(target: str) -> bool:
+    """Tell whether ``target`` cannot leave this machine, by its text alone: no name is resolved."""
+    scheme, colon, rest = target.partition(":")
+    if colon and scheme in {"unix", "unix-abstract"}:
+        return True
+    if colon and scheme in {"dns", "ipv4", "ipv6"}:
+        target = rest.rpartition("/")[2]
+    host = target.rpartition(":")[0] if target.count(":") == 1 or "]:" in target else target
+    host = host.strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

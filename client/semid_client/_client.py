@@ -1,0 +1,272 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+import grpc
+
+from semid_client._base import BaseClient, Flow
+from semid_client._transfer import Decoding, Encoding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from semid_client._channel import Settings
+    from semid_client._model import ModelInfo
+    from semid_client._transfer import RowSource
+
+T = TypeVar("T")
+
+
+class Client(BaseClient):
+    """A semid server, as seen from a program that blocks.
+
+    Any number of threads may use one client at once. Make it after a fork, not before: gRPC does
+    not survive one, so in a forked child a client raises `ClientClosedError`.
+
+    Parameters
+    ----------
+    target : str
+        Address of the server: ``host:port``, or any gRPC name, such as ``dns:///name:port`` (calls
+        go in turn to all its addresses) or ``unix:path``.
+    model : str
+        Name of the model; empty for the server's default.
+    expected_fingerprint : str
+        If set, calls fail with `FingerprintMismatchError` unless the model has this fingerprint.
+        Set it wherever codes are stored, and to decode stored codes.
+    timeout : float
+        Seconds within which each call must be complete, all its messages and retries included.
+        Each call can be given its own.
+    max_in_flight : int
+        Messages of one call that are under way at once. A few keep the server busy; more only
+        fill its queue.
+    tls : TLS or None
+        Encryption; None for none.
+    token : str or None
+        Sent as ``authorization: Bearer`` with every call.
+    allow_plaintext_token : bool
+        Send the token without encryption, to another machine too. Without this it goes
+        unencrypted to the machine's own addresses alone (``localhost``, ``127.0.0.1``, ``[::1]``,
+        ``unix:``); to any other target the constructor raises.
+
+    Raises
+    ------
+    ConfigurationError
+        If an argument cannot be used.
+
+    Examples
+    --------
+    >>> with Client("localhost:50051") as client:
+    ...     codes = client.encode(embeddings)  # (n, D) float32 -> (n, L) uint8
+    ...     vectors = client.decode(codes)     # (n, L) -> (n, D) float32
+    """
+
+    def encode(self, embeddings: ArrayLike, *, timeout: float | None = None) -> NDArray[Any]:
+        """Codes of each embedding: its semantic ID.
+
+        Parameters
+        ----------
+        embeddings : array_like
+            ``(n, D)``, or one row ``(D,)``: float32, float16, bfloat16 (of ml_dtypes) or float64,
+            in any layout and byte order, sent as it is. A list of floats counts as float64.
+            Integers are refused: they are mostly codes in the wrong place. ``n`` may be 0.
+            Large arrays are split under the server's limits.
+        timeout : float, optional
+            Seconds for all of it; the client's own by default.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``(n, L)``, or ``(L,)`` for one row, in the smallest unsigned type that holds every
+            code of the model; writable. All rows are of one model.
+
+        Raises
+        ------
+        InvalidInputError
+            For a wrong shape, type or length of rows, NaN or an infinity; ``row`` says where.
+        FingerprintMismatchError
+            If the model is not the one expected, or was replaced meanwhile.
+        CallError
+            If the server or the network ended the call; see its subclasses.
+        """
+        return self._drive(self._encode_flow(embeddings, timeout))
+
+    def decode(
+        self,
+        codes: ArrayLike,
+        mode: Literal["sum", "calibrated"] = "sum",
+        *,
+        timeout: float | None = None,
+    ) -> NDArray[Any]:
+        """Reconstruction of the embedding behind each semantic ID, or behind its first codes.
+
+        Parameters
+        ----------
+        codes : array_like
+            ``(n, l)``, or one row ``(l,)``, the first ``l`` of the model's ``L`` codes, in any
+            integer type.
+        mode : {"sum", "calibrated"}
+            The sum of the chosen centroids through the model's decoder, or on the scale of the
+            embeddings, for models that were calibrated.
+        timeout : float, optional
+            Seconds for all of it; the client's own by default.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``(n, D)``, or ``(D,)`` for one row; writable.
+
+        Raises
+        ------
+        InvalidInputError
+            For a wrong shape or type, or a code out of range; ``row`` says where.
+        FailedPreconditionError
+            If the model lacks what the mode needs.
+        FingerprintMismatchError
+            If the model is not the one expected, or was replaced meanwhile.
+        CallError
+            If the server or the network ended the call; see its subclasses.
+        """
+        return self._drive(self._decode_flow(codes, mode, timeout))
+
+    def encode_into(
+        self,
+        source: RowSource,
+        sink: Callable[[int, NDArray[Any]], None],
+        *,
+        timeout: float | None = None,
+    ) -> str:
+        """Encode rows that need not fit in memory.
+
+        Unlike `encode`, it pins the model that it meets first, lets ``timeout`` bound each
+        message rather than the whole, and waits within it for a server that is busy or restarts.
+
+        Parameters
+        ----------
+        source : RowSource
+            Anything with ``shape``, ``dtype`` and slices of rows, such as a memory map. A message
+            of rows is read when there is room to send it, and more than once if it has to be.
+        sink : callable
+            Called as ``sink(start, codes)`` for one piece after the other, in order. The pieces
+            are read-only and little-endian.
+        timeout : float, optional
+            Seconds for each message; the client's own by default.
+
+        Returns
+        -------
+        str
+            Fingerprint of the model that gave all of the codes.
+
+        Raises
+        ------
+        SemidClientError
+            As `encode`.
+        """
+        return self._drive(self._transfer(Encoding(source), sink, timeout, patient=True))
+
+    def decode_into(
+        self,
+        source: RowSource,
+        sink: Callable[[int, NDArray[Any]], None],
+        mode: Literal["sum", "calibrated"] = "sum",
+        *,
+        timeout: float | None = None,
+    ) -> str:
+        """Decode rows of codes that need not fit in memory; all else as in `encode_into`."""
+        return self._drive(self._transfer(Decoding(source, mode), sink, timeout, patient=True))
+
+    def model(self, *, timeout: float | None = None) -> ModelInfo:
+        """Ask what the model is: shapes, fingerprint, decode modes, limits.
+
+        Raises
+        ------
+        FingerprintMismatchError
+            If it is not the one expected.
+        CallError
+            If the server or the network ended the call; see its subclasses.
+        """
+        return self._drive(self._model_flow(timeout))
+
+    def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
+        """Ask for every model that is served. Raises `CallError`."""
+        return self._drive(self._models_flow(timeout))
+
+    def wait_ready(self, timeout: float = 60.0) -> ModelInfo:
+        """Wait until the server has loaded its model and answers; ask again while it does not.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds to wait at most.
+
+        Raises
+        ------
+        DeadlineExceededError
+            If it was not ready by then; the message tells the last reason.
+        CallError
+            At once, for anything that waiting does not cure, such as a wrong token.
+        """
+        return self._drive(self._ready_flow(timeout))
+
+    def close(self) -> None:
+        """Close the connection. Calls under way fail with `ClientClosedError`."""
+        self._closed = True
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @staticmethod
+    def _open_channel(settings: Settings) -> grpc.Channel:
+        if settings.credentials is None:
+            return grpc.insecure_channel(settings.target, settings.options)
+        return grpc.secure_channel(settings.target, settings.credentials, settings.options)
+
+    def _start(self, method: str, request: Any, timeout: float) -> Any:
+        return getattr(self._stub, method).future(
+            request, timeout=timeout, metadata=self._settings.metadata
+        )
+
+    def _pause(self, seconds: float) -> _Pause:
+        return _Pause(seconds)
+
+    @staticmethod
+    def _drive(flow: Flow[T]) -> T:
+        """Run a flow, blocking for whatever it yields."""
+        try:
+            waiting = next(flow)
+            while True:
+                try:
+                    result = waiting.result()
+                except BaseException as error:  # noqa: BLE001 -- the flow decides, and cleans up
+                    waiting = flow.throw(error)
+                else:
+                    waiting = flow.send(result)
+        except StopIteration as done:
+            value: T = done.value
+            return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Pause:
+    """Time to let pass, in the form of a call's future."""
+
+    seconds: float
+
+    def result(self) -> None:
+        """Wait."""
+        time.sleep(self.seconds)
