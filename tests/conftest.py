@@ -105,3 +105,9 @@ def reference_set(request) -> ReferenceSet:
     ``@pytest.mark.parametrize("reference_set", ["digits_rvq"], indirect=True)``.
     """
     return load_reference_set(request.param)
+
+
+@pytest.fixture(scope="session")
+def reference_set_named():
+    """Return the function that reads one of the sets by name."""
+    return load_reference_set

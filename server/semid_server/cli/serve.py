@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from semid_server.cli import errors_as_sentences
 from semid_server.config import ServeConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+F = TypeVar("F", bound="Callable[..., Any] | click.Command")
 
 # Written out, since the enumerations live beside torch; a test holds them equal.
 KINDS = ("rq-kmeans", "r-vq", "rq-vae")
@@ -47,7 +52,7 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: Path
     }
 
 
-def _option(*names: str, **attributes: Any) -> Any:
+def _option(*names: str, **attributes: Any) -> Callable[[F], F]:
     """Return an option with its environment twin, SEMID_SERVE_ and the flag's name."""
     flag = names[0].split("/")[0].removeprefix("--").replace("-", "_")
     return click.option(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -153,7 +154,7 @@ class Backend(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
 
     def proved_rows(self) -> Mapping[str, int]:
         """Rows encoded so far, by the level of precision that proved their codes."""
-        return self._encoder.counts().as_dict()
+        return asdict(self._encoder.counts())
 
     def run(
         self, key: WorkKey, payloads: Sequence[npt.NDArray[Any]]
@@ -326,8 +327,7 @@ def _describe_bad_rows(rows: torch.Tensor) -> InvalidInputError | None:
                 f"feature {feature} is {rows[row, feature].item()}; expected a finite number",
             )
         )
-    count = "1 row has" if len(bad) == 1 else f"{len(bad)} rows have"
+    others = f" (and {len(bad) - 1} more rows)" if len(bad) > 1 else ""
     return InvalidInputError(
-        f"{count} NaN or Inf, the first: {violations[0].field}: {violations[0].description}",
-        violations,
+        f"{violations[0].field}: {violations[0].description}{others}", violations
     )

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 INTERNAL_MESSAGE = "an internal error; the server's log says more"
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
     """Counts and times the calls of one service, and turns what they raise into statuses.
 
     An exception that is not semid's own is a bug: it is logged, and the caller is told only that,

@@ -139,17 +139,16 @@ def read_codes(
     # The largest of each column first: the common case is settled without a matrix of verdicts.
     if codes.shape[0] and (codes.max(axis=0) >= widths).any():
         wrong = np.argwhere(codes >= widths)
+        violations = [
+            FieldViolation(
+                f"codes[{row}][{layer}]",
+                f"{codes[row, layer]} is out of range; expected 0 to {widths[layer] - 1}",
+            )
+            for row, layer in wrong[:MAX_NAMED_ROWS]
+        ]
+        others = f" (and {len(wrong) - 1} more codes)" if len(wrong) > 1 else ""
         raise InvalidInputError(
-            f"{len(wrong)} codes are out of range, the first in row {wrong[0][0]}: "
-            f"{codes[tuple(wrong[0])]} in layer {wrong[0][1]}, "
-            f"whose codes run from 0 to {widths[wrong[0][1]] - 1}",
-            [
-                FieldViolation(
-                    f"codes[{row}][{layer}]",
-                    f"{codes[row, layer]} is out of range; expected 0 to {widths[layer] - 1}",
-                )
-                for row, layer in wrong[:MAX_NAMED_ROWS]
-            ],
+            f"{violations[0].field}: {violations[0].description}{others}", violations
         )
     return codes
 
@@ -248,9 +247,10 @@ def _check_columns_fit(shape: tuple[int, ...]) -> None:
 def _check_lengths(field: str, rows: Sequence[Sequence[Any]], length: int, whose: str) -> None:
     wrong = [index for index, row in enumerate(rows) if len(row) != length]
     if wrong:
+        first = f"{field}[{wrong[0]}]: {len(rows[wrong[0]])} numbers; {whose} {length}"
+        others = f" (and {len(wrong) - 1} more rows)" if len(wrong) > 1 else ""
         raise InvalidInputError(
-            f"{field}: {len(wrong)} rows of a wrong length, the first row {wrong[0]}, with "
-            f"{len(rows[wrong[0]])} numbers; {whose} {length}",
+            first + others,
             [
                 FieldViolation(f"{field}[{index}]", f"{len(rows[index])} numbers; {whose} {length}")
                 for index in wrong[:MAX_NAMED_ROWS]

@@ -1,0 +1,229 @@
+"""Fakes of what serving stands on: a device that waits to be told, and an observer that notes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+
+from semid.v1 import semid_pb2_grpc as pb_grpc
+from semid_server.config import ServeConfig
+from semid_server.serving.batcher import Batcher, BatchLimits, Runner
+from semid_server.serving.interceptors import CallInterceptor
+from semid_server.serving.metrics import Metrics
+from semid_server.serving.server import SERVICE
+from semid_server.serving.servicer import SemanticIdServicer
+from semid_server.serving.types import ServedModel
+
+
+class FakeDevice(Runner):
+    """A runner whose batches end when the test says so.
+
+    Each batch is put on `began` when it begins and ends with the next item of `outcomes`: a
+    function of the payloads, or an exception to raise. `free()` lets all batches, these and
+    coming, end with an echo of their payloads.
+    """
+
+    def __init__(self) -> None:
+        self.began: SimpleQueue = SimpleQueue()
+        self.outcomes: SimpleQueue = SimpleQueue()
+        self.batches: list[tuple[object, list[object]]] = []
+        self.threads: set[int] = set()
+        self.is_free = threading.Event()
+        self.afters = 0
+
+    def run(self, key, payloads):
+        self.threads.add(threading.get_ident())
+        self.batches.append((key, list(payloads)))
+        self.began.put((key, list(payloads)))
+        outcome = echo if self.is_free.is_set() else self.outcomes.get(timeout=30)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome(payloads)
+
+    def after(self):
+        self.afters += 1
+
+    def free(self):
+        self.is_free.set()
+        self.outcomes.put(echo)
+
+
+def echo(payloads):
+    return [("answer to", payload) for payload in payloads]
+
+
+@dataclass
+class NotingObserver:
+    """Notes what it is told."""
+
+    refusals: list = field(default_factory=list)
+    expiries: list = field(default_factory=list)
+    withdrawals: list = field(default_factory=list)
+    runs: list = field(default_factory=list)
+
+    def refused(self, key):
+        self.refusals.append(key)
+
+    def expired(self, key):
+        self.expiries.append(key)
+
+    def withdrawn(self, key):
+        self.withdrawals.append(key)
+
+    def ran(self, key, *, rows, waits, seconds, failed):
+        self.runs.append((key, rows, tuple(waits), seconds, failed))
+
+
+class Clock:
+    """A clock that goes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def device():
+    return FakeDevice()
+
+
+@pytest.fixture
+def observer():
+    return NotingObserver()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+async def make_batcher(device, observer, clock):
+    """Return a function that starts a batcher on the fake device; all are stopped in the end."""
+    made = []
+
+    async def make(**limits):
+        defaults = {
+            "max_batch_rows": 10,
+            "max_batch_bytes": 1000,
+            "max_queue_requests": 100,
+            "max_queue_bytes": 10_000,
+        }
+        batcher = Batcher(limits=BatchLimits(**defaults | limits), observer=observer, clock=clock)
+        await batcher.start(lambda: device)
+        made.append(batcher)
+        return batcher
+
+    yield make
+    for batcher in made:
+        batcher.stop()
+    device.free()
+
+
+MODEL = ServedModel(
+    name="toy",
+    fingerprint="f" * 64,
+    kind="rq-kmeans",
+    input_dim=4,
+    embedding_dim=4,
+    codebook_widths=(10, 300, 7),
+    normalize_residuals=True,
+    decode_modes=("sum",),
+    code_dtype=np.dtype("<u2"),
+    device="toy",
+)
+
+
+def toy_codes(rows):
+    """Codes of the toy model: a row's numbers, truncated, modulo the widths."""
+    widths = np.array(MODEL.codebook_widths)
+    return (np.abs(np.trunc(np.asarray(rows, np.float64)[:, :3])) % widths).astype(np.uint16)
+
+
+class ToyModel(Runner):
+    """A model simple enough to know the answers by heart; keys are kept to be looked at."""
+
+    def __init__(self) -> None:
+        self.keys: list = []
+
+    def run(self, key, payloads):
+        self.keys.append(key)
+        if key.operation == "decode":
+            return [np.repeat(p.sum(axis=1, dtype=np.float32)[:, None], 4, 1) for p in payloads]
+        return [toy_codes(rows) for rows in payloads]
+
+
+@dataclass
+class Service:
+    """A servicer behind a real socket, and what stands behind it."""
+
+    stub: object
+    servicer: SemanticIdServicer
+    batcher: Batcher
+    metrics: Metrics
+    channel: grpc.aio.Channel
+
+
+@pytest.fixture
+async def serve_runner():
+    """Return a function that serves a runner over loopback, as `Server` would."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def serve(runner, *, model=MODEL, **settings):
+            config = ServeConfig(checkpoint=Path("unused"), **settings)
+            metrics = Metrics()
+            batcher = Batcher(
+                limits=BatchLimits(
+                    max_batch_rows=config.max_batch_rows,
+                    max_batch_bytes=config.max_batch_bytes,
+                    max_queue_requests=config.max_queue_requests,
+                    max_queue_bytes=config.max_queue_bytes,
+                ),
+                observer=metrics,
+            )
+            await batcher.start(lambda: runner)
+            stack.callback(batcher.stop)
+            servicer = SemanticIdServicer(batcher, config=config)
+            if model is not None:
+                servicer.begin(model)
+            server = grpc.aio.server(interceptors=[CallInterceptor(SERVICE, metrics)])
+            pb_grpc.add_SemanticIdServiceServicer_to_server(servicer, server)
+            port = server.add_insecure_port("127.0.0.1:0")
+            await server.start()
+            stack.push_async_callback(server.stop, None)
+            channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+            stack.push_async_callback(channel.close)
+            stub = pb_grpc.SemanticIdServiceStub(channel)
+            return Service(stub, servicer, batcher, metrics, channel)
+
+        yield serve
+
+
+@pytest.fixture
+async def toy(serve_runner, toy_runner):
+    return await serve_runner(toy_runner)
+
+
+@pytest.fixture
+def toy_runner():
+    return ToyModel()
+
+
+@pytest.fixture(name="toy_codes")
+def toy_codes_fixture():
+    return toy_codes
+
+
+@pytest.fixture
+def toy_served():
+    return MODEL

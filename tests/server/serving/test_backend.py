@@ -1,0 +1,152 @@
+"""The backend on real checkpoints, on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from semid_server.config import ServeConfig
+from semid_server.errors import ConfigurationError, InvalidInputError
+from semid_server.serving.backend import Backend, choose_device
+from semid_server.serving.types import DecodeKey, EncodeKey
+
+
+class Verifications:
+    def __init__(self):
+        self.rows = self.mismatches = 0
+
+    def __call__(self, rows, mismatches):
+        self.rows += rows
+        self.mismatches += mismatches
+
+
+@pytest.fixture
+def verifications():
+    return Verifications()
+
+
+@pytest.fixture
+def make_backend(reference_set_named, verifications):
+    def make(name="digits_rkmeans", **settings):
+        checkpoint = reference_set_named(name).checkpoint
+        config = ServeConfig(checkpoint=checkpoint, device="cpu", **settings)
+        return Backend(config, on_verified=verifications)
+
+    return make
+
+
+@pytest.fixture
+def digits(reference_set_named):
+    return reference_set_named("digits_rkmeans")
+
+
+def test_each_payload_gets_the_codes_of_its_own_rows(make_backend, digits):
+    backend = make_backend()
+    cuts = [0, 1, 3, 3, 40, 100]
+    payloads = [digits.embeddings[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    answers = backend.run(EncodeKey("float32"), payloads)
+    for answer, a, b in zip(answers, cuts, cuts[1:], strict=False):
+        assert answer.dtype == np.uint8
+        np.testing.assert_array_equal(answer, digits.codes[a:b])
+
+
+def test_answers_stay_as_they_are_while_later_batches_run(make_backend, digits):
+    backend = make_backend()
+    first = backend.run(EncodeKey("float32"), [digits.embeddings[:50]])[0]
+    backend.run(EncodeKey("float32"), [digits.embeddings[50:100]])
+    np.testing.assert_array_equal(first, digits.codes[:50])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "bfloat16"])
+def test_a_number_means_the_value_it_holds_whatever_its_type(make_backend, digits, dtype):
+    backend = make_backend()
+    rows = torch.from_numpy(digits.embeddings[:200].copy())
+    narrow = rows.to(getattr(torch, dtype))
+    payload = narrow.view(torch.uint16).numpy() if dtype == "bfloat16" else narrow.numpy()
+    got = backend.run(EncodeKey(dtype), [payload])[0]
+    exact = backend.run(EncodeKey("float64"), [narrow.to(torch.float64).numpy()])[0]
+    np.testing.assert_array_equal(got, exact)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_a_payload_with_a_number_that_is_none_fails_alone(make_backend, digits, value, dtype):
+    backend = make_backend()
+    good, bad = digits.embeddings[:5].astype(dtype), digits.embeddings[5:10].astype(dtype)
+    bad[3, 7] = value
+    answers = backend.run(EncodeKey(dtype), [good, bad, good])
+    alone = backend.run(EncodeKey(dtype), [good])[0]
+    np.testing.assert_array_equal(answers[0], alone)
+    np.testing.assert_array_equal(answers[2], alone)
+    assert isinstance(answers[1], InvalidInputError)
+    assert str(answers[1]) == f"embeddings[3]: feature 7 is {value}; expected a finite number"
+
+
+def test_numbers_whose_sum_overflows_are_finite_all_the_same(make_backend):
+    backend = make_backend()
+    rows = np.full((2, 64), np.finfo(np.float32).max, np.float32)
+    answer = backend.run(EncodeKey("float32"), [rows])[0]
+    assert answer.shape == (2, 3)
+
+
+def test_decode_gives_what_was_recorded(make_backend, digits):
+    backend = make_backend()
+    payloads = [digits.codes[:7].astype("u1"), digits.codes[7:30].astype("u1")]
+    answers = backend.run(DecodeKey(3, "sum"), payloads)
+    np.testing.assert_array_equal(np.concatenate(answers), digits.reconstruction[:30])
+
+
+def test_raw_residuals_are_on_the_inputs_scale_so_both_modes_can_be_had(make_backend):
+    assert make_backend("digits_rkmeans").served.decode_modes == ("sum",)
+    backend = make_backend("digits_rkmeans_raw_residuals")
+    assert backend.served.decode_modes == ("sum", "calibrated")
+
+
+def test_a_sample_of_rows_is_verified_after_the_batch(make_backend, digits, verifications):
+    backend = make_backend(verify_fraction=1.0)
+    backend.warm_up()
+    backend.run(EncodeKey("float32"), [digits.embeddings[:20]])
+    assert verifications.rows == 0
+    backend.after()
+    assert (verifications.rows, verifications.mismatches) == (20, 0)
+    backend.after()
+    assert verifications.rows == 20
+
+
+def test_a_code_that_differs_from_the_reference_is_counted_and_logged(
+    make_backend, digits, verifications, caplog
+):
+    backend = make_backend(verify_fraction=1.0)
+    encoder = backend._encoder
+
+    class Lying:
+        def encode(self, rows):
+            codes = encoder.encode(rows)
+            codes[1, 2] += 1
+            return codes
+
+    backend._encoder = Lying()
+    backend.run(EncodeKey("float32"), [digits.embeddings[:20]])
+    backend.after()
+    assert (verifications.rows, verifications.mismatches) == (20, 1)
+    assert "1 of 20 verified rows differ" in caplog.text
+
+
+def test_proved_rows_count_what_was_encoded(make_backend, digits):
+    backend = make_backend()
+    backend.run(EncodeKey("float32"), [digits.embeddings[:20]])
+    assert sum(backend.proved_rows().values()) == 20
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", "meta", ""])
+def test_a_device_that_is_none_is_refused(device):
+    with pytest.raises(ConfigurationError, match="not one of auto, cpu, cuda"):
+        choose_device(device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells of machines without a GPU")
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused():
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ConfigurationError, match="no CUDA device"):
+        choose_device("cuda:0")

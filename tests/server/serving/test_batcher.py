@@ -1,0 +1,392 @@
+"""What the batcher promises, on a fake device and a fake clock."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from functools import partial
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from semid_server.errors import (
+    DeadlineExpiredError,
+    DeviceError,
+    InvalidInputError,
+    NotServingError,
+    OverloadedError,
+)
+from semid_server.serving.batcher import Batcher, BatchLimits, QueueState, Runner
+
+
+def admit(batcher, payload, *, key="k", rows=1, nbytes=1, deadline=None):
+    return batcher.admit(key, payload, rows=rows, nbytes=nbytes, deadline=deadline)
+
+
+async def next_batch(device):
+    """Wait for the next batch to begin, without blocking the loop."""
+    return await asyncio.to_thread(partial(device.began.get, timeout=30))
+
+
+async def occupy(batcher, device):
+    """Have the device work on a first request, so that all that follows queues."""
+    future = admit(batcher, "first")
+    await next_batch(device)
+    return future
+
+
+async def test_a_lone_request_runs_at_once_and_alone(make_batcher, device):
+    batcher = await make_batcher()
+    future = admit(batcher, "a")
+    assert await next_batch(device) == ("k", ["a"])
+    device.free()
+    assert await future == ("answer to", "a")
+
+
+async def test_requests_that_wait_while_the_device_works_share_the_next_batch(make_batcher, device):
+    batcher = await make_batcher()
+    await occupy(batcher, device)
+    futures = [admit(batcher, name) for name in "abc"]
+    device.free()
+    assert await asyncio.gather(*futures) == [("answer to", name) for name in "abc"]
+    assert [payloads for _, payloads in device.batches] == [["first"], ["a", "b", "c"]]
+
+
+async def test_a_batch_holds_no_more_rows_than_its_limit(make_batcher, device):
+    batcher = await make_batcher(max_batch_rows=10)
+    await occupy(batcher, device)
+    futures = [admit(batcher, name, rows=4) for name in "abc"]
+    device.free()
+    await asyncio.gather(*futures)
+    assert [payloads for _, payloads in device.batches[1:]] == [["a", "b"], ["c"]]
+
+
+async def test_a_batch_holds_no_more_bytes_than_its_limit(make_batcher, device):
+    batcher = await make_batcher(max_batch_bytes=1000)
+    await occupy(batcher, device)
+    futures = [admit(batcher, name, nbytes=500) for name in "abc"]
+    device.free()
+    await asyncio.gather(*futures)
+    assert [payloads for _, payloads in device.batches[1:]] == [["a", "b"], ["c"]]
+
+
+async def test_only_requests_of_one_key_share_a_batch_and_the_oldest_goes_first(
+    make_batcher, device
+):
+    batcher = await make_batcher()
+    await occupy(batcher, device)
+    order = [("x", "a"), ("y", "b"), ("x", "c"), ("z", "d"), ("y", "e")]
+    futures = [admit(batcher, name, key=key) for key, name in order]
+    device.free()
+    await asyncio.gather(*futures)
+    assert device.batches[1:] == [("x", ["a", "c"]), ("y", ["b", "e"]), ("z", ["d"])]
+
+
+async def test_one_thread_makes_the_runner_and_runs_every_batch(observer):
+    threads = set()
+
+    class Device(Runner):
+        def __init__(self):
+            threads.add(threading.get_ident())
+
+        def run(self, key, payloads):
+            threads.add(threading.get_ident())
+            return payloads
+
+        def after(self):
+            threads.add(threading.get_ident())
+
+    batcher = Batcher(
+        limits=BatchLimits(
+            max_batch_rows=1, max_batch_bytes=1, max_queue_requests=9, max_queue_bytes=9
+        ),
+        observer=observer,
+    )
+    await batcher.start(Device)
+    await asyncio.gather(*(admit(batcher, name) for name in "abcdef"))
+    batcher.stop()
+    assert len(threads) == 1
+    assert threads != {threading.get_ident()}
+
+
+async def test_what_making_the_runner_raises_is_raised_by_start(observer):
+    batcher = Batcher(
+        limits=BatchLimits(
+            max_batch_rows=1, max_batch_bytes=1, max_queue_requests=9, max_queue_bytes=9
+        ),
+        observer=observer,
+    )
+
+    def fail():
+        raise ValueError("no such model")
+
+    with pytest.raises(ValueError, match="no such model"):
+        await batcher.start(fail)
+
+
+async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(
+    make_batcher, device, observer
+):
+    batcher = await make_batcher(max_queue_requests=2)
+    await occupy(batcher, device)
+    admit(batcher, "a")
+    admit(batcher, "b")
+    with pytest.raises(OverloadedError, match="2 requests") as caught:
+        admit(batcher, "c")
+    assert caught.value.retry_after > 0
+    assert observer.refusals == ["k"]
+    assert batcher.queue.requests == 2
+
+
+async def test_the_bytes_of_the_queue_are_bounded_too(make_batcher, device):
+    batcher = await make_batcher(max_queue_bytes=1000)
+    await occupy(batcher, device)
+    admit(batcher, "a", nbytes=600)
+    with pytest.raises(OverloadedError, match="600 bytes"):
+        admit(batcher, "b", nbytes=401)
+    admit(batcher, "c", nbytes=400)
+    assert batcher.queue.nbytes == 1000
+
+
+async def test_the_largest_request_fits_an_empty_queue_whatever_its_bound(make_batcher, device):
+    batcher = await make_batcher(max_queue_bytes=10, max_batch_bytes=1000)
+    device.free()
+    assert await admit(batcher, "a", nbytes=1000) == ("answer to", "a")
+
+
+async def test_a_request_larger_than_a_batch_is_a_bug_and_says_so(make_batcher):
+    batcher = await make_batcher(max_batch_rows=10)
+    with pytest.raises(ValueError, match="11 rows"):
+        admit(batcher, "a", rows=11)
+
+
+async def test_an_expired_request_is_never_run(make_batcher, device, observer, clock):
+    batcher = await make_batcher()
+    await occupy(batcher, device)
+    late = admit(batcher, "late", deadline=clock.now + 1)
+    live = admit(batcher, "live", deadline=clock.now + 3)
+    clock.now += 2
+    device.free()
+    assert await live == ("answer to", "live")
+    with pytest.raises(DeadlineExpiredError, match="nothing was computed"):
+        await late
+    assert [payloads for _, payloads in device.batches] == [["first"], ["live"]]
+    assert observer.expiries == ["k"]
+
+
+async def test_when_all_have_expired_no_batch_runs_and_the_next_request_does(
+    make_batcher, device, clock
+):
+    batcher = await make_batcher()
+    await occupy(batcher, device)
+    late = [admit(batcher, name, deadline=clock.now + 1) for name in "abc"]
+    clock.now += 2
+    device.free()
+    results = await asyncio.gather(*late, return_exceptions=True)
+    assert [type(result) for result in results] == [DeadlineExpiredError] * 3
+    assert await admit(batcher, "d") == ("answer to", "d")
+    assert [payloads for _, payloads in device.batches] == [["first"], ["d"]]
+
+
+async def test_a_withdrawn_request_is_never_run_and_gives_its_room_back(
+    make_batcher, device, observer
+):
+    batcher = await make_batcher(max_queue_requests=1)
+    await occupy(batcher, device)
+    gone = admit(batcher, "gone")
+    gone.cancel()
+    await asyncio.sleep(0)  # the callback of the cancellation
+    assert batcher.queue.requests == 0
+    future = admit(batcher, "a")
+    device.free()
+    assert await future == ("answer to", "a")
+    assert [payloads for _, payloads in device.batches] == [["first"], ["a"]]
+    assert observer.withdrawals == ["k"]
+
+
+async def test_a_caller_that_leaves_while_its_batch_runs_disturbs_nobody(make_batcher, device):
+    batcher = await make_batcher()
+    await occupy(batcher, device)
+    leaver, stayer = admit(batcher, "leaver"), admit(batcher, "stayer")
+    device.outcomes.put(lambda payloads: [("answer to", payload) for payload in payloads])
+    await next_batch(device)
+    leaver.cancel()
+    device.free()
+    assert await stayer == ("answer to", "stayer")
+
+
+async def test_a_runners_error_for_one_payload_fails_that_request_alone(make_batcher, device):
+    batcher = await make_batcher()
+    await occupy(batcher, device)
+    good, bad = admit(batcher, "good"), admit(batcher, "bad")
+    device.outcomes.put(lambda payloads: payloads)
+    device.outcomes.put(
+        lambda payloads: [
+            InvalidInputError("not this one") if payload == "bad" else payload
+            for payload in payloads
+        ]
+    )
+    assert await good == "good"
+    with pytest.raises(InvalidInputError, match="not this one"):
+        await bad
+
+
+async def test_a_batch_that_fails_fails_its_requests_and_the_next_one_runs(
+    make_batcher, device, observer
+):
+    batcher = await make_batcher()
+    first = await occupy(batcher, device)
+    device.outcomes.put(RuntimeError("secret path /etc/x"))
+    with pytest.raises(DeviceError) as caught:
+        await first
+    assert "secret" not in str(caught.value)
+    device.free()
+    assert await admit(batcher, "a") == ("answer to", "a")
+    assert [run[-1] for run in observer.runs] == [True, False]
+
+
+async def test_stop_answers_what_is_queued_and_admits_no_more(make_batcher, device):
+    batcher = await make_batcher()
+    running = await occupy(batcher, device)
+    queued = admit(batcher, "queued")
+    batcher.stop()
+    with pytest.raises(NotServingError, match="before this request was reached"):
+        await queued
+    with pytest.raises(NotServingError):
+        admit(batcher, "late")
+    device.free()
+    assert await running == ("answer to", "first")
+    assert [payloads for _, payloads in device.batches] == [["first"]]
+
+
+async def test_those_who_wait_for_room_are_admitted_in_the_order_in_which_they_came(
+    make_batcher, device
+):
+    batcher = await make_batcher(max_queue_requests=1, max_batch_rows=1)
+    await occupy(batcher, device)
+    admit(batcher, "queued")
+
+    async def wait(name):
+        future = await batcher.admit_when_room("k", name, rows=1, nbytes=1, deadline=None)
+        return await future
+
+    waiting = [asyncio.create_task(wait(name)) for name in "abc"]
+    await asyncio.sleep(0)  # all three have found no room
+    assert batcher.queue.requests == 1
+    device.free()
+    await asyncio.gather(*waiting)
+    assert [payloads for _, payloads in device.batches] == [
+        ["first"],
+        ["queued"],
+        ["a"],
+        ["b"],
+        ["c"],
+    ]
+
+
+async def test_one_who_gives_up_waiting_for_room_does_not_block_the_next(make_batcher, device):
+    batcher = await make_batcher(max_queue_requests=1, max_batch_rows=1)
+    await occupy(batcher, device)
+    admit(batcher, "queued")
+    first, second = (
+        asyncio.create_task(batcher.admit_when_room("k", name, rows=1, nbytes=1, deadline=None))
+        for name in "ab"
+    )
+    await asyncio.sleep(0)
+    first.cancel()
+    device.free()
+    assert await (await second) == ("answer to", "b")
+
+
+async def test_stop_turns_those_away_who_wait_for_room(make_batcher, device):
+    batcher = await make_batcher(max_queue_requests=1)
+    await occupy(batcher, device)
+    queued = admit(batcher, "queued")
+    waiting = asyncio.create_task(
+        batcher.admit_when_room("k", "a", rows=1, nbytes=1, deadline=None)
+    )
+    await asyncio.sleep(0)
+    batcher.stop()
+    for future in (queued, waiting):
+        with pytest.raises(NotServingError):
+            await future
+
+
+async def test_the_observer_is_told_of_rows_waits_and_seconds(
+    make_batcher, device, observer, clock
+):
+    batcher = await make_batcher()
+    first = await occupy(batcher, device)
+    a = admit(batcher, "a", rows=2)
+    clock.now += 1
+    b = admit(batcher, "b", rows=3)
+    clock.now += 1
+    device.free()
+    await asyncio.gather(first, a, b)
+    assert observer.runs == [
+        ("k", 1, (0.0,), 2.0, False),
+        ("k", 5, (2.0, 1.0), 0.0, False),
+    ]
+
+
+async def test_what_may_wait_is_done_after_every_batch(make_batcher, device):
+    batcher = await make_batcher()
+    device.free()
+    for name in "ab":
+        await admit(batcher, name)
+    batcher.stop()
+    # The last batch's turn may come after its answer; the first one's has come before the second.
+    assert device.afters >= 1
+
+
+class RecordingDevice(Runner):
+    def __init__(self):
+        self.batches = []
+
+    def run(self, key, payloads):
+        self.batches.append((key, payloads))
+        return [(key, payload) for payload in payloads]
+
+
+REQUESTS = st.lists(
+    st.tuples(st.sampled_from("xyz"), st.integers(0, 10), st.integers(0, 100), st.booleans()),
+    max_size=40,
+)
+
+
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(requests=REQUESTS)
+def test_every_admitted_request_gets_exactly_its_own_answer(requests, observer):
+    async def scenario():
+        limits = BatchLimits(
+            max_batch_rows=10, max_batch_bytes=100, max_queue_requests=10, max_queue_bytes=300
+        )
+        batcher = Batcher(limits=limits, observer=observer)
+        device = await batcher.start(RecordingDevice)
+        admitted = {}
+        for number, (key, rows, nbytes, leaves) in enumerate(requests):
+            payload = (number, rows, nbytes)
+            try:
+                future = batcher.admit(key, payload, rows=rows, nbytes=nbytes, deadline=None)
+            except OverloadedError:
+                await asyncio.sleep(0)
+                continue
+            if leaves:
+                future.cancel()
+            else:
+                admitted[future] = (key, payload)
+        answers = await asyncio.gather(*admitted)
+        assert answers == list(admitted.values())
+        for key, payloads in device.batches:
+            assert sum(rows for _, rows, _ in payloads) <= 10
+            assert sum(nbytes for _, _, nbytes in payloads) <= 100
+            assert [number for number, _, _ in payloads] == sorted(n for n, _, _ in payloads)
+            assert {requests[number][0] for number, _, _ in payloads} == {key}
+        await asyncio.sleep(0)
+        assert batcher.queue == QueueState(0, 0, 0)
+        batcher.stop()
+
+    asyncio.run(scenario())
