@@ -139,7 +139,7 @@ def read_native(path: Path, overrides: Overrides) -> Contents:
     spec: ModelSpec = config["model"]
     _refuse_contradictions(path, spec, overrides)
     stored = {key: value for key, value in tensors.items() if not key.startswith(_CALIBRATION)}
-    check_shapes(path / TENSORS_NAME, spec, stored, where="against config.json")
+    check_shapes(path / TENSORS_NAME, spec, stored, source="config.json")
     state = {
         key: value.float() if value.is_floating_point() else value for key, value in stored.items()
     }

@@ -146,7 +146,7 @@ def read_spec(
         batch_norm_eps=_batch_norm_eps(batch_norm, overrides, notes),
         normalize_input=_normalize_input(path, bool(encoder), batch_norm, overrides, notes),
     )
-    check_shapes(path, spec, state, where="state dict")
+    check_shapes(path, spec, state, source="the other tensors")
     return spec
 
 
@@ -171,24 +171,24 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_shapes(path: Path, spec: ModelSpec, state: Mapping[str, Tensor], *, where: str) -> None:
+def check_shapes(path: Path, spec: ModelSpec, state: Mapping[str, Tensor], *, source: str) -> None:
     """Refuse a missing tensor, one too many, or one whose shape the spec does not expect."""
     shapes = expected_shapes(spec)
     for name, shape in shapes.items():
         if name not in state:
             raise MalformedCheckpointError(
-                path, f"{where}: {name} is missing; expected of shape {shape}"
+                path, f"{name} is missing; expected of shape {shape}, by {source}"
             )
         if tuple(state[name].shape) != shape:
             raise MalformedCheckpointError(
                 path,
-                f"{where}: {name} has shape {tuple(state[name].shape)}; expected {shape}",
+                f"{name} has shape {tuple(state[name].shape)}; expected {shape}, by {source}",
             )
     extra = sorted(set(state) - set(shapes))
     if extra:
         raise MalformedCheckpointError(
             path,
-            f"{where}: {extra[0]} has no place in this model ({spec.kind}, {spec.n_layers} "
+            f"{extra[0]} has no place in this model ({spec.kind}, {spec.n_layers} "
             "layers); a network's linears are model.0, model.2, model.5, model.8 and so on",
         )
 
