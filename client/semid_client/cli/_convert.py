@@ -16,6 +16,7 @@ from semid_client.files import FileError, NpyReader, NpyWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 

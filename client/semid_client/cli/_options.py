@@ -80,7 +80,7 @@ OPTIONS = (
         "machine can read a command line.",
     ),
     option(
-        "--plaintext-token",
+        "--allow-plaintext-token",
         is_flag=True,
         help="Send the token to another machine unencrypted. Only across a network you trust.",
     ),
@@ -106,7 +106,7 @@ def connect(
     cert: str | None,
     key: str | None,
     token: str | None,
-    plaintext_token: bool,
+    allow_plaintext_token: bool,
 ) -> Client:
     """Make a client of what the flags say."""
     return Client(
@@ -117,5 +117,5 @@ def connect(
         max_in_flight=in_flight,
         tls=TLS.from_files(ca, cert, key) if tls or ca or cert or key else None,
         token=token,
-        allow_plaintext_token=plaintext_token,
+        allow_plaintext_token=allow_plaintext_token,
     )
