@@ -64,10 +64,18 @@ class Server:
         What it is told to be.
     announce : callable
         Told, a line each, where metrics and service can be reached.
+    make_backend : callable
+        Makes what runs the batches, in the thread that will own it.
     """
 
-    def __init__(self, config: ServeConfig, *, announce: Callable[[str], None]) -> None:
-        self._config, self._announce = config, announce
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        announce: Callable[[str], None],
+        make_backend: Callable[..., Backend] = Backend,
+    ) -> None:
+        self._config, self._announce, self._make_backend = config, announce, make_backend
         self._metrics = Metrics()
         self._batcher: Batcher[WorkKey, npt.NDArray[Any], npt.NDArray[Any]] = Batcher(
             limits=BatchLimits(
@@ -123,12 +131,12 @@ class Server:
     async def _load(self, servicer: SemanticIdServicer) -> bool:
         """Load and warm up the model; False if told to stop before that was done."""
 
-        def make_backend() -> Backend:
-            backend = Backend(self._config, on_verified=self._metrics.verified)
+        def make() -> Backend:
+            backend = self._make_backend(self._config, on_verified=self._metrics.verified)
             backend.warm_up()
             return backend
 
-        loading = asyncio.ensure_future(self._batcher.start(make_backend))
+        loading = asyncio.ensure_future(self._batcher.start(make))
         stopping = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -214,14 +222,15 @@ class Server:
     def _signals(self) -> Iterator[None]:
         """Take SIGTERM and SIGINT as requests to drain, and give both back afterwards."""
         loop = asyncio.get_running_loop()
-        taken = (signal.SIGTERM, signal.SIGINT)
-        for number in taken:
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
             loop.add_signal_handler(number, self._on_signal, number)
         try:
             yield
         finally:
-            for number in taken:
+            for number, handler in before.items():
                 loop.remove_signal_handler(number)
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int) -> None:
         if self._stop.is_set():  # asked a second time: somebody is in a hurry

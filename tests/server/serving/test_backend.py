@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -44,9 +46,9 @@ def digits(reference_set_named):
 def test_each_payload_gets_the_codes_of_its_own_rows(make_backend, digits):
     backend = make_backend()
     cuts = [0, 1, 3, 3, 40, 100]
-    payloads = [digits.embeddings[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    payloads = [digits.embeddings[a:b] for a, b in pairwise(cuts)]
     answers = backend.run(EncodeKey("float32"), payloads)
-    for answer, a, b in zip(answers, cuts, cuts[1:], strict=False):
+    for answer, (a, b) in zip(answers, pairwise(cuts), strict=True):
         assert answer.dtype == np.uint8
         np.testing.assert_array_equal(answer, digits.codes[a:b])
 

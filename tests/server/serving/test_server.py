@@ -1,0 +1,278 @@
+"""The life of a server, in this process: startup, health, drain, ports, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import threading
+import urllib.request
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from semid.v1 import semid_pb2 as pb
+from semid.v1 import semid_pb2_grpc as pb_grpc
+from semid_server.config import ServeConfig
+from semid_server.errors import ConfigurationError, MalformedCheckpointError
+from semid_server.serving.server import SERVICE, Server
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+REQUEST = pb.EncodeRequest(
+    tensor=pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=[1, 4], data=np.ones(4, "f4").tobytes())
+)
+
+
+class FakeBackend:
+    """The fake device with a model to show; loading lasts until the test lets it end."""
+
+    def __init__(self, device, served):
+        self._device, self.served = device, served
+        self.may_load = threading.Event()
+        self.error = None
+
+    def __call__(self, config, *, on_verified):
+        self.may_load.wait(30)
+        if self.error:
+            raise self.error
+        return self
+
+    def warm_up(self): ...
+
+    def proved_rows(self):
+        return {"reference": 7}
+
+    def run(self, key, payloads):
+        self._device.run(key, payloads)
+        return [np.ones((len(rows), 3), np.uint16) for rows in payloads]
+
+    def after(self): ...
+
+
+class Running:
+    """A server that runs as a task of this test's loop."""
+
+    def __init__(self, server, lines):
+        self.server, self.lines = server, lines
+        self.task = asyncio.create_task(server.run())
+
+    async def line(self, words):
+        """Wait for the announced line that begins so, and return what follows."""
+        while True:
+            for line in self.lines:
+                if line.startswith(words):
+                    return line.removeprefix(words)
+            if self.task.done():
+                await self.task  # raises what ended it
+                pytest.fail("the server ended without that line")
+            await asyncio.sleep(0)
+
+    async def address(self):
+        return await self.line("serving toy on ")
+
+    async def metrics(self):
+        host = await self.line("metrics on ")
+        url = f"http://{host}/metrics"
+        return await asyncio.to_thread(lambda: urllib.request.urlopen(url).read().decode())
+
+
+@pytest.fixture
+async def run_server():
+    """Return a function that starts a server; whatever is left running is ended."""
+    running = []
+
+    def run(backend, **settings):
+        settings = {"host": "127.0.0.1", "port": 0, "metrics_port": 0, "grace": 30.0} | settings
+        lines = []
+        server = Server(
+            ServeConfig(checkpoint=Path("unused"), **settings),
+            announce=lines.append,
+            make_backend=backend,
+        )
+        running.append(Running(server, lines))
+        return running[-1]
+
+    yield run
+    for one in running:
+        one.server.request_stop()
+        with contextlib.suppress(Exception):
+            await one.task
+
+
+@pytest.fixture
+def backend(device, toy_served):
+    fake = FakeBackend(device, toy_served)
+    yield fake
+    fake.may_load.set()
+    device.free()
+
+
+@pytest.fixture
+async def connect():
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def connect(address):
+            return await stack.enter_async_context(grpc.aio.insecure_channel(address))
+
+        yield connect
+
+
+async def check_health(channel, service=""):
+    stub = health_pb2_grpc.HealthStub(channel)
+    return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+async def test_health_is_serving_only_once_the_model_is_loaded(run_server, backend, connect):
+    port = free_port()
+    server = run_server(backend, port=port)
+    await server.line("metrics on ")
+    channel = await connect(f"127.0.0.1:{port}")
+    await channel.channel_ready()
+    for service in ("", SERVICE):
+        assert await check_health(channel, service) == NOT_SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await pb_grpc.SemanticIdServiceStub(channel).Encode(REQUEST)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    backend.may_load.set()
+    await server.address()
+    for service in ("", SERVICE):
+        assert await check_health(channel, service) == SERVING
+
+
+async def test_a_checkpoint_that_cannot_be_loaded_ends_the_server_with_its_error(
+    run_server, backend
+):
+    backend.error = MalformedCheckpointError("some/path", "is cut short")
+    backend.may_load.set()
+    with pytest.raises(MalformedCheckpointError, match="some/path: is cut short"):
+        await run_server(backend).task
+
+
+async def test_a_signal_while_loading_ends_the_server(run_server, backend):
+    server = run_server(backend)
+    await server.line("metrics on ")
+    os.kill(os.getpid(), signal.SIGTERM)
+    await server.task
+    assert not any(line.startswith("serving") for line in server.lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_on_a_signal_what_was_admitted_is_answered_and_health_goes_first(
+    run_server, backend, device, connect, number
+):
+    backend.may_load.set()
+    server = run_server(backend)
+    channel = await connect(await server.address())
+    stub = pb_grpc.SemanticIdServiceStub(channel)
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+    assert (await watch.read()).status == SERVING
+    calls = [stub.Encode(REQUEST)]
+    await asyncio.to_thread(device.began.get, timeout=30)
+    calls += [stub.Encode(REQUEST) for _ in range(5)]
+    while server.server._batcher.queue.requests < 5:
+        await asyncio.sleep(0)
+    os.kill(os.getpid(), number)
+    assert (await watch.read()).status == NOT_SERVING
+    watch.cancel()
+    device.free()
+    for call in calls:
+        assert (await call).fingerprint == "f" * 64
+    await server.task
+
+
+async def test_what_is_still_queued_when_the_grace_period_ends_is_told_so(
+    run_server, backend, device, connect
+):
+    backend.may_load.set()
+    server = run_server(backend, grace=0.05)
+    channel = await connect(await server.address())
+    stub = pb_grpc.SemanticIdServiceStub(channel)
+    running = stub.Encode(REQUEST)
+    await asyncio.to_thread(device.began.get, timeout=30)
+    queued = stub.Encode(REQUEST)
+    while server.server._batcher.queue.requests < 1:
+        await asyncio.sleep(0)
+    server.server.request_stop()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await queued
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "before this request was reached" in caught.value.details()
+    device.free()
+    assert (await running).fingerprint == "f" * 64
+    await server.task
+
+
+async def test_signal_handlers_are_given_back(run_server, backend):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    backend.may_load.set()
+    server = run_server(backend)
+    await server.address()
+    server.server.request_stop()
+    await server.task
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("setting", ["port", "metrics_port"])
+async def test_a_port_that_is_taken_is_named_with_the_flag_to_change(run_server, backend, setting):
+    backend.may_load.set()
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        flag = "--" + setting.replace("_", "-")
+        with pytest.raises(ConfigurationError, match=f"127.0.0.1:{port}.*{flag}"):
+            await run_server(backend, **{setting: port}).task
+
+
+async def test_a_second_server_on_the_same_port_is_refused(run_server, backend):
+    backend.may_load.set()
+    first = run_server(backend)
+    port = int((await first.address()).rsplit(":", 1)[1])
+    with pytest.raises(ConfigurationError, match="the port is taken"):
+        await run_server(backend, port=port).task
+
+
+async def test_metrics_show_the_model_the_queue_and_what_was_answered(
+    run_server, backend, device, connect
+):
+    backend.may_load.set()
+    device.free()
+    server = run_server(backend)
+    stub = pb_grpc.SemanticIdServiceStub(await connect(await server.address()))
+    await stub.Encode(REQUEST)
+    text = await server.metrics()
+    info = re.search(r"^semid_model_info\{(.*)\} 1\.0$", text, re.MULTILINE).group(1)
+    assert 'fingerprint="' + "f" * 64 in info
+    assert 'model="toy"' in info
+    assert "semid_serving 1.0" in text
+    assert "semid_queue_requests 0.0" in text
+    assert 'semid_rows_total{operation="encode"} 1.0' in text
+    assert 'semid_proved_rows_total{level="reference"} 7.0' in text
+
+
+async def test_a_message_beyond_the_limit_is_refused_and_the_server_goes_on(
+    run_server, backend, device, connect
+):
+    backend.may_load.set()
+    device.free()
+    server = run_server(backend, max_message_bytes=1 << 17, max_batch_bytes=1 << 17)
+    stub = pb_grpc.SemanticIdServiceStub(await connect(await server.address()))
+    large = pb.EncodeRequest(tensor=pb.Tensor(data=bytes(1 << 18)))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Encode(large)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await stub.Encode(REQUEST)).fingerprint == "f" * 64
