@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from semid_server.encoding.cpu import CpuEncoder
 from semid_server.encoding.reference import ReferenceEncoder
 
 if TYPE_CHECKING:
@@ -37,5 +38,6 @@ def make_encoder(
     reference : bool
         Compute by the definition itself: the same codes, hundreds of times slower.
     """
-    del reference  # until a faster path is here, the definition serves
-    return ReferenceEncoder(model, spec, device=device, threads=threads)
+    if reference or device.type != "cpu":
+        return ReferenceEncoder(model, spec, device=device, threads=threads)
+    return CpuEncoder(model, spec, threads=threads)

@@ -1,0 +1,282 @@
+"""The fast path on the CPU: one certified product for all layers, then a compiled chain."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import llvmlite.binding
+import numpy as np
+import torch
+
+from semid_server.encoding import cpu_kernels
+from semid_server.encoding.network import Network
+from semid_server.encoding.plan import UNIT32, Plan
+from semid_server.encoding.protocol import EncodeCounts, code_dtype_of
+from semid_server.encoding.reference import ReferenceEncoder
+from semid_server.encoding.rows import checked, default_threads, spans
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import Tensor, nn
+
+    from semid_server.model import ModelSpec
+
+    Array = npt.NDArray[Any]
+
+_BLOCK_BYTES = 1 << 19
+"""Rounded rows and products of a block stay in a core's own cache with this."""
+
+_CHUNK = 4096
+"""Rows that float32 products, or the network, work on at once."""
+
+_WIDEST_INTEGER = 1 << 16
+"""Features up to which the int16 product cannot overflow (BOUNDS.md, "Rounding to integers")."""
+
+
+def has_integer_product() -> bool:
+    """Whether this processor has the instruction that the int16 product is made of."""
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512vnni", False))
+
+
+class CpuEncoder:
+    """Codes of the reference, from one matrix product for all layers and a certificate.
+
+    The product is of int16 where the processor has AVX512-VNNI, else of float32. Rows that the
+    certificate does not prove are decided by float64 distances of their candidates, and the few
+    that those cannot tell apart by `ReferenceEncoder`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its weights are copied.
+    spec : ModelSpec
+        Its shape.
+    threads : int, optional
+        At most so many threads; all processors by default.
+    integer_product : bool, optional
+        Which product to use; the faster one that works here by default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ModelSpec,
+        *,
+        threads: int | None = None,
+        integer_product: bool | None = None,
+    ) -> None:
+        device = torch.device("cpu")
+        state = model.state_dict()
+        plan = Plan.of(spec, state, device)
+        self._spec = spec
+        self._threads = threads or default_threads()
+        self._network = Network.of(spec, state, device)
+        self._reference = ReferenceEncoder(model, spec, device=device, threads=threads)
+        self._within_range = plan.within_range
+        if integer_product is None:
+            integer_product = has_integer_product()
+        self._product: _IntegerProduct | _FloatProduct = (
+            _IntegerProduct(plan)
+            if integer_product and plan.dim <= _WIDEST_INTEGER
+            else _FloatProduct(plan)
+        )
+        self._tables = _tables(plan, self._product)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="semid-encode")
+        self._counts = EncodeCounts()
+
+    @property
+    def input_dim(self) -> int:
+        """``D``, numbers in a row."""
+        return self._spec.input_dim
+
+    @property
+    def n_layers(self) -> int:
+        """``L``, codes of a row."""
+        return self._spec.n_layers
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The smallest of uint8, uint16 and uint32 that holds every code."""
+        return code_dtype_of(self._spec)
+
+    def counts(self) -> EncodeCounts:
+        """Rows decided at each level so far."""
+        return self._counts
+
+    def warm_up(self) -> None:
+        """Compile the loops, for both types of rows that they know."""
+        before = self._counts
+        for dtype in (torch.float32, torch.float64):
+            self.encode(torch.ones(1, self.input_dim, dtype=dtype))
+        self._reference.warm_up()
+        self._counts = before
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """Codes ``(n, L)`` of ``rows`` (n, D); see `Encoder.encode`."""
+        checked(rows, self.input_dim)
+        codes = np.empty((len(rows), self.n_layers), dtype=np.int64)
+        levels = np.full(len(rows), cpu_kernels.REFERENCE, dtype=np.uint8)
+        if self._within_range:
+            # spread evenly over the threads, in blocks of which each thread finishes many
+            share = max(1, min(_CHUNK, -(-len(rows) // self._threads)))
+            for start, stop in spans(len(rows), share * self._threads):
+                self._encode_chunk(rows[start:stop], codes[start:stop], levels[start:stop])
+        left = np.flatnonzero(levels == cpu_kernels.REFERENCE)
+        if len(left):
+            codes[left] = self._reference.codes(rows[torch.from_numpy(left)]).numpy()
+        fast = int(np.count_nonzero(levels == cpu_kernels.FAST))
+        self._counts += EncodeCounts(fast, len(rows) - fast - len(left), len(left))
+        return torch.from_numpy(codes).to(self.code_dtype)
+
+    def _encode_chunk(self, rows: Tensor, codes: Array, levels: Array) -> None:
+        offsets = np.zeros(len(rows))
+        if self._network is not None:
+            features, errors = self._network.fast(rows.double())
+            offsets = torch.where(features.isfinite().all(dim=1), errors, torch.inf).numpy()
+            rows = features.nan_to_num(0.0, 0.0, 0.0)
+        elif rows.dtype in {torch.float16, torch.bfloat16}:
+            rows = rows.float()  # exact
+        values = np.ascontiguousarray(rows.numpy())
+        products = self._product.of_chunk(values)
+        share = -(-len(values) // self._threads)
+        parts = [slice(*span) for span in spans(len(values), share)]
+
+        def work(part: slice) -> None:
+            self._product.decide(
+                values[part],
+                None if products is None else products[part],
+                offsets[part],
+                self._tables,
+                codes[part],
+                levels[part],
+            )
+
+        if len(parts) == 1:
+            work(parts[0])
+        else:
+            list(self._pool.map(work, parts))
+
+
+class _IntegerProduct:
+    """Inner products of rows and centroids that were rounded to int16: exact sums of those."""
+
+    def __init__(self, plan: Plan) -> None:
+        centroids = plan.centroids.double()
+        steps, spreads, rounded = [], [], []
+        for start, stop in pairwise(plan.offsets):
+            layer = centroids[start:stop]
+            length = layer.norm(dim=1).max()
+            # a layer of zeros has step 1, and rounds without error
+            step = torch.maximum(
+                length / cpu_kernels.LONGEST, layer.abs().max() / cpu_kernels.LARGEST
+            ).clamp(min=2.0**-1000 if length else 1.0)
+            nearest = torch.round(layer / step)
+            steps.append(float(step))
+            spread = (layer - nearest * step).norm(dim=1).max() * 1.01 + 2.0**-50 * length
+            spreads.append(float(spread))
+            rounded.append(nearest.short())
+        self.steps, self.spreads = np.array(steps), np.array(spreads)
+        self._packed = _packed(torch.cat(rounded))
+        self._dim = plan.dim
+
+    def of_chunk(self, rows: Array) -> None:
+        """Nothing: each thread makes the products of its own rows."""
+        del rows
+
+    def decide(  # noqa: PLR0917 - slices of one batch, in one order
+        self,
+        rows: Array,
+        products: Array | None,
+        offsets: Array,
+        tables: cpu_kernels.Tables,
+        codes: Array,
+        levels: Array,
+    ) -> None:
+        """Codes of ``rows``, block by block, on the thread that calls."""
+        del products
+        tiles, pairs, columns = self._packed.shape
+        # a stride that is no power of two: rows of one tile do not share a place in the cache
+        stride = 2 * pairs + 32
+        bytes_of_row = 2 * stride + 4 * tiles * columns
+        tile = cpu_kernels.ROW_TILE
+        block = min(
+            max(tile, _BLOCK_BYTES // bytes_of_row // tile * tile), -(-len(rows) // tile) * tile
+        )
+        rounded = np.zeros((block, stride), dtype=np.int16)
+        sums = np.empty((block, tiles * columns), dtype=np.int32)
+        facts = np.empty((block, 4))
+        for start, stop in spans(len(rows), block):
+            part, size = rows[start:stop], stop - start
+            cpu_kernels.round_rows(part, rounded, facts)
+            facts[:size, 3] = offsets[start:stop]
+            cpu_kernels.product(rounded[: -(-size // tile) * tile], self._packed, sums)
+            cpu_kernels.decide(
+                part, sums, facts[:size], tables, codes[start:stop], levels[start:stop]
+            )
+
+
+class _FloatProduct:
+    """Inner products by the library's float32 matrix product, whose order of sums is unknown."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._centroids = plan.centroids.T.contiguous()
+        # gamma_D, and room for products that underflow
+        rounding = plan.dim * UNIT32 / (1 - plan.dim * UNIT32)
+        self.steps = np.ones(plan.n_layers)
+        self.spreads = 1.05 * rounding * plan.lengths.numpy()
+
+    def of_chunk(self, rows: Array) -> Array:
+        """Inner products float32 ``(n, N)`` of ``rows`` (n, E) and all centroids."""
+        products: Array = (torch.from_numpy(rows).float() @ self._centroids).numpy()
+        return products
+
+    def decide(  # noqa: PLR0917 - slices of one batch, in one order
+        self,
+        rows: Array,
+        products: Array | None,
+        offsets: Array,
+        tables: cpu_kernels.Tables,
+        codes: Array,
+        levels: Array,
+    ) -> None:
+        """Codes of ``rows`` from their products, on the thread that calls."""
+        assert products is not None  # noqa: S101 - it comes from `of_chunk`
+        facts = np.empty((len(rows), 4))
+        cpu_kernels.measure(rows, facts)
+        facts[:, 3] = offsets
+        cpu_kernels.decide(rows, products, facts, tables, codes, levels)
+
+
+def _tables(plan: Plan, product: _IntegerProduct | _FloatProduct) -> cpu_kernels.Tables:
+    sizes = [gram.numel() for gram in plan.grams]
+    return cpu_kernels.Tables(
+        normalize=plan.normalize,
+        offsets=np.array(plan.offsets),
+        centroids=plan.centroids.numpy(),
+        codes=plan.codes.numpy(),
+        half_norms=(plan.square_norms / 2).float().numpy(),
+        square_norms=plan.square_norms.numpy(),
+        lengths=plan.lengths.numpy(),
+        grams=torch.cat([gram.reshape(-1) for gram in plan.grams]).numpy(),
+        gram_offsets=np.cumsum([0, *sizes[:-1]]),
+        steps=product.steps,
+        spreads=product.spreads,
+    )
+
+
+def _packed(columns: Tensor) -> Array:
+    """Columns int16 ``(N, E)`` as `cpu_kernels.product` reads them, padded with zeros."""
+    count, dim = columns.shape
+    tile = cpu_kernels.COLUMN_TILE
+    tiles, pairs = -(-count // tile), -(-dim // 2)
+    padded = np.zeros((tiles * tile, 2 * pairs), dtype=np.int16)
+    padded[:count, :dim] = columns.numpy()
+    line = 64  # bytes, the size of a vector: loads of it must be aligned
+    size = tiles * pairs * tile * 4
+    memory = np.empty(size + line, dtype=np.uint8)
+    first = -memory.ctypes.data % line
+    packed = memory[first : first + size].view(np.int32).reshape(tiles, pairs, tile)
+    packed[:] = padded.view(np.int32).reshape(tiles, tile, pairs).transpose(0, 2, 1)
+    return packed

@@ -1,0 +1,488 @@
+"""The compiled loops of the CPU path. Symbols and proofs: BOUNDS.md.
+
+A batch goes through three of them: `round_rows` (rows to int16), `product` (one exact integer
+matrix product for all layers) and `decide` (the chain of layers with its certificate, and the
+layers that it does not prove again from the residual in float64).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from semid_server.encoding.plan import GREATEST_LENGTH, LEAST_LENGTH, UNIT32, UNIT64
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+ROW_TILE = 6
+"""Rows that the product works on at once; row buffers have a multiple of it."""
+
+COLUMN_TILE = 64
+"""Columns that it works on at once; the number of columns is padded to a multiple of it."""
+
+LONGEST = 46200.0
+LARGEST = 32700.0
+"""Length of a rounded row or centroid, and size of its numbers, before rounding. Both
+are below what lets an inner product overflow int32 (BOUNDS.md, "Rounding to integers")."""
+
+_DEPTH = 512
+"""Pairs of features a pass of the product works on: the columns of a tile stay in the cache."""
+
+FAST, FLOAT64, REFERENCE = 0, 1, 2
+"""Where a row was decided; the last is left to the caller."""
+
+_LOOSEST = 0.1
+"""Relative error up to which the square of a residual's length is taken from the products."""
+
+_SHORTEST_RESIDUAL = 1e-9
+"""A residual shorter than this is left to the reference: it may be clamped at 1e-12."""
+
+
+class Tables(NamedTuple):
+    """`Plan` as arrays, and the precision of the product that goes with it.
+
+    Attributes
+    ----------
+    normalize : bool
+    offsets : int64 (L + 1,)
+    centroids : float32 (N, E)
+    codes : int64 (N,)
+    half_norms : float32 (N,), half of the next
+    square_norms : float64 (N,)
+    lengths : float64 (L,), ``M_l``
+    grams : float32, the tables one after another
+    gram_offsets : int64 (L,), where each begins
+    steps : float64 (L,): what one in the product stands for, apart from the row's own step
+    spreads : float64 (L,): ``kappa_l``, error of the product for a row of length 1
+    """
+
+    normalize: bool
+    offsets: Array
+    centroids: Array
+    codes: Array
+    half_norms: Array
+    square_norms: Array
+    lengths: Array
+    grams: Array
+    gram_offsets: Array
+    steps: Array
+    spreads: Array
+
+
+# Any order of summation is within the bounds, so that LLVM may vectorise sums; no loop here sees
+# a NaN (rows are finite, and lengths out of range are left out first).
+_any_order = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "nnan"})
+
+
+@_any_order
+def round_rows(rows: Array, rounded: Array, facts: Array) -> None:
+    """Round ``rows`` (n, D), float32 or float64, to int16 in ``rounded`` (>= n, >= D).
+
+    ``facts`` float64 (n, 3) gets the length of each row, its step (what one in ``rounded`` stands
+    for) and a bound on the distance between the row and what was rounded to. Columns from D on
+    stay as they are. Rows of a length out of range become 0.
+    """
+    n, dim = rows.shape
+    slack = 1.0 + 2.0 * dim * UNIT32
+    for row in range(n):
+        x = rows[row]
+        out = rounded[row]
+        total, largest = 0.0, x.dtype.type(0.0)
+        for i in range(dim):
+            value = np.float64(x[i])
+            total += value * value
+        for i in range(dim):
+            size = abs(x[i])
+            largest = size if size > largest else largest  # noqa: FURB136 - vectorised
+        norm = math.sqrt(total)
+        facts[row, 0] = norm
+        if not LEAST_LENGTH <= norm <= GREATEST_LENGTH:
+            facts[row, 1] = facts[row, 2] = 0.0
+            for i in range(dim):
+                out[i] = 0
+            continue
+        step = max(norm / LONGEST, np.float64(largest) / LARGEST)
+        inverse = x.dtype.type(1.0 / step)
+        errors = x.dtype.type(0.0)
+        for i in range(dim):
+            scaled = x[i] * inverse
+            # rounds to nearest by cutting off a positive number; which way is of no importance
+            nearest = np.int32(scaled + x.dtype.type(32768.5)) - np.int32(32768)
+            out[i] = np.int16(nearest)
+            error = scaled - x.dtype.type(nearest)
+            errors += error * error
+        facts[row, 1] = step
+        facts[row, 2] = step * math.sqrt(np.float64(errors)) * slack + 4.0 * UNIT32 * norm
+
+
+@_any_order
+def measure(rows: Array, facts: Array) -> None:
+    """Facts of ``rows`` as `round_rows` gives them, for rows that are rounded to float32."""
+    n, dim = rows.shape
+    for row in range(n):
+        total = 0.0
+        for i in range(dim):
+            value = np.float64(rows[row, i])
+            total += value * value
+        norm = math.sqrt(total)
+        facts[row, 0] = norm
+        facts[row, 1] = 1.0
+        facts[row, 2] = 1.01 * UNIT32 * norm
+
+
+@intrinsic
+def _multiply_tile(typingctx, a, a_stride, b, pairs, c, c_stride):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001, PLR0917 - numba's protocol
+    """Add to a tile of ``c``, 6 x 64 int32, the inner products of int16 pairs.
+
+    ``a``, ``b`` and ``c`` are addresses: of the first of 6 rows of pairs, ``a_stride`` bytes apart;
+    of ``pairs`` x 64 pairs; of the first of 6 rows of int32, ``c_stride`` bytes apart. One
+    instruction (VPDPWSSD) multiplies 32 pairs of int16 and adds them up, exactly.
+    """
+    signature = types.void(*[types.int64] * 6)
+    i16, i32, i64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+    sums, halves = ir.VectorType(i32, 16), ir.VectorType(i16, 32)
+    vectors = COLUMN_TILE // 16
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001 - numba's protocol
+        a, a_stride, b, pairs, c, c_stride = arguments
+        dot = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(sums, [sums, halves, halves]),
+            "llvm.x86.avx512.vpdpwssd.512",
+        )
+
+        def at(address: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
+            return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+
+        def times(value: ir.Value, factor: int) -> ir.Value:
+            return builder.mul(value, i64(factor))
+
+        rows_of_c = [builder.add(c, times(c_stride, row)) for row in range(ROW_TILE)]
+        tiles = [[at(row, i64(64 * j), sums) for j in range(vectors)] for row in rows_of_c]
+        first = [[builder.load(tile, align=4) for tile in row] for row in tiles]
+        rows_of_a = [builder.add(a, times(a_stride, row)) for row in range(ROW_TILE)]
+
+        before = builder.block
+        loop = builder.append_basic_block("pairs")
+        after = builder.append_basic_block("store")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        index = builder.phi(i64)
+        index.add_incoming(i64(0), before)
+        total = [[builder.phi(sums) for _ in row] for row in tiles]
+        columns = builder.add(b, times(index, 4 * COLUMN_TILE))
+        loaded = [
+            builder.bitcast(builder.load(at(columns, i64(64 * j), sums), align=64), halves)
+            for j in range(vectors)
+        ]
+        result = []
+        for row, sums_of_row in zip(rows_of_a, total, strict=True):
+            pair = builder.load(at(row, times(index, 4), i32), align=4)
+            spread = builder.insert_element(ir.Constant(sums, ir.Undefined), pair, i32(0))
+            spread = builder.shuffle_vector(
+                spread, ir.Constant(sums, ir.Undefined), ir.Constant(sums, [0] * 16)
+            )
+            spread = builder.bitcast(spread, halves)
+            result.append(
+                [
+                    builder.call(dot, [value, spread, column])
+                    for value, column in zip(sums_of_row, loaded, strict=True)
+                ]
+            )
+        following = builder.add(index, i64(1))
+        index.add_incoming(following, loop)
+        for row, (phis, start) in enumerate(zip(total, first, strict=True)):
+            for j, phi in enumerate(phis):
+                phi.add_incoming(start[j], before)
+                phi.add_incoming(result[row][j], loop)
+        builder.cbranch(builder.icmp_signed("<", following, pairs), loop, after)
+        builder.position_at_end(after)
+        for row, values in zip(tiles, result, strict=True):
+            for tile, value in zip(row, values, strict=True):
+                builder.store(value, tile, align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@njit(nogil=True, cache=True)
+def product(
+    rounded: Array,
+    packed: Array,
+    out: Array,
+) -> None:
+    """Inner products int32 ``out`` (n, N) of the rows of ``rounded`` and all columns.
+
+    ``rounded`` is int16 ``(n, >= 2 P)``, ``n`` a multiple of `ROW_TILE`; ``packed`` int32
+    ``(N / 64, P, 64)``, 64-byte aligned: two int16 of one column lie together. Needs AVX512-VNNI.
+    """
+    n = len(rounded)
+    tiles, pairs, _ = packed.shape
+    out[:] = 0
+    for start in range(0, pairs, _DEPTH):
+        depth = min(_DEPTH, pairs - start)
+        for tile in range(tiles):
+            for row in range(0, n, ROW_TILE):
+                _multiply_tile(  # type: ignore[call-arg] # the typing context is numba's own
+                    np.int64(rounded[row:].ctypes.data) + 4 * start,
+                    rounded.strides[0],
+                    np.int64(packed[tile, start:].ctypes.data),
+                    depth,
+                    np.int64(out[row:].ctypes.data) + 4 * COLUMN_TILE * tile,
+                    out.strides[0],
+                )
+
+
+@_any_order
+def _distance(residual: Array, centroid: Array) -> float:
+    """``||residual - centroid||^2`` in float64, in any order."""
+    total = 0.0
+    for i in range(len(residual)):
+        difference = residual[i] - np.float64(centroid[i])
+        total += difference * difference
+    return total
+
+
+@_any_order
+def _scores(  # noqa: PLR0917 - numba takes no keywords
+    products: Array, factor: float, layer: int, chosen: Array, weights: Array,
+    tables: Tables, out: Array,
+) -> float:  # fmt: skip
+    """``v_k = ||c_k||^2 / 2 - <u_l, c_k>`` of one layer in float32; returns the least."""
+    start, stop = tables.offsets[layer], tables.offsets[layer + 1]
+    width = stop - start
+    half_norms = tables.half_norms[start:stop]
+    inner = products[start:stop]
+    factor32 = np.float32(factor)
+    for k in range(width):
+        out[k] = half_norms[k] - factor32 * np.float32(inner[k])
+    for earlier in range(layer):
+        weight = np.float32(weights[earlier])
+        place = tables.gram_offsets[layer] + chosen[earlier] * width
+        gram = tables.grams[place : place + width]
+        for k in range(width):
+            out[k] += weight * gram[k]
+    least = out[0]
+    for k in range(width):
+        least = out[k] if out[k] < least else least  # noqa: FURB136 - this form is vectorised
+    return least  # type: ignore[no-any-return] # a float32
+
+
+@_any_order
+def _within(scores: Array, cut: float) -> tuple[int, int]:
+    """How many scores are at most ``cut``, and the sum of their indices."""
+    count = index = np.int32(0)
+    cut32 = np.float32(cut)
+    for k in range(len(scores)):
+        hit = np.int32(scores[k] <= cut32)
+        count += hit
+        index += hit * np.int32(k)
+    return count, index  # type: ignore[return-value] # int32 is compiled as an int
+
+
+@_any_order
+def _start(row: Array, factor: float, residual: Array) -> None:
+    for i in range(len(residual)):
+        residual[i] = np.float64(row[i]) * factor
+
+
+@_any_order
+def _subtract(
+    residual: Array,
+    centroid: Array,
+    normalize: bool,  # noqa: FBT001 - numba has no keyword-only arguments
+) -> float:
+    """Take the centroid off, and bring what is left to length 1 if asked; return that length."""
+    total = 0.0
+    for i in range(len(residual)):
+        residual[i] -= np.float64(centroid[i])
+        total += residual[i] * residual[i]
+    norm = math.sqrt(total)
+    if normalize and norm > 0.0:
+        inverse = 1.0 / norm
+        for i in range(len(residual)):
+            residual[i] *= inverse
+    return norm
+
+
+class _State(NamedTuple):
+    """What is known of a row before a layer; all but ``alpha`` bound something from above.
+
+    Attributes
+    ----------
+    alpha : float
+        ``alpha_l``, by which the row is multiplied in its residual.
+    error : float
+        ``E_l``, distance of a float64 residual from the exact one.
+    bound : float
+        ``eps_l``, error of a score.
+    exact_bound : float
+        ``eta_l``, error of a squared distance in float64.
+    useful : bool
+        Whether the scores can tell anything.
+    """
+
+    alpha: float
+    error: float
+    bound: float
+    exact_bound: float
+    useful: bool
+
+
+@njit(nogil=True, cache=True)
+def _state_before(  # noqa: PLR0917 - numba takes no keywords
+    layer: int, facts: Array, norms: Array, slips: Array, least_norms: Array,
+    tables: Tables, weights: Array,
+) -> _State:  # fmt: skip
+    """Bounds of BOUNDS.md before ``layer``, from the norms so far; sets ``weights``, ``beta_i``."""
+    length, _, rounding, offset = facts
+    g = (tables.centroids.shape[1] + 16) * UNIT64
+    if tables.normalize:
+        alpha, size, mass = 1.0 / length, 1.0, 1.0
+        drift = error = 2.1 * offset / length + g
+        for i in range(layer):
+            weights[i] = 1.0
+            for j in range(i + 1):
+                weights[j] /= norms[i]
+            alpha /= norms[i]
+            mass = (mass + tables.lengths[i]) / norms[i]
+            drift = drift / norms[i] + slips[i]
+            error = (2.0 * error + 3.0 * UNIT64 * norms[i]) / least_norms[i] + g
+    else:
+        alpha, size, mass = 1.0, length, length
+        drift = error = offset
+        for i in range(layer):
+            weights[i] = 1.0
+            mass += tables.lengths[i]
+            error += 2.0 * UNIT64 * (mass + error)
+            size += tables.lengths[i]
+    longest = tables.lengths[layer]
+    reach = size + longest
+    drift += (2 * layer + 8) * UNIT64 * mass
+    bound = 1.001 * (
+        alpha * (rounding * longest + length * tables.spreads[layer])
+        + drift * longest
+        + (layer + 9) * UNIT32 * longest * (mass + longest)
+    )
+    exact_bound = 1.01 * (g * reach * reach + (2.0 * reach + error) * error)
+    useful = 2.0 * bound + exact_bound < reach * longest and mass < GREATEST_LENGTH
+    return _State(alpha, error, bound, exact_bound, useful)
+
+
+@njit(nogil=True, cache=True)
+def _nearest(
+    residual: Array, start: int, candidates: Array, tables: Tables
+) -> tuple[int, float, float]:
+    """Nearest of the candidates in float64, its squared distance, and that of the next."""
+    least, second, best = np.inf, np.inf, 0
+    for k in candidates:
+        distance = _distance(residual, tables.centroids[start + k])
+        if distance < least:
+            least, second, best = distance, least, k
+        elif distance < second:
+            second = distance
+    return best, least, second
+
+
+@njit(nogil=True, cache=True)
+def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compiled; numba takes no keywords
+    rows: Array, products: Array, facts: Array, tables: Tables, codes: Array, levels: Array
+) -> None:  # fmt: skip
+    """Codes of rows from their products, each proved to be the reference's.
+
+    ``rows`` (n, E) are float32 or float64; ``products`` (>= n, >= N) int32 or float32; ``facts``
+    float64 (n, 4): length, step and rounding error of each row as from `round_rows`, and how far
+    the row may be from the exact one (`Network.fast`). ``codes`` int64 (n, L) and ``levels`` uint8
+    (n,) are written; codes of a row at level `REFERENCE` are not to be used.
+    """
+    n_layers = len(tables.lengths)
+    g = (rows.shape[1] + 16) * UNIT64
+    widest = np.max(tables.offsets[1:] - tables.offsets[:-1])
+    scores = np.empty(widest, np.float32)
+    candidates = np.empty(widest, np.int64)
+    residual = np.empty(rows.shape[1])
+    chosen = np.empty(n_layers, np.int64)  # columns, over all layers
+    weights = np.empty(n_layers)
+    norms = np.empty(n_layers)  # n_i as computed
+    slips = np.empty(n_layers)  # nu_i, bounds on |n_i / computed - 1|
+    least_norms = np.empty(n_layers)  # lower bounds on n_i
+
+    for row in range(len(rows)):
+        length, step, _, offset = facts[row]
+        if not (LEAST_LENGTH <= length <= GREATEST_LENGTH and offset <= 0.01 * length):
+            levels[row] = REFERENCE
+            continue
+        level = FAST
+        depth = -1  # `residual` holds that of layer `depth`
+        for layer in range(n_layers):
+            state = _state_before(layer, facts[row], norms, slips, least_norms, tables, weights)
+            start = tables.offsets[layer]
+            width = tables.offsets[layer + 1] - start
+            factor = state.alpha * step * tables.steps[layer]
+            count, best = width, 0
+            if state.useful:
+                least = _scores(products[row], factor, layer, chosen, weights, tables, scores)
+                margin = 2.0 * state.bound + state.exact_bound
+                cut = least + margin * (1.0 + 4.0 * UNIT32)
+                count, best = _within(scores[:width], cut)
+                if count > 1:
+                    count = 0
+                    for k in range(width):
+                        if scores[k] <= np.float32(cut):
+                            candidates[count] = k
+                            count += 1
+            elif width > 1:
+                for k in range(width):
+                    candidates[k] = k
+
+            # the length of what this layer leaves, if the products tell it well enough
+            known = not tables.normalize or layer == n_layers - 1
+            if count == 1 and not known:
+                inner = factor * np.float64(products[row, start + best])
+                for i in range(layer):
+                    place = tables.gram_offsets[layer] + chosen[i] * width + best
+                    inner -= weights[i] * np.float64(tables.grams[place])
+                square = 1.0 + tables.square_norms[start + best] - 2.0 * inner
+                if 2.01 * state.bound <= _LOOSEST * square:
+                    share = 2.01 * state.bound / square
+                    norms[layer] = math.sqrt(square)
+                    slips[layer] = share / (1.0 + math.sqrt(1.0 - share))
+                    least_norms[layer] = norms[layer] * math.sqrt(1.0 - share)
+                    known = least_norms[layer] > _SHORTEST_RESIDUAL
+
+            if count > 1 or not known:
+                level = FLOAT64
+                if depth < 0:
+                    _start(rows[row], 1.0 / length if tables.normalize else 1.0, residual)
+                    depth = 0
+                while depth < layer:
+                    _subtract(residual, tables.centroids[chosen[depth]], tables.normalize)
+                    depth += 1
+                if count == 1:
+                    candidates[0] = best
+                best, least64, second = _nearest(residual, start, candidates[:count], tables)
+                if not second - least64 > 4.0 * state.exact_bound:
+                    level = REFERENCE
+                    break
+                if tables.normalize and layer < n_layers - 1:
+                    norm = math.sqrt(least64)
+                    unsure = 1.01 * (state.error + g * norm)
+                    if not norm - unsure > _SHORTEST_RESIDUAL:
+                        level = REFERENCE
+                        break
+                    norms[layer] = norm
+                    slips[layer] = unsure / norm
+                    least_norms[layer] = norm - unsure
+
+            chosen[layer] = start + best
+            codes[row, layer] = tables.codes[start + best]
+        levels[row] = level
