@@ -56,7 +56,7 @@ FILL_TYPES: dict[EmbeddingType, torch.dtype] = {
     "float64": torch.float64,
 }
 
-MAX_NAMED_ROWS = 16
+MAX_NAMED_ROWS = 8
 
 
 class Backend(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):

@@ -32,11 +32,14 @@ CODES: dict[type[errors.SemidError], grpc.StatusCode] = {
     errors.DegenerateModelError: grpc.StatusCode.INTERNAL,
 }
 
-MAX_VIOLATIONS = 16
-"""Violations sent: details beyond some 4 KB do not fit the trailers of a response."""
+MAX_VIOLATIONS = 8
+"""Violations sent: trailers hold 8 KB in all, with the text in them twice and encoded."""
 
-MAX_TEXT = 1024
-"""Characters of a message or of a violation sent, for the same reason."""
+MAX_TEXT = 512
+"""Characters of a message sent, for the same reason."""
+
+MAX_DESCRIPTION = 128
+"""Characters of the description of a violation."""
 
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
@@ -65,7 +68,7 @@ def status_of(error: errors.SemidError) -> WireStatus:
                 field_violations=[
                     error_details_pb2.BadRequest.FieldViolation(
                         field=violation.field,
-                        description=_shortened(violation.description, MAX_TEXT // 8),
+                        description=_shortened(violation.description, MAX_DESCRIPTION),
                     )
                     for violation in error.violations[:MAX_VIOLATIONS]
                 ]

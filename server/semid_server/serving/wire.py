@@ -47,7 +47,7 @@ MODEL_KINDS: Final = {
     "rq-vae": pb.MODEL_KIND_RQ_VAE,
 }
 
-MAX_NAMED_ROWS = 16
+MAX_NAMED_ROWS = 8
 
 
 def read_embeddings(

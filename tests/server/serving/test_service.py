@@ -250,6 +250,12 @@ async def test_an_unknown_model_is_not_found_and_the_served_one_named(toy):
     assert "'toy'" in message
 
 
+async def test_however_long_a_name_is_the_answer_arrives(toy):
+    code, message, _, _ = await failure(toy.stub.Encode(encode_request(ROWS, model="é" * 100_000)))
+    assert code == grpc.StatusCode.NOT_FOUND
+    assert message.startswith("no model named 'ééé")
+
+
 async def test_a_wrong_fingerprint_is_a_failed_precondition_and_both_are_named(toy):
     for call in (
         toy.stub.Encode(encode_request(ROWS, expected_fingerprint="abc")),

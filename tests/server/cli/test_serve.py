@@ -1,0 +1,110 @@
+"""How `semid serve` takes its settings, and what it says of wrong ones."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from click.testing import CliRunner
+
+from semid_server.cli import serve as module
+from semid_server.cli.serve import serve
+from semid_server.errors import ConfigurationError
+from semid_server.model import Activation, ModelKind
+from semid_server.serving import server as server_module
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Record the configuration that the command builds, and serve nothing."""
+    configs = []
+
+    class Server:
+        def __init__(self, config, *, announce):
+            configs.append(config)
+            self._announce = announce
+
+        async def run(self):
+            await asyncio.sleep(0)
+            self._announce("serving toy on 127.0.0.1:1")
+
+    monkeypatch.setattr(server_module, "Server", Server)
+    return configs
+
+
+def run(*arguments, **environment):
+    return CliRunner().invoke(serve, arguments, env=environment)
+
+
+def test_flags_win_over_the_environment_and_both_over_the_file(served, tmp_path):
+    file = tmp_path / "semid.toml"
+    file.write_text('checkpoint = "from-file"\nport = 1\nmetrics-port = 2\nmax_batch_rows = 3\n')
+    result = run(
+        "--config",
+        str(file),
+        "--port",
+        "11",
+        SEMID_SERVE_PORT="12",
+        SEMID_SERVE_METRICS_PORT="13",
+    )
+    assert result.exit_code == 0, result.output
+    (config,) = served
+    assert str(config.checkpoint) == "from-file"
+    assert (config.port, config.metrics_port, config.max_batch_rows) == (11, 13, 3)
+
+
+def test_every_flag_has_an_environment_twin_and_help():
+    for option in serve.params:
+        assert option.envvar == f"SEMID_SERVE_{option.name.upper()}"
+        assert option.show_envvar
+        assert len(option.help) > 30
+
+
+def test_booleans_and_files_of_settings_can_come_from_the_environment(served, tmp_path):
+    file = tmp_path / "semid.toml"
+    file.write_text("normalize-residuals = false\nreference = true\n")
+    result = run(SEMID_SERVE_CONFIG=str(file), SEMID_SERVE_CHECKPOINT="x")
+    assert result.exit_code == 0, result.output
+    assert served[0].normalize_residuals is False
+    assert served[0].reference is True
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("port = [1, 2]", "gives 'port' more than one value"),
+        ("prot = 1", "sets 'prot', which no flag has as its name; known: activation"),
+        ("port = ", "is not valid TOML"),
+        ("port = 'many'", "'many' is not a valid integer"),
+    ],
+)
+def test_a_bad_configuration_file_is_told_the_place(served, tmp_path, content, text):
+    file = tmp_path / "semid.toml"
+    file.write_text(content)
+    result = run("--config", str(file), "--checkpoint", "x")
+    assert result.exit_code == 2
+    assert text in " ".join(result.output.split())
+    assert not served
+
+
+def test_what_the_server_refuses_is_one_sentence_and_status_one(monkeypatch):
+    class Server:
+        def __init__(self, config, *, announce): ...
+
+        async def run(self):
+            raise ConfigurationError("cannot listen on 0.0.0.0:1")
+
+    monkeypatch.setattr(server_module, "Server", Server)
+    result = run("--checkpoint", "x")
+    assert result.exit_code == 1
+    assert result.output == "Error: cannot listen on 0.0.0.0:1\n"
+
+
+def test_where_it_listens_is_printed_on_standard_output(served):
+    result = run("--checkpoint", "x")
+    assert result.stdout == "semid: serving toy on 127.0.0.1:1\n"
+
+
+def test_the_choices_are_those_of_the_model():
+    assert tuple(kind.value for kind in ModelKind) == module.KINDS
+    assert tuple(activation.value for activation in Activation) == module.ACTIVATIONS

@@ -1,0 +1,58 @@
+"""The table from errors to statuses is complete, and what it sends fits the wire."""
+
+from __future__ import annotations
+
+import inspect
+
+import grpc
+import pytest
+from google.rpc import status_pb2
+
+from semid_server import errors
+from semid_server.errors import FieldViolation, InvalidInputError, OverloadedError
+from semid_server.serving.status import CODES, DETAILS_KEY, MAX_VIOLATIONS, status_of
+
+ALL_ERRORS = [
+    error
+    for _, error in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(error, errors.SemidError)
+]
+
+
+@pytest.mark.parametrize("error", ALL_ERRORS, ids=lambda error: error.__name__)
+def test_every_error_that_can_be_raised_has_a_status(error):
+    if error is not errors.SemidError:  # the base is never raised itself
+        assert error in CODES
+
+
+def test_the_tree_in_the_docstring_names_every_error():
+    for error in ALL_ERRORS:
+        assert error.__name__ in errors.__doc__
+
+
+def test_details_fit_the_trailers_however_much_is_wrong():
+    violations = [FieldViolation(f"embeddings[{row}]", "é" * 5000) for row in range(10_000)]
+    status = status_of(InvalidInputError("é" * 100_000, violations))
+    packed = dict(status.trailing_metadata)[DETAILS_KEY]
+    # The message percent-encoded and the details in base64, beside each other.
+    assert 3 * len(status.message.encode()) + 4 * len(packed) / 3 < 8192
+    assert len(status_pb2.Status.FromString(packed).details) == 1
+
+
+def test_no_more_violations_are_sent_than_the_limit():
+    violations = [FieldViolation(f"embeddings[{row}]", "is bad") for row in range(100)]
+    packed = dict(status_of(InvalidInputError("bad", violations)).trailing_metadata)[DETAILS_KEY]
+    assert packed.count(b"is bad") == MAX_VIOLATIONS
+
+
+def test_what_a_checkpoint_error_says_stays_in_the_log():
+    status = status_of(errors.MalformedCheckpointError("/secret/path", "is cut short"))
+    assert status.code == grpc.StatusCode.INTERNAL
+    assert "secret" not in status.message
+
+
+def test_an_overload_carries_its_hint_twice():
+    status = status_of(OverloadedError("full", retry_after=1.5))
+    metadata = dict(status.trailing_metadata)
+    assert metadata["grpc-retry-pushback-ms"] == "1500"
+    assert DETAILS_KEY in metadata
