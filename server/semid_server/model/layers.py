@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.functional import one_hot
 
 from semid_server.model.distances import SquaredEuclideanDistance
 from semid_server.model.initializers import KMeansPlusPlusInitInitializer
 from semid_server.model.losses import BetaQuantizationLoss, WeightedSquaredError
+from semid_server.model.ranks import from_first_rank, is_first_rank, summed_over_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -25,6 +27,9 @@ T = TypeVar("T")
 
 DEFAULT_OPTIMIZER = partial(torch.optim.SGD, lr=0.5)
 """At this rate a step on ``w ||c - m||^2`` moves ``c`` by exactly ``w (m - c)``."""
+
+DEFAULT_INIT_BUFFER_SIZE = 3072
+"""Rows from which the first centroids are drawn."""
 
 
 class Assignment(NamedTuple):
@@ -85,7 +90,17 @@ class QuantizationLayer(nn.Module, ABC):
     update_manually : bool
         Assign new centroids directly, without a loss and an optimizer.
 
-    A class given for one of the first three is constructed without arguments.
+    Where a distance, an initializer or a loss is expected, its class does too: it is constructed
+    without arguments.
+
+    Attributes
+    ----------
+    centroids : nn.Parameter
+        ``(K, E)``.
+    is_initialized : bool
+        Whether training has drawn the first centroids.
+    has_trained : bool
+        Whether training has fitted them to a batch since.
     """
 
     def __init__(
@@ -111,6 +126,7 @@ class QuantizationLayer(nn.Module, ABC):
         self.update_manually = update_manually
         self.centroids = nn.Parameter(torch.zeros(n_clusters, n_features))
         self.is_initialized = False
+        self.has_trained = False
         self._buffer: list[Tensor] = []
 
     @torch.no_grad()
@@ -121,12 +137,17 @@ class QuantizationLayer(nn.Module, ABC):
 
     def model_step(self, batch: Tensor) -> LayerStep:
         """Train on rows ``batch`` (n, E): buffer them, draw the centroids, or fit them."""
-        return self(batch) if self.is_initialized else self.initialization_step(batch)
+        if not self.is_initialized:
+            return self.initialization_step(batch)
+        self.has_trained = True
+        step: LayerStep = self(batch)
+        return step
 
     def initialization_step(self, batch: Tensor) -> LayerStep:
         """Buffer rows ``batch`` (n, E); when the buffer is full, draw the first centroids.
 
-        A step of `DEFAULT_OPTIMIZER` on the loss returned puts the centroids exactly there.
+        A step of `DEFAULT_OPTIMIZER` on the loss returned puts the centroids exactly there. Of
+        several ranks the first decides when, and draws from its own buffer for all of them.
 
         Raises
         ------
@@ -134,11 +155,15 @@ class QuantizationLayer(nn.Module, ABC):
             If the buffer holds fewer rows than there are centroids.
         """
         self._buffer_points(batch)
-        if self.buffered_rows < self.init_buffer_size:
+        full = torch.tensor(self.buffered_rows >= self.init_buffer_size, device=batch.device)
+        if not from_first_rank(full):
             codes = torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
             loss = self._initial_loss(torch.zeros_like(self.centroids))
             return LayerStep(codes, torch.zeros_like(batch), loss)
-        drawn = self.initializer(torch.cat(self._buffer), self.n_clusters)
+        drawn = torch.empty_like(self.centroids)
+        if is_first_rank():
+            drawn = self.initializer(torch.cat(self._buffer), self.n_clusters)
+        drawn = from_first_rank(drawn)
         self._buffer = []
         self.is_initialized = True
         codes = self.distance_function.compute(batch.detach(), drawn).argmin(dim=1)
@@ -153,6 +178,20 @@ class QuantizationLayer(nn.Module, ABC):
         """Append rows of ``batch`` (n, E) until the buffer is full; the rest is not used."""
         room = self.init_buffer_size - self.buffered_rows
         self._buffer.append(batch[:room].detach().clone())
+
+    def training_state(self) -> dict[str, object]:
+        """What training needs to go on besides the parameters: counts, flags and buffered rows."""
+        return {
+            "is_initialized": self.is_initialized,
+            "has_trained": self.has_trained,
+            "buffer": [rows.clone() for rows in self._buffer],
+        }
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what `training_state` gave."""
+        self.is_initialized = state["is_initialized"]
+        self.has_trained = state["has_trained"]
+        self._buffer = [rows.to(self.centroids.device) for rows in state["buffer"]]
 
     def _initial_loss(self, drawn: Tensor) -> Tensor | None:
         if not self.update_manually:
@@ -183,7 +222,7 @@ class MiniBatchKMeans(QuantizationLayer):
         initializer: Initializer | type[Initializer] = KMeansPlusPlusInitInitializer,
         loss_function: nn.Module | type[nn.Module] = WeightedSquaredError,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
-        init_buffer_size: int = 3072,
+        init_buffer_size: int = DEFAULT_INIT_BUFFER_SIZE,
         update_manually: bool = False,  # noqa: FBT001, FBT002 - one of the published parameters
     ) -> None:
         super().__init__(
@@ -199,18 +238,28 @@ class MiniBatchKMeans(QuantizationLayer):
         # Rows seen by each centroid in training, N_j: no part of a served model's state.
         self.register_buffer("counts", torch.zeros(n_clusters, dtype=torch.int64), persistent=False)
 
+    def training_state(self) -> dict[str, object]:
+        """What training needs to go on, the rows that each centroid has seen included."""
+        return super().training_state() | {"counts": self.counts.clone()}
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what `training_state` gave."""
+        super().load_training_state(state)
+        self.counts.copy_(state["counts"])
+
     def forward(self, batch: Tensor) -> LayerStep:
         """Move each centroid towards the mean of its rows in ``batch`` (n, E).
 
         With ``n_j`` rows in the batch and ``N_j`` so far, these included, centroid ``j`` goes the
         share ``n_j / N_j`` of the way: directly with ``update_manually``, else through a step of
-        `DEFAULT_OPTIMIZER` on the loss ``sum_j (n_j / N_j) ||c_j - m_j||^2``.
+        `DEFAULT_OPTIMIZER` on the loss ``sum_j (n_j / N_j) ||c_j - m_j||^2``. Several ranks do what
+        one would do with all of their rows.
         """
         codes, embeddings = self.predict_step(batch)
-        rows = torch.bincount(codes, minlength=self.n_clusters)
+        rows = summed_over_ranks(torch.bincount(codes, minlength=self.n_clusters))
+        sums = summed_over_ranks(sums_by_code(batch.detach(), codes, self.n_clusters))
         self.counts += rows
         hit = rows.nonzero().squeeze(1)
-        sums = torch.zeros_like(self.centroids).index_add_(0, codes, batch.detach())
         means = sums[hit] / rows[hit, None]
         weights = rows[hit] / self.counts[hit]
         if not self.update_manually:
@@ -236,7 +285,7 @@ class VectorQuantization(QuantizationLayer):
         initializer: Initializer | type[Initializer] = KMeansPlusPlusInitInitializer,
         loss_function: nn.Module | type[nn.Module] = BetaQuantizationLoss,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
-        init_buffer_size: int = 3072,
+        init_buffer_size: int = DEFAULT_INIT_BUFFER_SIZE,
     ) -> None:
         super().__init__(
             n_clusters,
@@ -258,6 +307,13 @@ class VectorQuantization(QuantizationLayer):
         chosen = self.centroids[codes]
         straight_through = batch + (chosen - batch).detach()
         return LayerStep(codes, straight_through, self.loss_function(batch, chosen))
+
+
+def sums_by_code(rows: Tensor, codes: Tensor, n_clusters: int) -> Tensor:
+    """Sums ``(K, E)`` of the rows ``(n, E)`` that have each code, the same in every run."""
+    if rows.is_cuda:  # there index_add_ adds in the order in which threads happen to arrive
+        return one_hot(codes, n_clusters).to(rows.dtype).T @ rows
+    return rows.new_zeros(n_clusters, rows.shape[1]).index_add_(0, codes, rows)
 
 
 def _instance(part: T | type[T]) -> T:

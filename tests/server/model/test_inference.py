@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from semid_server.errors import InvalidInputError, UnsupportedDecodeModeError
 from semid_server.model import (
     MLP,

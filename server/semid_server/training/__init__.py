@@ -1,0 +1,1 @@
+"""Fitting the quantiser: the loop and its state, refinement, calibration, report."""
