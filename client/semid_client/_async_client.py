@@ -106,7 +106,7 @@ class AsyncClient(BaseClient):
             return grpc.aio.insecure_channel(settings.target, settings.options)
         return grpc.aio.secure_channel(settings.target, settings.credentials, settings.options)
 
-    def _start(self, method: str, request: Any, timeout: float) -> Any:
+    def _start(self, method: str, request: Any, timeout: float, *, alone: bool) -> Any:  # noqa: ARG002 -- all calls wait alike here
         return getattr(self._stub, method)(
             request, timeout=timeout, metadata=self._settings.metadata
         )

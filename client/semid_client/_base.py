@@ -134,8 +134,11 @@ class BaseClient(ABC):
     def _open_channel(settings: Settings) -> Any: ...
 
     @abstractmethod
-    def _start(self, method: str, request: Any, timeout: float) -> Any:
-        """Start a call without waiting for it; it can be waited for, and cancelled."""
+    def _start(self, method: str, request: Any, timeout: float, *, alone: bool) -> Any:
+        """Return a call that can be waited for, and cancelled.
+
+        It is under way at once, unless it is ``alone``: then nothing else is until it is done.
+        """
 
     @abstractmethod
     def _pause(self, seconds: float) -> Any:
@@ -145,7 +148,7 @@ class BaseClient(ABC):
 
     def _call(self, method: str, request: Any, deadline: Deadline) -> Flow[Any]:
         with self._errors_of(method):
-            return (yield self._start(method, request, deadline.remaining()))
+            return (yield self._start(method, request, deadline.remaining(), alone=True))
 
     def _model_flow(self, timeout: float | None) -> Flow[ModelInfo]:
         return (yield from self._fetch_model(self._deadline(timeout)))
@@ -273,8 +276,9 @@ class BaseClient(ABC):
         request = job.transfer.request(
             span, model=self._settings.model, expected_fingerprint=job.expected_fingerprint
         )
+        alone = span.stop - span.start == job.transfer.source.shape[0]
         with self._errors_of(job.transfer.method):
-            return self._start(job.transfer.method, request, deadline.remaining())
+            return self._start(job.transfer.method, request, deadline.remaining(), alone=alone)
 
     @contextmanager
     def _errors_of(self, method: str) -> Iterator[None]:
