@@ -1,0 +1,260 @@
+"""Embeddings in files, larger than memory or not, and the batches of a training run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from semid_server.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+NPY_BLOCK_ROWS = 4096
+"""Rows that are read at a time from an ``.npy`` file."""
+
+SHUFFLE_ROWS = 1 << 18
+"""Rows held in memory to be shuffled: a set no larger is shuffled whole."""
+
+
+class Rows(Protocol):
+    """Embeddings that are read in blocks."""
+
+    @property
+    def n_rows(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Numbers in each."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[tuple[int, int]]:
+        """Where each block starts and stops; together they are all rows, in order."""
+        ...
+
+    def read(self, block: int) -> Floats:
+        """Rows float32 ``(stop - start, dim)`` of a block, all finite."""
+        ...
+
+
+class ArrayRows:
+    """Rows of an array in memory or a memory map, ``(n, dim)`` of any floating-point type.
+
+    Parameters
+    ----------
+    array : array (n, dim)
+        The rows.
+    name : str
+        Its name in messages.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is not such an array.
+    """
+
+    def __init__(self, array: NDArray[Any], name: str = "embeddings") -> None:
+        if array.ndim != 2 or 0 in array.shape:  # noqa: PLR2004 - a matrix
+            raise ConfigurationError(
+                f"{name}: shape {array.shape}; expected (n, dim) with at least one row and column"
+            )
+        if array.dtype.kind != "f":
+            raise ConfigurationError(f"{name}: dtype {array.dtype}; expected a floating-point type")
+        self.n_rows, self.dim = array.shape
+        self.blocks = [
+            (start, min(start + NPY_BLOCK_ROWS, self.n_rows))
+            for start in range(0, self.n_rows, NPY_BLOCK_ROWS)
+        ]
+        self._array = array
+        self._name = name
+
+    def read(self, block: int) -> Floats:
+        """Rows float32 ``(stop - start, dim)`` of a block.
+
+        Raises
+        ------
+        ConfigurationError
+            If one of them holds NaN or infinity; the message names the row.
+        """
+        start, stop = self.blocks[block]
+        rows = np.ascontiguousarray(self._array[start:stop], dtype=np.float32)
+        return _finite(rows, start, self._name)
+
+
+class ParquetRows:
+    """Rows of a Parquet column of lists of numbers; each row group is a block.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    column : str, optional
+        Name of the column; None takes the only one that holds lists.
+
+    Raises
+    ------
+    ConfigurationError
+        If pyarrow is not installed, or the file has no such column.
+    """
+
+    def __init__(self, path: Path, column: str | None = None) -> None:
+        try:
+            import pyarrow as pa  # noqa: PLC0415 - needed for such files alone
+            import pyarrow.parquet as pq  # noqa: PLC0415 - the same
+        except ImportError as error:
+            raise ConfigurationError(
+                f"{path}: reading Parquet needs pyarrow: pip install pyarrow, or convert to .npy"
+            ) from error
+        try:
+            self._file = pq.ParquetFile(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ConfigurationError(f"{path}: cannot be read as Parquet: {error}") from error
+        lists = [
+            field.name
+            for field in self._file.schema_arrow
+            if pa.types.is_list(field.type)
+            or pa.types.is_large_list(field.type)
+            or pa.types.is_fixed_size_list(field.type)
+        ]
+        if column is None and len(lists) != 1:
+            raise ConfigurationError(
+                f"{path}: columns that hold lists: {', '.join(lists) or 'none'}; "
+                "name the one with the embeddings"
+            )
+        if column is not None and column not in lists:
+            raise ConfigurationError(
+                f"{path}: no column {column!r} that holds lists; there are: "
+                f"{', '.join(lists) or 'none'}"
+            )
+        self._column = column or lists[0]
+        self._path = path
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        stops = np.cumsum(sizes).tolist()
+        self.blocks = [(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+        self.n_rows = metadata.num_rows
+        if self.n_rows == 0:
+            raise ConfigurationError(f"{path}: holds no rows")
+        self.dim = 0
+        self.dim = self.read(0).shape[1]
+
+    def read(self, block: int) -> Floats:
+        """Rows float32 ``(stop - start, dim)`` of a row group.
+
+        Raises
+        ------
+        ConfigurationError
+            If rows differ in length, or one holds NaN, infinity or nothing; the message names it.
+        """
+        start, stop = self.blocks[block]
+        column = self._file.read_row_group(block, columns=[self._column]).column(0)
+        lists = column.combine_chunks()
+        values = lists.flatten().to_numpy(zero_copy_only=False)
+        lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+        dim = self.dim or int(lengths[0])
+        wrong = np.flatnonzero(~(lengths == dim))
+        if wrong.size or dim == 0:
+            row = int(wrong[0]) if wrong.size else 0
+            raise ConfigurationError(
+                f"{self._path}: row {start + row} of column {self._column!r} has "
+                f"{lengths[row]} numbers; expected {dim or 'at least 1'} as in row 0"
+            )
+        rows = np.ascontiguousarray(values.reshape(stop - start, dim), dtype=np.float32)
+        return _finite(rows, start, str(self._path))
+
+
+def open_rows(path: Path, column: str | None = None) -> Rows:
+    """Open ``path``, an ``.npy`` or ``.parquet`` file, without reading it whole.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no such file, or it does not hold a matrix of floating-point numbers.
+    """
+    if path.suffix == ".parquet":
+        return ParquetRows(path, column)
+    if path.suffix != ".npy":
+        raise ConfigurationError(f"{path}: expected a file that ends in .npy or .parquet")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: cannot be read as .npy: {error}") from error
+    return ArrayRows(array, str(path))
+
+
+def batches(
+    rows: Rows,
+    *,
+    batch_size: int,
+    seed: int,
+    first: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    shuffle_rows: int = SHUFFLE_ROWS,
+) -> Iterator[Floats]:
+    """Shuffled batches without end, from batch number ``first`` on; the same ones for a ``seed``.
+
+    An epoch goes through all rows once; its last batch may be short. Blocks are shuffled, and
+    rows within groups of blocks of ``shuffle_rows`` in all, so memory stays bounded.
+    Of several ranks each gets every ``world_size``-th row of a batch, all equally many.
+    """
+    per_epoch = -(-rows.n_rows // batch_size)
+    epoch, skipped = divmod(first, per_epoch)
+    while True:
+        for batch in _epoch(rows, batch_size, (seed, epoch), skipped, shuffle_rows):
+            share = len(batch) // world_size
+            if share:
+                yield batch[rank : share * world_size : world_size]
+        epoch, skipped = epoch + 1, 0
+
+
+def _epoch(
+    rows: Rows, batch_size: int, seed: tuple[int, int], skipped: int, shuffle_rows: int
+) -> Iterator[Floats]:
+    order = np.random.default_rng(seed).permutation(len(rows.blocks)).tolist()
+    to_skip = skipped * batch_size
+    pending = np.empty((0, rows.dim), np.float32)
+    for number, group in enumerate(_groups(rows, order, shuffle_rows)):
+        size = sum(rows.blocks[block][1] - rows.blocks[block][0] for block in group)
+        if to_skip >= size:
+            to_skip -= size
+            continue
+        read = np.concatenate([rows.read(block) for block in group])
+        shuffled = np.random.default_rng((*seed, number)).permutation(size)[to_skip:]
+        to_skip = 0
+        pending = np.concatenate([pending, read[shuffled]])
+        whole = len(pending) - len(pending) % batch_size
+        yield from np.split(pending[:whole], whole // batch_size) if whole else ()
+        pending = pending[whole:]
+    if len(pending):
+        yield pending
+
+
+def _groups(rows: Rows, order: list[int], shuffle_rows: int) -> Iterator[list[int]]:
+    group: list[int] = []
+    size = 0
+    for block in order:
+        start, stop = rows.blocks[block]
+        if group and size + stop - start > shuffle_rows:
+            yield group
+            group, size = [], 0
+        group.append(block)
+        size += stop - start
+    yield group
+
+
+def _finite(rows: Floats, start: int, name: str) -> Floats:
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        row = start + int(np.flatnonzero(~finite)[0])
+        raise ConfigurationError(f"{name}: row {row} holds NaN or infinity; remove or replace it")
+    return rows
