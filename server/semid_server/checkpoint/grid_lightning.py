@@ -47,11 +47,11 @@ def read_grid_lightning(
         overrides=overrides,
         notes=notes,
     )
-    n_layers = hyper_parameters.get("n_layers", spec.n_layers)
-    if n_layers != spec.n_layers:
+    n_layers = hyper_parameters.get("n_layers")
+    if isinstance(n_layers, int) and n_layers != spec.n_layers:
         raise MalformedCheckpointError(
             path,
-            f"hyper_parameters.n_layers is {n_layers!r}, but the state dict holds "
+            f"hyper_parameters.n_layers is {n_layers}, but the state dict holds "
             f"{spec.n_layers} codebooks",
         )
     problems = _uninitialized(path, file.get("layers_initialized"), spec.n_layers, warnings)

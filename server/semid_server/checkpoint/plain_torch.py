@@ -60,18 +60,19 @@ def read_plain_torch(path: Path, file: Mapping[object, object], overrides: Overr
         overrides=overrides,
         notes=notes,
     )
-    if state_dict is not file:
-        for key, actual in {
-            "num_hierarchies": {spec.n_layers},
-            "codebook_width": set(spec.codebook_widths),
-            "embedding_dim": {spec.embedding_dim, spec.input_dim},
-        }.items():
-            if key in file and not any(file[key] == value for value in actual):
-                raise MalformedCheckpointError(
-                    path,
-                    f"{key} is {file[key]!r}, but the tensors say "
-                    f"{' or '.join(map(str, sorted(actual)))}",
-                )
+    for key, actual in {
+        "num_hierarchies": spec.n_layers,
+        "codebook_width": spec.codebook_widths[0],
+        "embedding_dim": spec.embedding_dim,
+    }.items():
+        if key in file and file[key] != actual:
+            raise MalformedCheckpointError(
+                path, f"{key} is {file[key]!r}, but the tensors say {actual}"
+            )
+    if "codebook_width" in file and len(set(spec.codebook_widths)) > 1:
+        raise MalformedCheckpointError(
+            path, f"codebook_width is one number, but the layers have {spec.codebook_widths}"
+        )
     return Contents(
         format=FORMAT,
         name=overrides.name or path.stem,

@@ -13,6 +13,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import deque
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -31,7 +32,6 @@ _REBUILT = frozenset(
     [
         "collections.OrderedDict",
         "builtins.set",
-        "__builtin__.set",
         "_codecs.encode",
         "torch.Size",
         "torch.device",
@@ -78,11 +78,9 @@ _INERT = frozenset(
         "omegaconf.listconfig.ListConfig",
         "omegaconf.nodes.AnyNode",
         "typing.Any",
-        "builtins.dict",
-        "builtins.list",
-        "__builtin__.dict",
-        "__builtin__.list",
+        "collections.defaultdict",
     ]
+    + [f"builtins.{name}" for name in ("dict", "list", "tuple", "str", "int", "float", "bool")]
 )
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -198,10 +196,16 @@ def _names(stream: IO[bytes]) -> Iterator[str]:
     texts: deque[str] = deque(["?", "?"], maxlen=2)
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name in ("GLOBAL", "INST"):
-            yield str(argument).replace(" ", ".")
+            yield _modern(*str(argument).split(" ", 1))
         elif opcode.name == "STACK_GLOBAL":  # names its module and itself by the texts before it
-            yield ".".join(texts)
+            yield _modern(*texts)
         elif opcode.name in ("EXT1", "EXT2", "EXT4"):
             yield f"extension {argument} of copyreg"
         elif isinstance(argument, str):
             texts.append(argument)
+
+
+def _modern(module: str, name: str) -> str:
+    """Full name of a global, which protocol 2 writes as Python 2 called it."""
+    renamed = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return ".".join(renamed)

@@ -113,7 +113,7 @@ def test_a_bare_pickle_of_any_protocol_is_refused_by_name(tmp_path, canary, prot
         (b"\x80\x02cos\nsystem\nX\x0c\x00\x00\x00touch CANARY\x85\x81.", "os.system"),  # NEWOBJ
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch CANARY\x85R.", "os.system"),
         (b"\x80\x02\x82\x01.", "extension 1 of copyreg"),
-        (b"\x80\x02c__builtin__\neval\nU\x01x\x85R.", "__builtin__.eval"),
+        (b"\x80\x02c__builtin__\neval\nU\x01x\x85R.", "asks for builtins.eval"),
     ],
     ids=["INST", "OBJ", "NEWOBJ", "STACK_GLOBAL", "EXT1", "Python 2"],
 )
