@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 
 import pytest
@@ -88,7 +87,7 @@ def lightning(tmp_path):
             "current_layer": spec.n_layers - 1,
             "layers_initialized": [True] * spec.n_layers,
         }
-        file.update(copy.copy(changes))
+        file.update(changes)
         for key in without:
             del file[key]
         path = tmp_path / filename
