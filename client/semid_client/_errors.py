@@ -25,12 +25,12 @@ Every error takes its message alone, so that all of them survive pickling betwee
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 class SemidClientError(Exception):
@@ -191,11 +191,11 @@ ERROR_OF_STATUS: Mapping[grpc.StatusCode, type[CallError]] = MappingProxyType(
 def call_error(error: grpc.RpcError, *, target: str, method: str) -> CallError:
     """Translate what gRPC raised; the caller raises the result ``from`` it.
 
-    Every RpcError that reaches a caller of grpc or grpc.aio is also a `grpc.Call`: it has a
-    status, details and trailing metadata.
+    Every RpcError that reaches a caller of grpc or of grpc.aio has a status, details and trailing
+    metadata, though its class does not say so.
     """
-    assert isinstance(error, grpc.Call)  # noqa: S101 -- narrows the type; see above
-    code, details = error.code(), error.details() or "no details"
+    call: Any = error
+    code, details = call.code(), call.details() or "no details"
     kind = ERROR_OF_STATUS[code]
     advice = f"; {kind.advice}" if kind.advice else ""
     return kind(
@@ -204,13 +204,13 @@ def call_error(error: grpc.RpcError, *, target: str, method: str) -> CallError:
         method=method,
         code=code,
         details=details,
-        retry_after=_pushback(error),
+        retry_after=_pushback(call.trailing_metadata() or ()),
     )
 
 
-def _pushback(error: grpc.Call) -> float | None:
+def _pushback(metadata: Iterable[tuple[str, str | bytes]]) -> float | None:
     """Seconds in ``grpc-retry-pushback-ms``: the gRPC retry design (proposal A6)."""
-    for key, value in error.trailing_metadata() or ():
+    for key, value in metadata:
         if key == "grpc-retry-pushback-ms" and str(value).isdigit():
             return int(value) / 1000
     return None
