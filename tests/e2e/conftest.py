@@ -1,0 +1,235 @@
+"""A real `semid serve` in a process of its own, as its users meet it: over sockets and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import grpc
+import numpy as np
+import pytest
+
+from semid.v1 import semid_pb2 as pb
+from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
+from semid_client import Client
+
+SEMID = Path(sys.executable).with_name("semid")
+START_SECONDS = 90.0
+STOP_SECONDS = 60.0
+
+# Settings of whoever runs the tests are not the server's.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("SEMID_")}
+
+
+@dataclass(eq=False)
+class Server:
+    """One running server process and where it can be reached."""
+
+    process: subprocess.Popen[str]
+    log: IO[str]
+    said: list[str] = field(default_factory=list)
+    target: str = ""
+    metrics: str = ""
+    _lines: queue.Queue[str | None] = field(default_factory=queue.Queue)
+
+    def wait_for(self, beginning: str) -> str:
+        """Wait for a line on its stdout, and return what follows its last `` on ``."""
+        until = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                pytest.fail(f"no line {beginning!r} within {START_SECONDS} s:\n{self.stderr()}")
+            if line is None:
+                pytest.fail(f"the server ended before {beginning!r}:\n{self.stderr()}")
+            self.said.append(line)
+            if line.startswith(beginning):
+                return line.rpartition(" on ")[2]
+
+    def read_stdout(self) -> None:
+        for line in self.process.stdout:
+            self._lines.put(line.rstrip("\n"))
+        self._lines.put(None)
+
+    def stderr(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        return self.process.wait(STOP_SECONDS)
+
+    def stop(self) -> int:
+        """Stop it as an operator does, and return its exit status."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def scrape(self) -> str:
+        host, _, port = self.metrics.rpartition(":")
+        with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=20)) as http_:
+            http_.request("GET", "/metrics")
+            return http_.getresponse().read().decode()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of the samples of one name whose labels include those given."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        samples = [
+            line.rpartition(" ")
+            for line in self.scrape().splitlines()
+            if line.startswith((f"{name} ", f"{name}{{")) and all(part in line for part in wanted)
+        ]
+        assert samples, f"no sample of {name} with {labels}"
+        return sum(float(value) for _, _, value in samples)
+
+    @contextlib.contextmanager
+    def channel(self):
+        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        with grpc.insecure_channel(self.target, options) as channel:
+            yield channel
+
+    @contextlib.contextmanager
+    def stub(self):
+        with self.channel() as channel:
+            yield SemanticIdServiceStub(channel)
+
+
+@contextlib.contextmanager
+def run_server(checkpoint, *arguments, log: Path, env=None, wait=True):
+    """Start `semid serve` on free ports of the loopback; kill it afterwards if it still runs."""
+    command = [SEMID, "serve", "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
+    if checkpoint is not None:
+        command += ["--checkpoint", checkpoint]
+    with (
+        log.open("w+") as file,
+        subprocess.Popen(
+            list(map(str, [*command, *arguments])),
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            env=ENVIRONMENT | (env or {}),
+            cwd=log.parent,
+        ) as process,
+    ):
+        server = Server(process, file)
+        reader = threading.Thread(target=server.read_stdout)
+        reader.start()
+        try:
+            if wait:
+                server.metrics = server.wait_for("semid: metrics on ")
+                server.target = server.wait_for("semid: serving ")
+            yield server
+        finally:
+            if process.poll() is None:
+                process.kill()
+            reader.join()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Start servers that the test stops, or that are killed after it."""
+    with contextlib.ExitStack() as stack:
+        count = 0
+
+        def start(checkpoint, *arguments, env=None, wait=True):
+            nonlocal count
+            count += 1
+            log = tmp_path / f"serve-{count}.log"
+            return stack.enter_context(
+                run_server(checkpoint, *arguments, log=log, env=env, wait=wait)
+            )
+
+        yield start
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Run `semid serve` that must refuse to start; return what it said, one sentence."""
+
+    def run(*arguments, env=None) -> str:
+        ended = subprocess.run(
+            list(map(str, [SEMID, "serve", "--host", "127.0.0.1", *arguments])),
+            check=False,
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT | (env or {}),
+            cwd=tmp_path,
+            timeout=60,
+        )
+        assert ended.returncode not in {0, -signal.SIGKILL, -signal.SIGSEGV}
+        assert "Traceback" not in ended.stderr
+        assert "semid: serving" not in ended.stdout
+        (sentence,) = (
+            line.removeprefix("Error: ")
+            for line in ended.stderr.splitlines()
+            if line.startswith("Error: ")
+        )
+        return sentence
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def set_server(reference_set, tmp_path_factory):
+    """A server of each reference set in turn, from its checkpoint as the original wrote it."""
+    log = tmp_path_factory.mktemp(reference_set.name) / "serve.log"
+    with run_server(reference_set.checkpoint, log=log) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def digits_server(reference_dir, tmp_path_factory):
+    """One server for all tests that leave it as they found it: RQ-KMeans, 64 -> 3 codes of 32."""
+    log = tmp_path_factory.mktemp("digits") / "serve.log"
+    with run_server(reference_dir / "digits_rkmeans/model.ckpt", log=log) as server:
+        yield server
+        assert server.process.poll() is None, f"the server died:\n{server.stderr()}"
+
+
+@pytest.fixture
+def client(digits_server):
+    with Client(digits_server.target) as client:
+        yield client
+
+
+@pytest.fixture
+def stub(digits_server):
+    with digits_server.stub() as stub:
+        yield stub
+
+
+@pytest.fixture(scope="session")
+def digits(reference_dir):
+    embeddings = np.load(reference_dir / "data/digits.npy")
+    embeddings.setflags(write=False)
+    return embeddings
+
+
+def float32_tensor(rows: np.ndarray) -> pb.Tensor:
+    """The message of a float32 matrix, written by hand: independent of the client."""
+    return pb.Tensor(
+        dtype=pb.DATA_TYPE_FLOAT32, shape=rows.shape, data=rows.astype("<f4").tobytes()
+    )
+
+
+@pytest.fixture
+def tensor_of():
+    return float32_tensor
+
+
+@pytest.fixture(scope="session")
+def digits_channel(digits_server):
+    """A raw channel that all examples of a property share."""
+    with digits_server.channel() as channel:
+        yield channel
