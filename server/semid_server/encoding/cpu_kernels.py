@@ -16,7 +16,14 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from semid_server.encoding.plan import GREATEST_LENGTH, LEAST_LENGTH, UNIT32, UNIT64
+from semid_server.encoding.plan import (
+    GREATEST_LENGTH,
+    LEAST_LENGTH,
+    LOOSEST,
+    SHORTEST_RESIDUAL,
+    UNIT32,
+    UNIT64,
+)
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -39,12 +46,6 @@ _DEPTH = 512
 
 FAST, FLOAT64, REFERENCE = 0, 1, 2
 """Where a row was decided; the last is left to the caller."""
-
-_LOOSEST = 0.1
-"""Relative error up to which the square of a residual's length is taken from the products."""
-
-_SHORTEST_RESIDUAL = 1e-9
-"""A residual shorter than this is left to the reference: it may be clamped at 1e-12."""
 
 
 class Tables(NamedTuple):
@@ -428,7 +429,7 @@ def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compile
             start = tables.offsets[layer]
             width = tables.offsets[layer + 1] - start
             factor = state.alpha * step * tables.steps[layer]
-            count, best = width, 0
+            count, best, least = width, 0, np.float32(0.0)
             if state.useful:
                 least = _scores(products[row], factor, layer, chosen, weights, tables, scores)
                 margin = 2.0 * state.bound + state.exact_bound
@@ -444,20 +445,16 @@ def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compile
                 for k in range(width):
                     candidates[k] = k
 
-            # the length of what this layer leaves, if the products tell it well enough
+            # the length of what this layer leaves, if the scores tell it well enough
             known = not tables.normalize or layer == n_layers - 1
-            if count == 1 and not known:
-                inner = factor * np.float64(products[row, start + best])
-                for i in range(layer):
-                    place = tables.gram_offsets[layer] + chosen[i] * width + best
-                    inner -= weights[i] * np.float64(tables.grams[place])
-                square = 1.0 + tables.square_norms[start + best] - 2.0 * inner
-                if 2.01 * state.bound <= _LOOSEST * square:
+            if state.useful and not known:
+                square = 1.0 + 2.0 * np.float64(least)
+                if 2.01 * state.bound <= LOOSEST * square:
                     share = 2.01 * state.bound / square
                     norms[layer] = math.sqrt(square)
                     slips[layer] = share / (1.0 + math.sqrt(1.0 - share))
                     least_norms[layer] = norms[layer] * math.sqrt(1.0 - share)
-                    known = least_norms[layer] > _SHORTEST_RESIDUAL
+                    known = least_norms[layer] > SHORTEST_RESIDUAL
 
             if count > 1 or not known:
                 level = FLOAT64
@@ -476,7 +473,7 @@ def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compile
                 if tables.normalize and layer < n_layers - 1:
                     norm = math.sqrt(least64)
                     unsure = 1.01 * (state.error + g * norm)
-                    if not norm - unsure > _SHORTEST_RESIDUAL:
+                    if not norm - unsure > SHORTEST_RESIDUAL:
                         level = REFERENCE
                         break
                     norms[layer] = norm

@@ -48,6 +48,10 @@ class Network:
         float64 ``(out, in)`` and ``(out,)`` of each linear map; empty without an encoder.
     activation : Activation
         Between two linear maps.
+    shift_length : float
+        Length of ``shift``.
+    spreads, offset_lengths : tuple of float
+        Frobenius norm of each weight, and length of each bias.
     """
 
     mean: Tensor | None
@@ -58,6 +62,9 @@ class Network:
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
     activation: Activation
+    shift_length: float
+    spreads: tuple[float, ...]
+    offset_lengths: tuple[float, ...]
 
     @classmethod
     def of(
@@ -79,15 +86,20 @@ class Network:
         if spec.encoder_hidden_dims is not None:
             # linear, then (activation, linear, dropout) for every further width
             places = [0, *(2 + 3 * i for i in range(len(spec.encoder_hidden_dims)))]
+        weights = tuple(double(f"encoder.model.{place}.weight") for place in places)
+        biases = tuple(double(f"encoder.model.{place}.bias") for place in places)
         return cls(
             mean=mean,
             deviation=deviation,
             gain=gain,
             shift=shift,
             normalize=spec.normalize_input,
-            weights=tuple(double(f"encoder.model.{place}.weight") for place in places),
-            biases=tuple(double(f"encoder.model.{place}.bias") for place in places),
+            weights=weights,
+            biases=biases,
             activation=spec.activation,
+            shift_length=0.0 if shift is None else float(torch.linalg.vector_norm(shift)),
+            spreads=tuple(float(torch.linalg.matrix_norm(weight)) for weight in weights),
+            offset_lengths=tuple(float(torch.linalg.vector_norm(bias)) for bias in biases),
         )
 
     def in_order(self, x: Tensor) -> Tensor:
@@ -109,13 +121,10 @@ class Network:
         It is infinite where nothing is known.
         """
         error = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        if self.mean is not None and self.deviation is not None:
-            y = self._batch_norm(x)
-            # four roundings, each relative to a number of at most |y| + |shift| + |y - shift|
-            size = torch.linalg.vector_norm(y, dim=1)
-            shift = 0.0 if self.shift is None else float(torch.linalg.vector_norm(self.shift))
-            error = 8 * UNIT * (size + shift)
-            x = y
+        if self.mean is not None:
+            x = self._batch_norm(x)
+            # four roundings, each relative to a number of at most |x| + 2 |shift|
+            error = 8 * UNIT * (torch.linalg.vector_norm(x, dim=1) + self.shift_length)
         if self.normalize:
             dim = x.shape[1]
             norm = torch.linalg.vector_norm(x, dim=1)
@@ -131,8 +140,7 @@ class Network:
                     math.sqrt(x.shape[1]) + size
                 )
             size = torch.linalg.vector_norm(x, dim=1)
-            spread = float(torch.linalg.matrix_norm(weight))
-            offset = float(torch.linalg.vector_norm(bias))
+            spread, offset = self.spreads[i], self.offset_lengths[i]
             x = functional.linear(x, weight, bias)
             # the Frobenius norm bounds both the map itself and the map of absolute values
             rounding = 2 * (weight.shape[1] + 2) * UNIT

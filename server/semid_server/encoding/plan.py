@@ -24,10 +24,20 @@ UNIT32 = 2.0**-24
 UNIT64 = 2.0**-53
 """``u``, unit roundoff of float64."""
 
-LEAST_LENGTH = 2.0**-40
+TENSOR_CORE_UNIT = 1.25 * 2.0**-23
+"""What adding one product in a tensor core may lose, relative to the sum of absolute values."""
+
+LOOSEST = 0.1
+"""Relative error up to which the square of a residual's length is taken from the products."""
+
+SHORTEST_RESIDUAL = 1e-9
+"""A residual shorter than this is left to the reference: it may be clamped at 1e-12."""
+
+LEAST_LENGTH = 2.0**-39
 GREATEST_LENGTH = 2.0**40
 """Rows and codebooks of lengths outside these are left to the reference arithmetic, so
-that no intermediate of the fast paths overflows, and underflow is far below its bounds."""
+that no intermediate of the fast paths overflows, underflow is far below its bounds, and the
+clamp of `NORM_EPS` never acts on a row that they decide."""
 
 _GRAM_BLOCK = 1 << 22
 """Entries of a Gram table made at once in float64: 32 MiB."""
@@ -81,15 +91,13 @@ class Plan:
     @classmethod
     def of(cls, spec: ModelSpec, state: Mapping[str, Tensor], device: torch.device) -> Plan:
         """Make the plan of a model's state dict on ``device``."""
-        kept, codes = [], []
-        for layer in range(spec.n_layers):
-            centroids = state[f"quantization_layer_list.{layer}.centroids"].detach()
-            first = _first_of_equals(centroids.cpu().float())
-            kept.append(centroids.cpu().float()[first].to(device))
+        kept, codes, offsets = [], [], [0]
+        for index in range(spec.n_layers):
+            centroids = state[f"quantization_layer_list.{index}.centroids"].detach().cpu().float()
+            first = _first_of_equals(centroids)
+            kept.append(centroids[first].to(device))
             codes.append(first.to(device))
-        offsets = [0]
-        for layer in kept:
-            offsets.append(offsets[-1] + len(layer))
+            offsets.append(offsets[-1] + len(first))
         stacked = torch.cat(kept)
         square_norms = torch.cat([(part := layer.double()).mul_(part).sum(dim=1) for layer in kept])
         lengths = torch.stack(
@@ -106,7 +114,7 @@ class Plan:
             square_norms=square_norms,
             lengths=lengths,
             grams=tuple(
-                _gram(stacked[: offsets[layer]], kept[layer]) for layer in range(len(kept))
+                _gram(stacked[: offsets[layer]], kept[layer]) for layer in range(spec.n_layers)
             ),
         )
 
