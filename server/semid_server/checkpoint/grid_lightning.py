@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from semid_server.checkpoint.contents import Contents
-from semid_server.checkpoint.state_dict import model_tensors, read_spec
+from semid_server.checkpoint.state_dict import model_tensors, read_spec, shown
 from semid_server.errors import MalformedCheckpointError
 from semid_server.model import ModelKind
 
@@ -94,7 +94,7 @@ def _normalize_residuals(
     if not isinstance(recorded, bool):
         raise MalformedCheckpointError(
             path,
-            f"hyper_parameters.normalize_residuals is {recorded!r}, where true or false is "
+            f"hyper_parameters.normalize_residuals is {shown(recorded)}, where true or false is "
             "expected, and nothing else in the file says whether residuals were normalised: say "
             "--normalize-residuals or --no-normalize-residuals",
         )
@@ -144,7 +144,7 @@ def _uninitialized(path: Path, recorded: object, n_layers: int, warnings: list[s
     if not isinstance(recorded, Sequence) or len(recorded) != n_layers:
         raise MalformedCheckpointError(
             path,
-            f"layers_initialized is {recorded!r}; expected true or false for each of "
+            f"layers_initialized is {shown(recorded)}; expected true or false for each of "
             f"{n_layers} layers",
         )
     return [

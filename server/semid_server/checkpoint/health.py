@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,7 +107,7 @@ def _report(codebook: Tensor) -> LayerReport:
         norm_min=float(norms.min()),
         norm_median=float(norms.median()),
         norm_max=float(norms.max()),
-        duplicates=len(rows) - len({row.tobytes() for row in rows}),
+        duplicates=len(rows) - len({sha256(row.tobytes()).digest() for row in rows}),
     )
 
 

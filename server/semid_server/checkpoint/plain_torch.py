@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from semid_server.checkpoint.contents import Contents
-from semid_server.checkpoint.state_dict import model_tensors, read_spec
+from semid_server.checkpoint.state_dict import model_tensors, read_spec, shown
 from semid_server.errors import MalformedCheckpointError
 from semid_server.model import ModelKind
 
@@ -65,9 +65,10 @@ def read_plain_torch(path: Path, file: Mapping[object, object], overrides: Overr
         "codebook_width": spec.codebook_widths[0],
         "embedding_dim": spec.embedding_dim,
     }.items():
-        if key in file and file[key] != actual:
+        said = file.get(key, actual)
+        if not isinstance(said, int) or said != actual:
             raise MalformedCheckpointError(
-                path, f"{key} is {file[key]!r}, but the tensors say {actual}"
+                path, f"{key} is {shown(said)}, but the tensors say {actual}"
             )
     if "codebook_width" in file and len(set(spec.codebook_widths)) > 1:
         raise MalformedCheckpointError(

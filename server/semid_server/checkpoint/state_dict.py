@@ -33,6 +33,9 @@ _OF_THE_MODEL = re.compile(r"^(quantization_layer_list|encoder|decoder|normaliza
 
 _LINEAR_WEIGHT = re.compile(r"^(encoder|decoder)\.model\.\d+\.weight$")
 
+_LONGEST_SHOWN = 60
+"""Characters of a value that a message repeats."""
+
 
 class ModelTensors(NamedTuple):
     """The tensors of a state dict that inference needs, under GRID's own names."""
@@ -71,6 +74,12 @@ def model_tensors(path: Path, raw: Mapping[object, object]) -> ModelTensors:
             f"ResidualQuantization. It holds {', '.join(map(str, list(raw)[:3])) or 'nothing'}",
         )
     return ModelTensors(state, notes, ignored)
+
+
+def shown(value: object) -> str:
+    """Text of a value from a file for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN and "\n" not in text else type(value).__name__
 
 
 def _numbers(path: Path, name: str, value: object, notes: list[str]) -> Tensor:

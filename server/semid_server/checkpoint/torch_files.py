@@ -120,7 +120,7 @@ def read_torch_file(path: Path) -> object:
             names = _names_in_archive(path, file)
         else:
             names = _names_in_legacy_file(path, file)
-        refused = sorted(set(names) - _REBUILT - _INERT)
+        refused = sorted(names - _REBUILT - _INERT)
         if refused:
             raise UnsafeCheckpointError(
                 path,
@@ -152,7 +152,7 @@ def _load_weights_only(path: Path, file: IO[bytes]) -> object:
         ) from error
 
 
-def _names_in_archive(path: Path, file: IO[bytes]) -> list[str]:
+def _names_in_archive(path: Path, file: IO[bytes]) -> set[str]:
     """Names in the pickle of a zip archive, after a check of every member's CRC-32."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -166,7 +166,7 @@ def _names_in_archive(path: Path, file: IO[bytes]) -> list[str]:
                 problem = f"damaged: member {member} of the archive fails its CRC-32"
             else:
                 with archive.open(pickles[0]) as stream:
-                    return list(_names(stream))
+                    return set(_names(stream))
     except Exception as error:  # a damaged archive or pickle can end in any exception at all
         raise MalformedCheckpointError(
             path, f"truncated or damaged zip archive ({type(error).__name__}: {error})"
@@ -174,13 +174,13 @@ def _names_in_archive(path: Path, file: IO[bytes]) -> list[str]:
     raise MalformedCheckpointError(path, problem)
 
 
-def _names_in_legacy_file(path: Path, file: IO[bytes]) -> list[str]:
+def _names_in_legacy_file(path: Path, file: IO[bytes]) -> set[str]:
     """Names in the pickles at the head of a file that is no archive."""
-    names: list[str] = []
+    names: set[str] = set()
     file.seek(0)
     try:
         for _ in range(_LEGACY_PICKLES):
-            names.extend(_names(file))
+            names.update(_names(file))
     except Exception as error:  # random bytes read as a pickle can end in any exception at all
         if not names:  # else the names seen so far say more than the damage after them
             raise MalformedCheckpointError(

@@ -34,7 +34,8 @@ def override_options(command: str) -> Callable[[Callable[..., None]], Callable[.
         click.option(
             "--name",
             **variable("NAME"),
-            help="Name by which clients ask for the model. Default: the file's or folder's own.",
+            help="Name by which clients ask for the model. Default: the one that a folder records, "
+            "a torch file's own; for import, OUTPUT's.",
         ),
         click.option(
             "--kind",

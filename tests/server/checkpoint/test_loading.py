@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from semid_server.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
-from semid_server.errors import MalformedCheckpointError
+from semid_server.errors import CheckpointError, MalformedCheckpointError
 
 
 def missing(path):
@@ -79,3 +81,64 @@ def test_every_format_gives_a_round_trip_through_the_native_one(tmp_path, refere
     assert copy.spec == original.spec
     rows = torch.tensor(reference_set.embeddings[:50])
     assert torch.equal(copy.model.predict_step(rows).codes, original.model.predict_step(rows).codes)
+
+
+WEIGHT = "quantization_layer_list.1.centroids"
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 5),
+    st.text(max_size=2),
+    st.lists(st.integers(0, 1), max_size=3),
+    st.just({}),
+    st.builds(torch.nn.MSELoss),
+    st.builds(torch.zeros, st.lists(st.integers(0, 4), max_size=3)),
+    st.builds(torch.rand, st.sampled_from([(3, 4), (3, 2), (1, 4)])),
+)
+PLACES = st.sampled_from(
+    [
+        ("state_dict",),
+        ("state_dict", WEIGHT),
+        ("state_dict", "encoder.model.0.weight"),
+        ("state_dict", "encoder.model.2.weight"),
+        ("state_dict", "normalization_layer.0.weight"),
+        ("state_dict", "normalization_layer.0.num_batches_tracked"),
+        ("hyper_parameters",),
+        ("hyper_parameters", "n_layers"),
+        ("hyper_parameters", "normalize_residuals"),
+        ("hyper_parameters", "train_layer_wise"),
+        ("optimizer_states",),
+        ("layers_initialized",),
+        ("current_layer",),
+        ("model_state_dict",),
+        ("num_hierarchies",),
+        ("codebook_width",),
+        ("embedding_dim",),
+    ]
+)
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(changes=st.dictionaries(PLACES, VALUES, min_size=1, max_size=2), plain=st.booleans())
+def test_a_file_with_anything_in_any_place_loads_or_is_refused(
+    lightning, tmp_path, spec, changes, plain
+):
+    file = torch.load(lightning(spec), weights_only=True)
+    if plain:
+        file["model_state_dict"] = file.pop("state_dict")
+    for (key, *inner), value in sorted(changes.items()):
+        if not inner:
+            file[key] = value
+        elif isinstance(file.get(key), dict):
+            file[key][inner[0]] = value
+    torch.save(file, tmp_path / "changed.pt")
+    try:
+        loaded = load_checkpoint(tmp_path / "changed.pt")
+    except CheckpointError as error:
+        assert error.problem  # noqa: PT017 (it may be raised, and it may not)
+    else:
+        assert loaded.model.predict_step(torch.rand(1, loaded.spec.input_dim)).codes.shape[0] == 1
