@@ -141,15 +141,22 @@ def _load_weights_only(path: Path, file: IO[bytes]) -> object:
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).rsplit("WeightsUnpickler error:", 1)[-1].split("\n\nCheck")[0].strip()
+        reason = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()
         raise UnsafeCheckpointError(
             path,
-            f"its pickle does more than rebuild tensors, and was stopped ({reason})",
+            "its pickle does more than torch's weights-only reader allows, and was stopped "
+            f"({_first_line(reason)}). What torch.save writes by default, with pickle protocol 2 "
+            "and nothing but tensors and plain values, is read",
         ) from error
     except Exception as error:  # a damaged pickle can end in any exception at all
         raise MalformedCheckpointError(
-            path, f"damaged: torch cannot read it ({type(error).__name__}: {error})"
+            path, f"damaged: torch cannot read it ({type(error).__name__}: {_first_line(error)})"
         ) from error
+
+
+def _first_line(error: object) -> str:
+    """What torch says first; its advice and its C++ frames follow."""
+    return str(error).split("\n", 1)[0]
 
 
 def _names_in_archive(path: Path, file: IO[bytes]) -> set[str]:
@@ -197,7 +204,9 @@ def _names(stream: IO[bytes]) -> Iterator[str]:
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name in ("GLOBAL", "INST"):
             yield _modern(*str(argument).split(" ", 1))
-        elif opcode.name == "STACK_GLOBAL":  # names its module and itself by the texts before it
+        elif opcode.name == "STACK_GLOBAL":
+            # Its module and name are the texts on the stack: most likely the two last seen. Where
+            # they are others, torch's unpickler, which lacks this instruction, stops there.
             yield _modern(*texts)
         elif opcode.name in ("EXT1", "EXT2", "EXT4"):
             yield f"extension {argument} of copyreg"
