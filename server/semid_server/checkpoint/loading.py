@@ -108,8 +108,12 @@ def load_checkpoint(path: Path | str, *, overrides: Overrides | None = None) -> 
     contents = _read(path, overrides)
     health = examine(contents.spec, contents.state)
     problems = _problems(contents, health)
-    if problems and (health.damage or not overrides.allow_degenerate):
+    if health.damage:
         raise DegenerateModelError(path, "; ".join(problems))
+    if problems and not overrides.allow_degenerate:
+        raise DegenerateModelError(
+            path, "; ".join(problems) + " (to use it all the same: --allow-degenerate)"
+        )
     model = build_model(contents.spec)
     model.load_state_dict(contents.state)
     for layer in model.layers:

@@ -13,7 +13,6 @@ import click
 from semid_server.checkpoint import load_checkpoint, save_checkpoint
 from semid_server.cli import errors_as_sentences
 from semid_server.cli.checkpoint_options import override_options
-from semid_server.errors import DegenerateModelError
 
 if TYPE_CHECKING:
     from semid_server.checkpoint import Checkpoint, Overrides
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     envvar="SEMID_IMPORT_ALLOW_DEGENERATE",
     show_envvar=True,
     help="Import a model whose codes mean nothing (uninitialised, collapsed or shared codebooks) "
-    "with a warning, to study it. A server still refuses it.",
+    "with a warning, to study it. A server refuses it until it is told the same.",
 )
 @override_options("import")
 @errors_as_sentences()
@@ -58,12 +57,7 @@ def import_(
     """
     name = overrides.name or output.resolve().name
     overrides = replace(overrides, name=name, allow_degenerate=allow_degenerate)
-    try:
-        checkpoint = load_checkpoint(source, overrides=overrides)
-    except DegenerateModelError as error:
-        raise click.ClickException(
-            f"{error} (to study it all the same: --allow-degenerate)"
-        ) from error
+    checkpoint = load_checkpoint(source, overrides=overrides)
     fingerprint = save_checkpoint(
         output,
         model=checkpoint.model,

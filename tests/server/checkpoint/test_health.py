@@ -135,7 +135,9 @@ def test_an_inspection_reports_what_loading_refuses(lightning):
     with pytest.raises(DegenerateModelError, match="never initialised") as refused:
         load_checkpoint(path)
     inspection = inspect_checkpoint(path)
-    assert inspection.problems == (refused.value.problem,)
+    (problem,) = inspection.problems
+    assert refused.value.problem.startswith(f"{problem} (")
+    assert "--allow-degenerate" in refused.value.problem
     assert inspection.layers[1].norm_max == 0
 
 
