@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -99,6 +100,7 @@ class Server:
             The checkpoint cannot be used.
         """
         with self._signals():
+            self._check_address()
             metrics_server = self._open_metrics()
             try:
                 await self._serve()
@@ -198,11 +200,27 @@ class Server:
         try:
             port = server.add_insecure_port(f"{host}:{self._config.port}")
         except RuntimeError as error:
-            raise ConfigurationError(
-                f"cannot listen on {host}:{self._config.port}: the port is taken or the address "
-                "is not this machine's; choose another with --port or --host"
-            ) from error
+            raise self._cannot_listen("gRPC could not bind it") from error
         return server, f"{host}:{port}"
+
+    def _check_address(self) -> None:
+        """Bind the address and let go of it: gRPC itself says why it cannot only to its own log."""
+        host, port = self._config.host.strip("[]"), self._config.port
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, kind, protocol, _, address = found[0]
+            with socket.socket(family, kind, protocol) as probe:
+                # As gRPC does: what a server before this one left in TIME_WAIT is no obstacle.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            raise self._cannot_listen(error.strerror or str(error)) from error
+
+    def _cannot_listen(self, why: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"cannot listen on {_bracketed(self._config.host)}:{self._config.port}: {why}; "
+            "choose another with --port or --host"
+        )
 
     def _open_metrics(self) -> WSGIServer:
         host = self._config.metrics_host or self._config.host

@@ -242,8 +242,13 @@ async def test_a_second_server_on_the_same_port_is_refused(run_server, backend):
     backend.may_load.set()
     first = run_server(backend)
     port = int((await first.address()).rsplit(":", 1)[1])
-    with pytest.raises(ConfigurationError, match="the port is taken"):
+    with pytest.raises(ConfigurationError, match="Address already in use"):
         await run_server(backend, port=port).task
+
+
+async def test_a_host_that_is_not_this_machines_is_named_with_its_flag(run_server, backend):
+    with pytest.raises(ConfigurationError, match="cannot listen on 192.0.2.1:0: .*--host"):
+        await run_server(backend, host="192.0.2.1").task
 
 
 async def test_metrics_show_the_model_the_queue_and_what_was_answered(
