@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -18,8 +17,10 @@ from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc
 from semid_client import AsyncClient, Client
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 FINGERPRINT = "f" * 64
-OTHER_FINGERPRINT = "0" * 64
 WIRE = {
     pb.DATA_TYPE_FLOAT16: "<f2",
     pb.DATA_TYPE_FLOAT32: "<f4",
@@ -30,32 +31,12 @@ WIRE = {
 }
 
 
-@dataclass(frozen=True)
-class Fail:
-    """An answer that is a status."""
-
-    code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
-    details: str = "out for lunch"
-    metadata: tuple[tuple[str, str], ...] = ()
-
-    def __call__(self, request: Any, context: grpc.ServicerContext) -> Any:
-        context.set_trailing_metadata(self.metadata)
-        context.abort(self.code, self.details)
-
-
-def busy(milliseconds: int) -> Fail:
-    """A full queue, with a hint of when to come back."""
-    return Fail(
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        "the queue is full",
-        (("grpc-retry-pushback-ms", str(milliseconds)),),
-    )
-
-
 @dataclass
 class FakeServer(semid_pb2_grpc.SemanticIdServiceServicer):
-    """`semid.v1` by arithmetic: code ``l`` of a row is its first number plus ``l``, modulo K;
-    number ``d`` of a reconstruction is the sum of the codes plus ``d``.
+    """`semid.v1` by arithmetic.
+
+    Code ``l`` of a row is its first number plus ``l``, modulo K; number ``d`` of a reconstruction
+    is the sum of the codes plus ``d``.
 
     ``script[method]`` holds what the next calls do instead, one entry each; None does the usual.
     """
@@ -126,7 +107,7 @@ class FakeServer(semid_pb2_grpc.SemanticIdServiceServicer):
     def usual_ListModels(self, request, context):  # noqa: N802 - after the method
         return pb.ListModelsResponse(models=[self.model()], default_model="fake")
 
-    def _judge(self, request, context, n_columns: str) -> np.ndarray:
+    def _judge(self, request, context) -> np.ndarray:
         tensor = request.tensor
         if request.expected_fingerprint not in ("", self.fingerprint):
             context.abort(
@@ -141,7 +122,7 @@ class FakeServer(semid_pb2_grpc.SemanticIdServiceServicer):
         return np.frombuffer(tensor.data, WIRE[tensor.dtype]).reshape(tensor.shape)
 
     def usual_Encode(self, request, context):  # noqa: N802 - after the method
-        rows = self._judge(request, context, "D")
+        rows = self._judge(request, context)
         if rows.shape[1] != self.input_dim:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"rows of {rows.shape[1]} numbers")
         if not np.isfinite(rows).all():
@@ -151,7 +132,7 @@ class FakeServer(semid_pb2_grpc.SemanticIdServiceServicer):
         return pb.EncodeResponse(fingerprint=self.fingerprint, tensor=tensor)
 
     def usual_Decode(self, request, context):  # noqa: N802 - after the method
-        codes = self._judge(request, context, "l")
+        codes = self._judge(request, context)
         if (codes >= self.codebook_width).any():
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a code is out of range")
         if request.mode == pb.DECODE_MODE_CALIBRATED:
@@ -216,20 +197,19 @@ class BlockingAsyncClient:
         method = getattr(self.client, name)
         return lambda *args, **kwargs: self.loop.run_until_complete(method(*args, **kwargs))
 
-    def close(self) -> None:
-        self.loop.run_until_complete(self.client.close())
-        self.loop.close()
-
 
 @pytest.fixture(params=[Client, BlockingAsyncClient], ids=["Client", "AsyncClient"])
 def connect(request) -> Iterator[Callable[..., Client]]:
     """Make clients of one kind or the other; both must satisfy every test that asks for this."""
     made = []
 
-    def make(server: FakeServer, **settings) -> Client:
-        made.append(request.param(server.target, **settings))
+    def make(server: FakeServer | str, **settings) -> Client:
+        target = server if isinstance(server, str) else server.target
+        made.append(request.param(target, **settings))
         return made[-1]
 
     yield make
     for client in made:
         client.close()
+        if isinstance(client, BlockingAsyncClient):
+            client.loop.close()

@@ -70,7 +70,7 @@ def test_codes_of_any_integer_type_and_layout_mean_their_values(server, connect,
     max_in_flight=st.integers(1, 5),
     dtype=st.sampled_from(["<f2", ">f4", "<f8"]),
 )
-def test_however_an_array_is_split_its_rows_stay_in_order_and_under_the_limits(
+def test_however_an_array_is_split_its_rows_stay_in_order_and_under_the_limits(  # noqa: PLR0917 - hypothesis draws them by name
     server, n, max_rows, message_bytes, max_in_flight, dtype
 ):
     server.max_rows, server.max_message_bytes, server.largest_message = max_rows, message_bytes, 0
@@ -198,7 +198,7 @@ def test_a_code_that_no_message_holds_is_refused_with_its_row(make_server, conne
 
 def test_a_row_too_large_for_any_message_is_refused_with_both_numbers(make_server, connect):
     server = make_server(max_message_bytes=1000, input_dim=300)
-    with pytest.raises(InvalidInputError, match="1200 bytes, but the server accepts .* 1000"):
+    with pytest.raises(InvalidInputError, match=r"1200 bytes, but the server accepts .* 1000"):
         connect(server).encode(embeddings(1, input_dim=300))
 
 
@@ -217,7 +217,7 @@ def test_a_row_that_is_not_finite_is_named_by_its_place_in_the_whole_array(
 def test_a_code_that_the_model_lacks_is_named_by_its_place_in_the_whole_array(make_server, connect):
     codes = np.zeros((50, 3), int)
     codes[37, 2] = 64
-    with pytest.raises(InvalidInputError, match="row 37: code 64 of layer 2 .* 64 centroids"):
+    with pytest.raises(InvalidInputError, match=r"row 37: code 64 of layer 2 .* 64 centroids"):
         connect(make_server(max_rows=10, codebook_width=64)).decode(codes)
 
 
@@ -227,7 +227,7 @@ def test_what_the_server_alone_finds_wrong_is_said_with_the_rows_of_the_message(
     rows = embeddings(25, input_dim=5)
     with pytest.raises(InvalidInputError, match=r"rows of 5 numbers \(in rows 0 to 9, counted"):
         connect(make_server(max_rows=10)).encode(rows)
-    with pytest.raises(InvalidInputError, match="rows of 5 numbers$"):
+    with pytest.raises(InvalidInputError, match=r"rows of 5 numbers$"):
         connect(make_server()).encode(rows)
 
 
