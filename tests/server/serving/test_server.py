@@ -247,7 +247,7 @@ async def test_a_second_server_on_the_same_port_is_refused(run_server, backend):
 
 
 async def test_a_host_that_is_not_this_machines_is_named_with_its_flag(run_server, backend):
-    with pytest.raises(ConfigurationError, match="cannot listen on 192.0.2.1:0: .*--host"):
+    with pytest.raises(ConfigurationError, match=r"cannot listen on 192\.0\.2\.1:0: .*--host"):
         await run_server(backend, host="192.0.2.1").task
 
 
