@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from semid_server.config import ServeConfig
+from semid_server.serving.config import ServeConfig
 
 BIN = Path(sys.executable).parent
 

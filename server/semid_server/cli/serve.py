@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from semid_server.cli import errors_as_sentences
-from semid_server.config import ServeConfig
+from semid_server.cli.checkpoint_options import override_options
+from semid_server.serving.config import ServeConfig
+from semid_server.serving.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-F = TypeVar("F", bound="Callable[..., Any] | click.Command")
+    from semid_server.checkpoint import Overrides
 
-# Written out, since the enumerations live beside torch; a test holds them equal.
-KINDS = ("rq-kmeans", "r-vq", "rq-vae")
-ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "identity")
+F = TypeVar("F", bound="Callable[..., Any] | click.Command")
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -82,11 +84,6 @@ def _default(name: str) -> dict[str, Any]:
     required=True,
     type=click.Path(path_type=Path),
     help="Native checkpoint folder, GRID .ckpt, or .pt with a model_state_dict.",
-)
-@_option(
-    "--name",
-    default=None,
-    help="Name by which requests may ask for the model. Default: the checkpoint's.",
 )
 @_option(
     "--host",
@@ -180,30 +177,7 @@ def _default(name: str) -> dict[str, Any]:
     help="Share of rows to encode again by the float64 reference while serving; differences are "
     "counted in semid_verify_mismatches_total. 0.001 costs little and watches always.",
 )
-@_option(
-    "--kind",
-    type=click.Choice(KINDS),
-    default=None,
-    help="How the model was trained, where a foreign checkpoint does not say.",
-)
-@_option(
-    "--activation",
-    type=click.Choice(ACTIVATIONS),
-    default=None,
-    help="Activation of an RQ-VAE's networks, which a GRID checkpoint does not record. "
-    "Default there: relu.",
-)
-@_option(
-    "--normalize-input/--no-normalize-input",
-    default=None,
-    help="Whether an RQ-VAE brings its input to length 1, which a GRID checkpoint does not "
-    "record. Default there: yes.",
-)
-@_option(
-    "--normalize-residuals/--no-normalize-residuals",
-    default=None,
-    help="Whether residuals are brought to length 1, where the checkpoint does not say.",
-)
+@override_options("serve")
 @_option(
     "--allow-degenerate",
     is_flag=True,
@@ -217,18 +191,15 @@ def _default(name: str) -> dict[str, Any]:
     show_default=True,
     help="Least severity of what is logged to stderr.",
 )
-def serve(log_level: str, **settings: Any) -> None:
+def serve(*, log_level: str, overrides: Overrides, allow_degenerate: bool, **settings: Any) -> None:
     """Serve a trained checkpoint: Encode and Decode over gRPC, metrics for Prometheus.
 
     Prints where it listens, serves until SIGTERM or Ctrl-C, then finishes what was admitted.
     """
     logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT)
     with errors_as_sentences():
-        config = ServeConfig(**settings)
-        # Here, not above: torch takes seconds to import, and `--help` needs none of it.
-        import asyncio  # noqa: PLC0415
-
-        from semid_server.serving.server import Server  # noqa: PLC0415
+        overrides = replace(overrides, allow_degenerate=allow_degenerate)
+        config = ServeConfig(overrides=overrides, **settings)
 
         async def run() -> None:
             await Server(config, announce=lambda line: click.echo(f"semid: {line}")).run()

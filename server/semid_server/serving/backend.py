@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from semid_server.checkpoint import Overrides, load_checkpoint
+from semid_server.checkpoint import load_checkpoint
 from semid_server.encoding import make_encoder
 from semid_server.errors import (
     ConfigurationError,
@@ -21,7 +21,7 @@ from semid_server.errors import (
     InvalidInputError,
     SemidError,
 )
-from semid_server.model import Activation, DecodeMode, ModelKind
+from semid_server.model import DecodeMode
 from semid_server.serving.batcher import Runner
 from semid_server.serving.types import (
     HOST_TYPES,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from semid_server.config import ServeConfig
+    from semid_server.serving.config import ServeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -89,17 +89,7 @@ class Backend(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
         self._device = choose_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        checkpoint = load_checkpoint(
-            config.checkpoint,
-            overrides=Overrides(
-                name=config.name,
-                kind=None if config.kind is None else ModelKind(config.kind),
-                activation=None if config.activation is None else Activation(config.activation),
-                normalize_input=config.normalize_input,
-                normalize_residuals=config.normalize_residuals,
-                allow_degenerate=config.allow_degenerate,
-            ),
-        )
+        checkpoint = load_checkpoint(config.checkpoint, overrides=config.overrides)
         for note in checkpoint.notes:
             logger.info("%s: %s", config.checkpoint, note)
         for warning in checkpoint.warnings:

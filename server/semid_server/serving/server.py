@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from semid_server.config import ServeConfig
+    from semid_server.serving.config import ServeConfig
     from semid_server.serving.types import WorkKey
 
 logger = logging.getLogger(__name__)

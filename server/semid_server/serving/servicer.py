@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import grpc.aio
     import numpy.typing as npt
 
-    from semid_server.config import ServeConfig
     from semid_server.serving.batcher import Batcher
+    from semid_server.serving.config import ServeConfig
 
     Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -10,8 +10,6 @@ from click.testing import CliRunner
 from semid_server.cli import serve as module
 from semid_server.cli.serve import serve
 from semid_server.errors import ConfigurationError
-from semid_server.model import Activation, ModelKind
-from semid_server.serving import server as server_module
 
 
 @pytest.fixture
@@ -28,7 +26,7 @@ def served(monkeypatch):
             await asyncio.sleep(0)
             self._announce("serving toy on 127.0.0.1:1")
 
-    monkeypatch.setattr(server_module, "Server", Server)
+    monkeypatch.setattr(module, "Server", Server)
     return configs
 
 
@@ -65,7 +63,7 @@ def test_booleans_and_files_of_settings_can_come_from_the_environment(served, tm
     file.write_text("normalize-residuals = false\nreference = true\n")
     result = run(SEMID_SERVE_CONFIG=str(file), SEMID_SERVE_CHECKPOINT="x")
     assert result.exit_code == 0, result.output
-    assert served[0].normalize_residuals is False
+    assert served[0].overrides.normalize_residuals is False
     assert served[0].reference is True
 
 
@@ -94,7 +92,7 @@ def test_what_the_server_refuses_is_one_sentence_and_status_one(monkeypatch):
         async def run(self):
             raise ConfigurationError("cannot listen on 0.0.0.0:1")
 
-    monkeypatch.setattr(server_module, "Server", Server)
+    monkeypatch.setattr(module, "Server", Server)
     result = run("--checkpoint", "x")
     assert result.exit_code == 1
     assert result.output == "Error: cannot listen on 0.0.0.0:1\n"
@@ -103,8 +101,3 @@ def test_what_the_server_refuses_is_one_sentence_and_status_one(monkeypatch):
 def test_where_it_listens_is_printed_on_standard_output(served):
     result = run("--checkpoint", "x")
     assert result.stdout == "semid: serving toy on 127.0.0.1:1\n"
-
-
-def test_the_choices_are_those_of_the_model():
-    assert tuple(kind.value for kind in ModelKind) == module.KINDS
-    assert tuple(activation.value for activation in Activation) == module.ACTIVATIONS

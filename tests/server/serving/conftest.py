@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from semid.v1 import semid_pb2_grpc as pb_grpc
-from semid_server.config import ServeConfig
 from semid_server.serving.batcher import Batcher, BatchLimits, Runner
+from semid_server.serving.config import ServeConfig
 from semid_server.serving.interceptors import CallInterceptor
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.server import SERVICE

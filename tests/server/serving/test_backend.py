@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from semid_server.config import ServeConfig
 from semid_server.errors import ConfigurationError, InvalidInputError
 from semid_server.serving.backend import Backend, choose_device
+from semid_server.serving.config import ServeConfig
 from semid_server.serving.types import DecodeKey, EncodeKey
 
 

@@ -20,8 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
-from semid_server.config import ServeConfig
 from semid_server.errors import ConfigurationError, MalformedCheckpointError
+from semid_server.serving.config import ServeConfig
 from semid_server.serving.server import SERVICE, Server
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

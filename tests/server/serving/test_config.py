@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semid_server.config import MESSAGE_OVERHEAD, ServeConfig
 from semid_server.errors import ConfigurationError
+from semid_server.serving.config import MESSAGE_OVERHEAD, ServeConfig
 
 
 def config(**settings):

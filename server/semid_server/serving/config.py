@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from semid_server.checkpoint import Overrides
 from semid_server.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -24,12 +25,7 @@ class ServeConfig:
     """
 
     checkpoint: Path
-    name: str | None = None
-    kind: str | None = None
-    activation: str | None = None
-    normalize_input: bool | None = None
-    normalize_residuals: bool | None = None
-    allow_degenerate: bool = False
+    overrides: Overrides = field(default_factory=Overrides)
     host: str = "0.0.0.0"  # noqa: S104 - a service is there to be reached; --host narrows it
     port: int = 50051
     metrics_host: str | None = None
