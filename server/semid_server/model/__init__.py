@@ -1,6 +1,7 @@
 """The quantiser: residual quantisation and its parts in plain torch. The definition of a code."""
 
 from semid_server.model.build import build_model
+from semid_server.model.clustering import MiniBatchKMeansInitializer
 from semid_server.model.decoding import Calibration, DecodeMode
 from semid_server.model.distances import SquaredEuclideanDistance
 from semid_server.model.initializers import KMeansPlusPlusInitInitializer
@@ -20,6 +21,7 @@ __all__ = [
     "KMeansPlusPlusInitInitializer",
     "L2Normalize",
     "MiniBatchKMeans",
+    "MiniBatchKMeansInitializer",
     "ModelKind",
     "ModelSpec",
     "Quantized",

@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 from semid_server.model.distances import SquaredEuclideanDistance
 from semid_server.model.initializers import KMeansPlusPlusInitInitializer
 from semid_server.model.losses import BetaQuantizationLoss, WeightedSquaredError
-from semid_server.model.ranks import from_first_rank, is_first_rank, summed_over_ranks
+from semid_server.model.ranks import by_itself, from_first_rank, is_first_rank, summed_over_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -162,7 +162,8 @@ class QuantizationLayer(nn.Module, ABC):
             return LayerStep(codes, torch.zeros_like(batch), loss)
         drawn = torch.empty_like(self.centroids)
         if is_first_rank():
-            drawn = self.initializer(torch.cat(self._buffer), self.n_clusters)
+            with by_itself():
+                drawn = self.initializer(torch.cat(self._buffer), self.n_clusters)
         drawn = from_first_rank(drawn)
         self._buffer = []
         self.is_initialized = True

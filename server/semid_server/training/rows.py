@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -203,17 +204,29 @@ def batches(
 ) -> Iterator[Floats]:
     """Shuffled batches without end, from batch number ``first`` on; the same ones for a ``seed``.
 
-    An epoch goes through all rows once; its last batch may be short. Blocks are shuffled, and
-    rows within groups of blocks of ``shuffle_rows`` in all, so memory stays bounded.
+    An epoch goes through all rows once. Its last batch may be short, and is left out where a rank
+    would get a single row of it, of which batch norm can make no statistics. Blocks are shuffled,
+    and rows within groups of blocks of ``shuffle_rows`` in all, so memory stays bounded.
     Of several ranks each gets every ``world_size``-th row of a batch, all equally many.
+
+    Raises
+    ------
+    ConfigurationError
+        If a batch has fewer rows than there are ranks.
     """
-    per_epoch = -(-rows.n_rows // batch_size)
+    if min(batch_size, rows.n_rows) < world_size:
+        raise ConfigurationError(
+            f"a batch has {min(batch_size, rows.n_rows)} rows for {world_size} processes; "
+            "expected at least one for each: start fewer, or make batches larger"
+        )
+    whole, rest = divmod(rows.n_rows, batch_size)
+    per_epoch = whole + (rest // world_size >= 2 or whole == 0)  # noqa: PLR2004 - no single row
     epoch, skipped = divmod(first, per_epoch)
     while True:
-        for batch in _epoch(rows, batch_size, (seed, epoch), skipped, shuffle_rows):
+        of_epoch = _epoch(rows, batch_size, (seed, epoch), skipped, shuffle_rows)
+        for batch in islice(of_epoch, per_epoch - skipped):
             share = len(batch) // world_size
-            if share:
-                yield batch[rank : share * world_size : world_size]
+            yield batch[rank : share * world_size : world_size]
         epoch, skipped = epoch + 1, 0
 
 
@@ -232,9 +245,9 @@ def _epoch(
         shuffled = np.random.default_rng((*seed, number)).permutation(size)[to_skip:]
         to_skip = 0
         pending = np.concatenate([pending, read[shuffled]])
-        whole = len(pending) - len(pending) % batch_size
-        yield from np.split(pending[:whole], whole // batch_size) if whole else ()
-        pending = pending[whole:]
+        while len(pending) >= batch_size:
+            yield pending[:batch_size]
+            pending = pending[batch_size:]
     if len(pending):
         yield pending
 

@@ -37,12 +37,20 @@ def test_an_epoch_has_every_row_once_in_batches_of_one_size_but_the_last(
     sizes, batch_size, shuffle_rows
 ):
     source = Blocks(sizes)
-    per_epoch = -(-source.n_rows // batch_size)
+    whole, rest = divmod(source.n_rows, batch_size)
+    left_out = rest == 1 and whole > 0
+    expected = [batch_size] * whole + ([rest] if rest and not left_out else [])
     stream = batches(source, batch_size=batch_size, seed=1, shuffle_rows=shuffle_rows)
     for _ in range(2):
-        epoch = list(islice(stream, per_epoch))
-        assert [len(batch) for batch in epoch[:-1]] == [batch_size] * (per_epoch - 1)
-        assert sorted(np.concatenate(epoch).flatten()) == list(range(source.n_rows))
+        epoch = list(islice(stream, len(expected)))
+        assert [len(batch) for batch in epoch] == expected
+        seen = np.concatenate(epoch).flatten()
+        assert len(set(seen)) == len(seen) == source.n_rows - left_out
+
+
+def test_more_ranks_than_rows_of_a_batch_are_refused():
+    with pytest.raises(ConfigurationError, match="2 rows for 3 processes"):
+        next(batches(Blocks([8]), batch_size=2, seed=0, world_size=3))
 
 
 @given(

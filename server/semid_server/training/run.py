@@ -1,0 +1,260 @@
+"""A whole run of training, which can be stopped anywhere and gone on with."""
+
+from __future__ import annotations
+
+import csv
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+
+from semid_server.errors import ConfigurationError
+from semid_server.model.ranks import is_first_rank, summed_over_ranks, together
+from semid_server.training.codebooks import fit_distinct, refine
+from semid_server.training.rows import batches
+from semid_server.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from semid_server.model import ResidualQuantization
+    from semid_server.model.residual_quantization import TrainingStep
+    from semid_server.training.codebooks import Pass
+    from semid_server.training.rows import Rows
+    from semid_server.training.settings import TrainingSettings
+
+STATE_NAME = "state.pt"
+LOG_NAME = "log.csv"
+
+
+class TrainingRun:
+    """Training by settings, with its log and the state to go on from in a folder.
+
+    A run that finds a state in its folder goes on from there, with the same result as if it had
+    never stopped. With `torch.distributed` set up all ranks construct and run it; the first
+    writes, and alone fits the codebooks that are fitted to the whole set.
+
+    Parameters
+    ----------
+    settings : TrainingSettings
+        What to do.
+    rows : Rows
+        The embeddings.
+    folder : Path
+        Where ``state.pt`` and ``log.csv`` are kept; made if it is not there.
+    device : torch.device
+        Where the model is trained.
+    save_every : int
+        Steps between two saves of the state.
+    on_step, on_pass : callable
+        Called after each mini-batch step and for each pass over the whole set.
+    should_stop : callable
+        Asked after each step and each layer; once it says yes, the state is saved and `run` ends.
+
+    Raises
+    ------
+    ConfigurationError
+        If the folder holds the state of a run with other settings or embeddings, or there are
+        fewer rows than centroids.
+    """
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        rows: Rows,
+        folder: Path,
+        *,
+        device: torch.device,
+        save_every: int = 100,
+        on_step: Callable[[Trainer, TrainingStep], None] = lambda _trainer, _step: None,
+        on_pass: Callable[[Pass], None] = lambda _pass: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.settings = settings
+        self.rows = rows
+        self.folder = folder
+        self.device = device
+        self.save_every = save_every
+        self.on_step = on_step
+        self.on_pass = on_pass
+        self.should_stop = should_stop
+        if rows.n_rows < settings.codebook_width:
+            raise ConfigurationError(
+                f"{rows.n_rows} rows for a codebook of {settings.codebook_width} centroids: "
+                "give at least as many rows, or a smaller codebook_width"
+            )
+        torch.manual_seed(settings.seed)
+        self.model: ResidualQuantization = settings.build(rows.dim).to(device)
+        self.trainer = Trainer(self.model, max_steps=settings.steps)
+        self.fitted_layers = 0
+        self.resumed = False
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._state_path.exists():
+            self._load()
+        elif is_first_rank():
+            self._log_path.unlink(missing_ok=True)  # of a run that ended before it saved a state
+        self._log = _Log(self._log_path, settings.layers) if is_first_rank() else None
+
+    @property
+    def _state_path(self) -> Path:
+        return self.folder / STATE_NAME
+
+    @property
+    def _log_path(self) -> Path:
+        return self.folder / LOG_NAME
+
+    def run(self) -> bool:
+        """Train to the end and leave the model in evaluation mode; False if stopped before."""
+        finished = (self.settings.distinct or self._take_steps()) and (
+            not is_first_rank() or self._fit_codebooks()
+        )
+        if self._log is not None:
+            self._log.close()
+        self.model.eval()
+        return finished
+
+    def _take_steps(self) -> bool:
+        ranks = (distributed.get_rank(), distributed.get_world_size()) if together() else (0, 1)
+        stream = batches(
+            self.rows,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            first=self.trainer.steps,
+            rank=ranks[0],
+            world_size=ranks[1],
+        )
+        while not self.trainer.done:
+            layer = self.model.current_layer
+            step = self.trainer.step(torch.from_numpy(next(stream)).to(self.device))
+            self.on_step(self.trainer, step)
+            if self._log is not None:
+                self._log.step(layer, self.trainer, step)
+            stop = self._all_should_stop()
+            if stop or self.trainer.done or self.trainer.steps % self.save_every == 0:
+                self._save()
+            if stop:
+                return self.trainer.done
+        return True
+
+    def _fit_codebooks(self) -> bool:
+        if self.settings.distinct:
+            layers = fit_distinct(
+                self.model,
+                self.rows,
+                first_layer=self.fitted_layers,
+                seed=self.settings.seed,
+                on_pass=self._passed,
+            )
+        elif self.settings.refine:
+            layers = refine(
+                self.model,
+                self.rows,
+                iterations=self.settings.refine,
+                first_layer=self.fitted_layers,
+                seed=self.settings.seed,
+                on_pass=self._passed,
+            )
+        else:
+            return True
+        for layer in layers:
+            self.fitted_layers = layer + 1
+            self._save()
+            if self.should_stop() and self.fitted_layers < self.settings.layers:
+                return False
+        return True
+
+    def _passed(self, one: Pass) -> None:
+        self.on_pass(one)
+        if self._log is not None:
+            self._log.passed(one)
+
+    def _all_should_stop(self) -> bool:
+        # All ranks stop after the same step, though a signal reaches each at its own time.
+        asked = torch.tensor(int(self.should_stop()), device=self.device)
+        return bool(summed_over_ranks(asked) > 0)
+
+    def _save(self) -> None:
+        if self._log is None:
+            return
+        state = {
+            "settings": self._plain_settings(),
+            "rows": [self.rows.n_rows, self.rows.dim],
+            "trainer": self.trainer.state(),
+            "fitted_layers": self.fitted_layers,
+            "log_bytes": self._log.flushed_bytes(),
+        }
+        temporary = self._state_path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._state_path)
+
+    def _load(self) -> None:
+        state: dict[str, Any] = torch.load(
+            self._state_path, map_location=self.device, weights_only=True
+        )
+        for name, value in self._plain_settings().items():
+            if state["settings"][name] != value:
+                raise ConfigurationError(
+                    f"{self._state_path}: this run began with {name} {state['settings'][name]}, "
+                    f"and is now given {value}: give the same to go on, or --restart to begin anew"
+                )
+        if state["rows"] != [self.rows.n_rows, self.rows.dim]:
+            raise ConfigurationError(
+                f"{self._state_path}: this run began on embeddings of shape "
+                f"{tuple(state['rows'])}, and is now given {(self.rows.n_rows, self.rows.dim)}: "
+                "give the same to go on, or --restart to begin anew"
+            )
+        self.trainer.load_state(state["trainer"])
+        self.fitted_layers = state["fitted_layers"]
+        self.resumed = True
+        if is_first_rank() and self._log_path.exists():
+            os.truncate(self._log_path, state["log_bytes"])
+
+    def _plain_settings(self) -> dict[str, Any]:
+        return {
+            name: list(value) if isinstance(value, tuple) else str(value)
+            for name, value in asdict(self.settings).items()
+        }
+
+
+class _Log:
+    """The CSV file of a run: a line for each step and each pass, the same in every run."""
+
+    def __init__(self, path: Path, n_layers: int) -> None:
+        self._file = path.open("a", newline="", encoding="utf-8")
+        fields = ["stage", "layer", "step", "counted_steps", "loss", "distinct_ids"]
+        fields += [
+            f"{name}_{layer}" for name in ("coverage", "entropy") for layer in range(n_layers)
+        ]
+        fields += ["first_residual_norm_ratio", "last_residual_norm_ratio", "residual_mse"]
+        self._writer = csv.DictWriter(self._file, fields)
+        if self._file.tell() == 0:
+            self._writer.writeheader()
+
+    def step(self, layer: int, trainer: Trainer, step: TrainingStep) -> None:
+        self._writer.writerow(
+            {
+                "stage": "mini-batch",
+                "layer": layer,
+                "step": trainer.steps,
+                "counted_steps": trainer.counted_steps,
+                **step.metrics,
+            }
+        )
+
+    def passed(self, one: Pass) -> None:
+        self._writer.writerow(
+            {"stage": one.stage, "layer": one.layer, "step": one.number, "loss": one.error}
+        )
+
+    def flushed_bytes(self) -> int:
+        self._file.flush()
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
