@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read shape, whether columns come first, and type."""
+    version = npy.read_magic(file)
+    if version == (1, 0):
+        return npy.read_array_header_1_0(file)
+    if version in {(2, 0), (3, 0)}:  # 3 differs in names of fields, which a matrix has none of
+        return npy.read_array_header_2_0(file)
+    raise ValueError(f"version {version[0]}.{version[1]} of the format is unknown")
+
+
 class NpyReader:
     """The rows of a two-dimensional ``.npy`` file, by slices.
 
@@ -57,13 +67,13 @@ class NpyReader:
 
     def _read_header(self) -> None:
         try:
-            version = npy.read_magic(self._file)
-            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, fortran_order, dtype = read(self._file)
-        except (ValueError, EOFError) as error:
-            raise FileError(self.path, f"not a .npy file: {error}") from error
+            shape, fortran_order, dtype = _header(self._file)
         except OSError as error:
             raise FileError.of(self.path, error) from error
+        except (
+            Exception
+        ) as error:  # damage makes numpy raise anything, from TypeError to TokenError
+            raise FileError(self.path, f"not a .npy file: {error}") from error
         if dtype.hasobject:
             raise FileError(
                 self.path,
@@ -71,7 +81,7 @@ class NpyReader:
             )
         if dtype.kind not in "iuf":
             raise FileError(self.path, f"holds {dtype}; expected floats or integers")
-        if len(shape) != 2:  # noqa: PLR2004 -- a matrix
+        if len(shape) != 2 or min(shape) < 0:  # noqa: PLR2004 -- a matrix
             raise FileError(self.path, f"has shape {shape}; expected (rows, columns)")
         self.shape: tuple[int, ...] = shape
         self.dtype: np.dtype[Any] = dtype
@@ -125,6 +135,11 @@ class NpyWriter:
     force : bool
         Replace a file that is there.
 
+    Attributes
+    ----------
+    shape, dtype
+        Of the array that was begun.
+
     Raises
     ------
     FileError
@@ -143,8 +158,8 @@ class NpyWriter:
             self._file: BinaryIO = self._temporary.open("xb")
         except OSError as error:
             raise FileError.of(path, error) from error
-        self._shape: tuple[int, int] = (0, 0)
-        self._dtype: np.dtype[Any] = np.dtype(np.float32)
+        self.shape: tuple[int, int] = (0, 0)
+        self.dtype: np.dtype[Any] = np.dtype(np.float32)
         self._rows = 0
 
     def _check_free(self) -> None:
@@ -155,8 +170,8 @@ class NpyWriter:
 
     def begin(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         """Write the header of an array of this shape and type."""
-        self._shape, self._dtype = shape, dtype.newbyteorder("<")
-        descr = npy.dtype_to_descr(self._dtype)
+        self.shape, self.dtype = shape, dtype.newbyteorder("<")
+        descr = npy.dtype_to_descr(self.dtype)
         header = {"descr": descr, "fortran_order": False, "shape": shape}
         with _named(self.path):
             npy.write_array_header_1_0(self._file, header)
@@ -171,18 +186,18 @@ class NpyWriter:
         ValueError
             If they are not the next ones, or not of the shape and type begun.
         """
-        if start != self._rows or rows.shape[1] != self._shape[1] or rows.dtype != self._dtype:
+        if start != self._rows or rows.shape[1] != self.shape[1] or rows.dtype != self.dtype:
             raise ValueError(
                 f"rows at {start}, {rows.shape[1]} columns of {rows.dtype}; expected rows at "
-                f"{self._rows}, {self._shape[1]} columns of {self._dtype}"
+                f"{self._rows}, {self.shape[1]} columns of {self.dtype}"
             )
         with _named(self.path):
             self._file.write(np.ascontiguousarray(rows).data)
         self._rows += len(rows)
 
     def _finish(self) -> None:
-        if self._rows != self._shape[0]:
-            raise ValueError(f"{self._rows} rows written of {self._shape[0]}")
+        if self._rows != self.shape[0]:
+            raise ValueError(f"{self._rows} rows written of {self.shape[0]}")
         with _named(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
