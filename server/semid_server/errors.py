@@ -8,6 +8,8 @@ them to gRPC status codes, and the commands print their message as it is.
     ├── FingerprintMismatchError   the caller expects another model
     ├── UnsupportedDecodeModeError the checkpoint lacks what the mode needs
     ├── ModelNotFoundError         no model of that name is served
+    ├── UnauthenticatedError       no token, or not a known one
+    ├── PermissionDeniedError      a known token, but not for this method
     ├── OverloadedError            no room now; come back later
     ├── MessageTooLargeError       more than one message may hold
     ├── DeadlineExpiredError       dropped before it was computed
@@ -85,6 +87,14 @@ class ModelNotFoundError(SemidError):
         served = ", ".join(repr(other) for other in available) or "none"
         super().__init__(f"no model named {name!r} is served here; served: {served}")
         self.name, self.available = name, tuple(available)
+
+
+class UnauthenticatedError(SemidError):
+    """The caller has no token, or none that is known."""
+
+
+class PermissionDeniedError(SemidError):
+    """The caller's token is known, but not good for this method."""
 
 
 class OverloadedError(SemidError):

@@ -20,7 +20,15 @@ import pytest
 from semid_server.cli.serve import serve
 from semid_server.serving.status import CODES
 
-DEFAULTS_IN_WORDS = {"", "off", "from the file", "all cores", "as `--host`", "the checkpoint's"}
+DEFAULTS_IN_WORDS = {
+    "",
+    "off",
+    "on",
+    "from the file",
+    "all cores",
+    "as `--host`",
+    "the checkpoint's",
+}
 
 NOT_RUN = {
     "bash tests/run.sh": "it runs this very test",

@@ -13,8 +13,10 @@ import click
 
 from semid_server.cli import errors_as_sentences
 from semid_server.cli.checkpoint_options import override_options
+from semid_server.errors import ConfigurationError
 from semid_server.serving.config import ServeConfig
 from semid_server.serving.server import Server
+from semid_server.serving.tls import TlsFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +62,15 @@ def _option(*names: str, **attributes: Any) -> Callable[[F], F]:
     return click.option(
         *names, envvar=f"SEMID_SERVE_{flag.upper()}", show_envvar=True, **attributes
     )
+
+
+def _tls_files(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
+    if cert is None and key is None and client_ca is None:
+        return None
+    if cert is None or key is None:
+        missing = "--tls-cert" if cert is None else "--tls-key"
+        raise ConfigurationError(f"{missing} is missing: TLS takes a certificate and its key")
+    return TlsFiles(certificate=cert, key=key, client_ca=client_ca)
 
 
 DEFAULTS = ServeConfig(checkpoint=Path())
@@ -165,6 +176,43 @@ def _default(name: str) -> dict[str, Any]:
     "supervisor's own patience.",
 )
 @_option(
+    "--tls-cert",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="PEM file of the server's certificate chain; with --tls-key the service speaks TLS only. "
+    "Renewed files are taken up without a restart.",
+)
+@_option(
+    "--tls-key",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="PEM file of the certificate's private key, without a passphrase.",
+)
+@_option(
+    "--tls-client-ca",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="PEM file of authorities; clients without a certificate of theirs are turned away "
+    "(mutual TLS).",
+)
+@_option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="File of SHA-256 hashes of bearer tokens, one a line, each followed by the methods it is "
+    "good for if not all; calls without a token are refused. Use it with TLS.",
+)
+@_option(
+    "--reflection/--no-reflection",
+    **_default("reflection"),
+    help="Whether clients may ask for the contract; tools at a keyboard need it, services do not.",
+)
+@_option(
+    "--metrics/--no-metrics",
+    **_default("metrics"),
+    help="Whether there is a metrics endpoint.",
+)
+@_option(
     "--reference",
     is_flag=True,
     help="Encode by the float64 reference alone, hundreds of times slower: to rule out the fast "
@@ -191,7 +239,16 @@ def _default(name: str) -> dict[str, Any]:
     show_default=True,
     help="Least severity of what is logged to stderr.",
 )
-def serve(*, log_level: str, overrides: Overrides, allow_degenerate: bool, **settings: Any) -> None:
+def serve(
+    *,
+    log_level: str,
+    overrides: Overrides,
+    allow_degenerate: bool,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    **settings: Any,
+) -> None:
     """Serve a trained checkpoint: Encode and Decode over gRPC, metrics for Prometheus.
 
     Prints where it listens, serves until SIGTERM or Ctrl-C, then finishes what was admitted.
@@ -199,7 +256,8 @@ def serve(*, log_level: str, overrides: Overrides, allow_degenerate: bool, **set
     logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT)
     with errors_as_sentences():
         overrides = replace(overrides, allow_degenerate=allow_degenerate)
-        config = ServeConfig(overrides=overrides, **settings)
+        tls = _tls_files(tls_cert, tls_key, tls_client_ca)
+        config = ServeConfig(overrides=overrides, tls=tls, **settings)
 
         async def run() -> None:
             await Server(config, announce=lambda line: click.echo(f"semid: {line}")).run()

@@ -11,6 +11,8 @@ from semid_server.errors import ConfigurationError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from semid_server.serving.tls import TlsFiles
+
 MIB = 1 << 20
 
 MESSAGE_OVERHEAD = 64 * 1024
@@ -41,6 +43,10 @@ class ServeConfig:
     max_queue_bytes: int = 256 * MIB
     max_concurrent_rpcs: int = 4096
     grace: float = 30.0
+    tls: TlsFiles | None = None
+    token_file: Path | None = None
+    reflection: bool = True
+    metrics: bool = True
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work together; the message names both values."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from semid_server.serving.metrics import Metrics
+    from semid_server.serving.tokens import TokenFile
 
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
@@ -38,10 +39,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         Full name of the service; calls of others pass through untouched.
     metrics : Metrics
         Where calls are counted.
+    tokens : TokenFile, optional
+        Who may call what; everybody everything without it.
     """
 
-    def __init__(self, service: str, metrics: Metrics) -> None:
-        self._service, self._metrics = service, metrics
+    def __init__(self, service: str, metrics: Metrics, tokens: TokenFile | None = None) -> None:
+        self._service, self._metrics, self._tokens = service, metrics, tokens
 
     async def intercept_service(  # type: ignore[override]  # None for an unknown method
         self,
@@ -65,10 +68,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
             handler.response_serializer,
         )
 
+    def _authorise(self, call: tuple[str, str, str], context: Context) -> None:
+        if self._tokens is not None:
+            metadata = dict(context.invocation_metadata() or ())
+            authorization = metadata.get("authorization")
+            text = authorization.decode() if isinstance(authorization, bytes) else authorization
+            self._tokens.check(text, call[-1])
+
     def _unary(self, behaviour: Any, call: tuple[str, str, str]) -> Any:
         async def answer(request: Any, context: Context) -> Any:
             with _Call(self._metrics, call, context) as this:
                 try:
+                    self._authorise(call, context)
                     return await behaviour(request, context)
                 except Exception as error:  # noqa: BLE001 - told apart there
                     await this.fail(error)
@@ -79,6 +90,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         async def answer(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
             with _Call(self._metrics, call, context) as this:
                 try:
+                    self._authorise(call, context)
                     async for response in behaviour(requests, context):
                         yield response
                 except Exception as error:  # noqa: BLE001 - told apart there

@@ -23,6 +23,8 @@ from semid_server.serving.batcher import Batcher, BatchLimits
 from semid_server.serving.interceptors import CallInterceptor
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.servicer import SemanticIdServicer
+from semid_server.serving.tls import Certificates
+from semid_server.serving.tokens import TokenFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,6 +52,8 @@ EXPECTED_CODES = (
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
 )
 
 LAST_WORDS = 1.0
@@ -101,6 +105,9 @@ class Server:
         """
         with self._signals():
             self._check_address()
+            if not self._config.metrics:
+                await self._serve()
+                return
             metrics_server = self._open_metrics()
             try:
                 await self._serve()
@@ -172,8 +179,14 @@ class Server:
     async def _open_grpc(
         self, servicer: SemanticIdServicer, health_servicer: Any
     ) -> tuple[grpc.aio.Server, str]:
+        methods = pb.DESCRIPTOR.services_by_name["SemanticIdService"].methods
+        tokens = None
+        if self._config.token_file is not None:
+            tokens = TokenFile(
+                self._config.token_file, frozenset(method.name for method in methods)
+            )
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(SERVICE, self._metrics)],
+            interceptors=[CallInterceptor(SERVICE, self._metrics, tokens)],
             maximum_concurrent_rpcs=self._config.max_concurrent_rpcs,
             options=(
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
@@ -187,18 +200,24 @@ class Server:
         )
         add: Any = pb_grpc.add_SemanticIdServiceServicer_to_server  # generated, not annotated
         add(servicer, server)
-        for method in pb.DESCRIPTOR.services_by_name["SemanticIdService"].methods:
+        for method in methods:
             kind = "bidi_stream" if method.client_streaming else "unary"
             self._metrics.expect_method((kind, SERVICE, method.name), EXPECTED_CODES)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         # As constructed, the servicer calls the server healthy: it is not until it has a model.
         await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
-        reflection.enable_server_reflection(
-            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
+        if self._config.reflection:
+            reflection.enable_server_reflection(
+                (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+            )
         host = _bracketed(self._config.host)
+        address = f"{host}:{self._config.port}"
         try:
-            port = server.add_insecure_port(f"{host}:{self._config.port}")
+            if self._config.tls is None:
+                port = server.add_insecure_port(address)
+            else:
+                credentials = Certificates(self._config.tls).credentials()
+                port = server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise self._cannot_listen("gRPC could not bind it") from error
         return server, f"{host}:{port}"

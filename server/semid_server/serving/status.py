@@ -19,6 +19,8 @@ CODES: dict[type[errors.SemidError], grpc.StatusCode] = {
     errors.FingerprintMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.UnsupportedDecodeModeError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.MessageTooLargeError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExpiredError: grpc.StatusCode.DEADLINE_EXCEEDED,

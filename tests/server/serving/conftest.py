@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,7 +20,7 @@ from semid_server.serving.batcher import Batcher, BatchLimits, Runner
 from semid_server.serving.config import ServeConfig
 from semid_server.serving.interceptors import CallInterceptor
 from semid_server.serving.metrics import Metrics
-from semid_server.serving.server import SERVICE
+from semid_server.serving.server import SERVICE, Server
 from semid_server.serving.servicer import SemanticIdServicer
 from semid_server.serving.types import ServedModel
 
@@ -227,3 +229,87 @@ def toy_codes_fixture():
 @pytest.fixture
 def toy_served():
     return MODEL
+
+
+class FakeBackend:
+    """The fake device with a model to show; loading lasts until the test lets it end."""
+
+    def __init__(self, device, served):
+        self._device, self.served = device, served
+        self.may_load = threading.Event()
+        self.error = None
+
+    def __call__(self, config, *, on_verified):
+        self.may_load.wait(30)
+        if self.error:
+            raise self.error
+        return self
+
+    def warm_up(self): ...
+
+    def proved_rows(self):
+        return {"reference": 7}
+
+    def run(self, key, payloads):
+        self._device.run(key, payloads)
+        return [np.ones((len(rows), 3), np.uint16) for rows in payloads]
+
+    def after(self): ...
+
+
+class Running:
+    """A server that runs as a task of this test's loop."""
+
+    def __init__(self, server, lines):
+        self.server, self.lines = server, lines
+        self.task = asyncio.create_task(server.run())
+
+    async def line(self, words):
+        """Wait for the announced line that begins so, and return what follows."""
+        while True:
+            for line in self.lines:
+                if line.startswith(words):
+                    return line.removeprefix(words)
+            if self.task.done():
+                await self.task  # raises what ended it
+                pytest.fail("the server ended without that line")
+            await asyncio.sleep(0)
+
+    async def address(self):
+        return await self.line("serving toy on ")
+
+    async def metrics(self):
+        host = await self.line("metrics on ")
+        url = f"http://{host}/metrics"
+        return await asyncio.to_thread(lambda: urllib.request.urlopen(url).read().decode())
+
+
+@pytest.fixture
+async def run_server():
+    """Return a function that starts a server; whatever is left running is ended."""
+    running = []
+
+    def run(backend, **settings):
+        settings = {"host": "127.0.0.1", "port": 0, "metrics_port": 0, "grace": 30.0} | settings
+        lines = []
+        server = Server(
+            ServeConfig(checkpoint=Path("unused"), **settings),
+            announce=lines.append,
+            make_backend=backend,
+        )
+        running.append(Running(server, lines))
+        return running[-1]
+
+    yield run
+    for one in running:
+        one.server.request_stop()
+        with contextlib.suppress(Exception):
+            await one.task
+
+
+@pytest.fixture
+def backend(device, toy_served):
+    fake = FakeBackend(device, toy_served)
+    yield fake
+    fake.may_load.set()
+    device.free()

@@ -8,9 +8,6 @@ import os
 import re
 import signal
 import socket
-import threading
-import urllib.request
-from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -21,98 +18,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
 from semid_server.errors import ConfigurationError, MalformedCheckpointError
-from semid_server.serving.config import ServeConfig
-from semid_server.serving.server import SERVICE, Server
+from semid_server.serving.server import SERVICE
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 REQUEST = pb.EncodeRequest(
     tensor=pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=[1, 4], data=np.ones(4, "f4").tobytes())
 )
-
-
-class FakeBackend:
-    """The fake device with a model to show; loading lasts until the test lets it end."""
-
-    def __init__(self, device, served):
-        self._device, self.served = device, served
-        self.may_load = threading.Event()
-        self.error = None
-
-    def __call__(self, config, *, on_verified):
-        self.may_load.wait(30)
-        if self.error:
-            raise self.error
-        return self
-
-    def warm_up(self): ...
-
-    def proved_rows(self):
-        return {"reference": 7}
-
-    def run(self, key, payloads):
-        self._device.run(key, payloads)
-        return [np.ones((len(rows), 3), np.uint16) for rows in payloads]
-
-    def after(self): ...
-
-
-class Running:
-    """A server that runs as a task of this test's loop."""
-
-    def __init__(self, server, lines):
-        self.server, self.lines = server, lines
-        self.task = asyncio.create_task(server.run())
-
-    async def line(self, words):
-        """Wait for the announced line that begins so, and return what follows."""
-        while True:
-            for line in self.lines:
-                if line.startswith(words):
-                    return line.removeprefix(words)
-            if self.task.done():
-                await self.task  # raises what ended it
-                pytest.fail("the server ended without that line")
-            await asyncio.sleep(0)
-
-    async def address(self):
-        return await self.line("serving toy on ")
-
-    async def metrics(self):
-        host = await self.line("metrics on ")
-        url = f"http://{host}/metrics"
-        return await asyncio.to_thread(lambda: urllib.request.urlopen(url).read().decode())
-
-
-@pytest.fixture
-async def run_server():
-    """Return a function that starts a server; whatever is left running is ended."""
-    running = []
-
-    def run(backend, **settings):
-        settings = {"host": "127.0.0.1", "port": 0, "metrics_port": 0, "grace": 30.0} | settings
-        lines = []
-        server = Server(
-            ServeConfig(checkpoint=Path("unused"), **settings),
-            announce=lines.append,
-            make_backend=backend,
-        )
-        running.append(Running(server, lines))
-        return running[-1]
-
-    yield run
-    for one in running:
-        one.server.request_stop()
-        with contextlib.suppress(Exception):
-            await one.task
-
-
-@pytest.fixture
-def backend(device, toy_served):
-    fake = FakeBackend(device, toy_served)
-    yield fake
-    fake.may_load.set()
-    device.free()
 
 
 @pytest.fixture

@@ -1,0 +1,214 @@
+"""TLS, mutual TLS and tokens as a client meets them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import grpc
+import grpc.aio
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from semid.v1 import semid_pb2 as pb
+from semid.v1 import semid_pb2_grpc as pb_grpc
+from semid_server.errors import ConfigurationError
+from semid_server.serving.tls import Certificates, TlsFiles
+
+MODEL = pb.GetModelRequest()
+
+
+class Identity:
+    """An authority, and a server certificate of its in files that can be replaced."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.certificate, self.key = folder / "server.pem", folder / "server.key"
+        self.client_ca = folder / "clients.pem"
+        self.renew()
+
+    def renew(self):
+        """Write a new identity by a new authority over the old one."""
+        self.authority = trustme.CA()
+        issued = self.authority.issue_cert("localhost")
+        issued.private_key_pem.write_to_path(self.key)
+        self.certificate.unlink(missing_ok=True)
+        for pem in issued.cert_chain_pems:
+            pem.write_to_path(self.certificate, append=True)
+        later = self.key.stat().st_mtime_ns + 10**9
+        os.utime(self.certificate, ns=(later, later))
+
+    @property
+    def root(self):
+        return self.authority.cert_pem.bytes()
+
+    def files(self, *, mutual=False):
+        return TlsFiles(
+            certificate=self.certificate,
+            key=self.key,
+            client_ca=self.client_ca if mutual else None,
+        )
+
+
+@pytest.fixture
+def identity(tmp_path):
+    return Identity(tmp_path)
+
+
+@pytest.fixture
+def ready(backend, device):
+    backend.may_load.set()
+    device.free()
+    return backend
+
+
+async def ask(address, credentials=None, metadata=None):
+    """Ask for the model over a connection of its own; return the status code."""
+    port = address.rsplit(":", 1)[1]
+    options = [("grpc.enable_retries", 0)]
+    channel = (
+        grpc.aio.insecure_channel(address, options)
+        if credentials is None
+        else grpc.aio.secure_channel(f"localhost:{port}", credentials, options)
+    )
+    async with channel:
+        call = pb_grpc.SemanticIdServiceStub(channel).GetModel(MODEL, metadata=metadata)
+        return await call.code()
+
+
+async def test_with_a_certificate_the_service_speaks_tls_only(run_server, ready, identity):
+    address = await run_server(ready, tls=identity.files()).address()
+    assert await ask(address, grpc.ssl_channel_credentials(identity.root)) == grpc.StatusCode.OK
+    assert await ask(address) == grpc.StatusCode.UNAVAILABLE
+    stranger = trustme.CA().cert_pem.bytes()
+    assert await ask(address, grpc.ssl_channel_credentials(stranger)) == (
+        grpc.StatusCode.UNAVAILABLE
+    )
+
+
+async def test_with_authorities_a_client_without_a_certificate_is_turned_away(
+    run_server, ready, identity
+):
+    clients = trustme.CA()
+    clients.cert_pem.write_to_path(identity.client_ca)
+    address = await run_server(ready, tls=identity.files(mutual=True)).address()
+
+    def presenting(authority):
+        issued = authority.issue_cert("client.example")
+        chain = b"".join(pem.bytes() for pem in issued.cert_chain_pems)
+        return grpc.ssl_channel_credentials(identity.root, issued.private_key_pem.bytes(), chain)
+
+    assert await ask(address, presenting(clients)) == grpc.StatusCode.OK
+    assert await ask(address, presenting(trustme.CA())) == grpc.StatusCode.UNAVAILABLE
+    assert await ask(address, grpc.ssl_channel_credentials(identity.root)) == (
+        grpc.StatusCode.UNAVAILABLE
+    )
+
+
+async def test_a_renewed_certificate_is_taken_up_by_the_next_connection(
+    run_server, ready, identity
+):
+    address = await run_server(ready, tls=identity.files()).address()
+    old = identity.root
+    identity.renew()
+    assert await ask(address, grpc.ssl_channel_credentials(identity.root)) == grpc.StatusCode.OK
+    assert await ask(address, grpc.ssl_channel_credentials(old)) == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_while_renewed_files_do_not_fit_the_old_certificate_stays(
+    run_server, ready, identity, caplog
+):
+    address = await run_server(ready, tls=identity.files()).address()
+    old = identity.root
+    kept = identity.certificate.read_bytes()
+    identity.renew()
+    identity.certificate.write_bytes(kept)  # a renewal that has written one file of two
+    assert await ask(address, grpc.ssl_channel_credentials(old)) == grpc.StatusCode.OK
+    assert "the certificates read before stay in use" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("break_it", "text"),
+    [
+        (lambda identity: identity.key.unlink(), "server.key: No such file"),
+        (lambda identity: identity.key.write_text("x"), "cannot be used together"),
+        (
+            lambda identity: (
+                trustme.CA().issue_cert("x").private_key_pem.write_to_path(identity.key)
+            ),
+            "cannot be used together",
+        ),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused_at_the_start(identity, break_it, text):
+    break_it(identity)
+    with pytest.raises(ConfigurationError, match=text):
+        Certificates(identity.files())
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    path = tmp_path / "tokens"
+    path.write_text(
+        f"{hashlib.sha256(b'all').hexdigest()}\n{hashlib.sha256(b'none').hexdigest()} Decode\n"
+    )
+    return path
+
+
+async def test_with_a_token_file_calls_need_a_token_that_is_good_for_them(
+    run_server, ready, token_file
+):
+    server = run_server(ready, token_file=token_file)
+    address = await server.address()
+
+    async def with_token(token):
+        return await ask(address, metadata=[("authorization", f"Bearer {token}")])
+
+    assert await ask(address) == grpc.StatusCode.UNAUTHENTICATED
+    assert await with_token("guess") == grpc.StatusCode.UNAUTHENTICATED
+    assert await with_token("none") == grpc.StatusCode.PERMISSION_DENIED
+    assert await with_token("all") == grpc.StatusCode.OK
+    text = await server.metrics()
+    for code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        assert f'grpc_code="{code}",grpc_method="GetModel"' in text
+
+
+async def test_a_stream_needs_a_token_too(run_server, ready, token_file):
+    address = await run_server(ready, token_file=token_file).address()
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = pb_grpc.SemanticIdServiceStub(channel).EncodeStream()
+        assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_probe_of_health_needs_no_token(run_server, ready, token_file):
+    address = await run_server(ready, token_file=token_file).address()
+    async with grpc.aio.insecure_channel(address) as channel:
+        status = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    assert status.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def services(address):
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+
+        async def requests():
+            yield reflection_pb2.ServerReflectionRequest(list_services="")
+
+        response = await stub.ServerReflectionInfo(requests()).read()
+        return {service.name for service in response.list_services_response.service}
+
+
+async def test_reflection_can_be_turned_off(run_server, ready):
+    assert "semid.v1.SemanticIdService" in await services(await run_server(ready).address())
+    address = await run_server(ready, reflection=False).address()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await services(address)
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_metrics_can_be_turned_off(run_server, ready):
+    server = run_server(ready, metrics=False)
+    await server.address()
+    assert not any(line.startswith("metrics") for line in server.lines)

@@ -1,0 +1,108 @@
+"""Bearer tokens: who may call what, and what a bad file gets."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import pytest
+
+from semid_server.errors import ConfigurationError, PermissionDeniedError, UnauthenticatedError
+from semid_server.serving.tokens import TokenFile
+
+METHODS = frozenset({"Encode", "Decode", "GetModel"})
+
+
+def hashed(token):
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "tokens"
+    path.write_text(
+        f"# all methods\n{hashed('all')}\n\n{hashed('some')}  Encode,GetModel # a comment\n"
+    )
+    return path
+
+
+@pytest.fixture
+def tokens(file):
+    return TokenFile(file, METHODS)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_token_without_methods_is_good_for_all(tokens, method):
+    tokens.check("Bearer all", method)
+    tokens.check("bearer all", method)
+
+
+def test_a_token_with_methods_is_good_for_those_alone(tokens):
+    tokens.check("Bearer some", "Encode")
+    tokens.check("Bearer some", "GetModel")
+    with pytest.raises(PermissionDeniedError, match="not good for Decode"):
+        tokens.check("Bearer some", "Decode")
+
+
+@pytest.mark.parametrize("authorization", [None, "", "all", "Basic all", "Bearer", "Bearer "])
+def test_a_call_without_a_token_is_told_how_to_send_one(tokens, authorization):
+    with pytest.raises(UnauthenticatedError, match="authorization: Bearer TOKEN"):
+        tokens.check(authorization, "Encode")
+
+
+@pytest.mark.parametrize("token", ["other", "all ", "ALL", hashed("all"), "\udcff"])
+def test_an_unknown_token_is_refused_and_not_repeated(tokens, token):
+    with pytest.raises(UnauthenticatedError) as caught:
+        tokens.check(f"Bearer {token}", "Encode")
+    assert token.strip() not in str(caught.value)
+
+
+def change(path, content):
+    """Write a file so that its stamp differs, however coarse the clock of the file system."""
+    before = path.stat().st_mtime_ns
+    path.write_text(content)
+    os.utime(path, ns=(before + 10**9, before + 10**9))
+
+
+def test_a_changed_file_counts_from_the_next_call_on(tokens, file):
+    change(file, hashed("new"))
+    tokens.check("Bearer new", "Encode")
+    with pytest.raises(UnauthenticatedError):
+        tokens.check("Bearer all", "Encode")
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", None])
+def test_a_file_that_becomes_unusable_leaves_the_tokens_as_they_were(tokens, file, content, caplog):
+    if content is None:
+        file.unlink()
+    else:
+        change(file, content)
+    tokens.check("Bearer all", "Encode")
+    with pytest.raises(UnauthenticatedError):
+        tokens.check("Bearer nonsense", "Encode")
+    assert "the tokens read before stay good" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("", "holds no token"),
+        ("# only comments", "holds no token"),
+        ("secret", "line 1: expected the SHA-256"),
+        (f"\n{'a' * 63}", "line 2: expected the SHA-256"),
+        (f"{'A' * 64}", "line 1: expected the SHA-256"),
+        (f"{'a' * 64} Encode,Delete", "line 1: no method is called Delete; there are Decode"),
+        (b"\xff\xfe", "is not text in UTF-8"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_line_and_without_its_content(tmp_path, content, text):
+    path = tmp_path / "tokens"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigurationError, match=text) as caught:
+        TokenFile(path, METHODS)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigurationError, match="nowhere: No such file"):
+        TokenFile(tmp_path / "nowhere", METHODS)
