@@ -163,23 +163,23 @@ class _IntegerProduct:
     """Inner products of rows and centroids that were rounded to int16: exact sums of those."""
 
     def __init__(self, plan: Plan) -> None:
-        centroids = plan.centroids.double()
         steps, spreads, rounded = [], [], []
         for start, stop in pairwise(plan.offsets):
-            layer = centroids[start:stop]
-            length = layer.norm(dim=1).max()
-            # a layer of zeros has step 1, and rounds without error
+            centroids = plan.centroids[start:stop].double()
+            # each centroid has a step of its own; one of zeros has step 1, and no error
             step = torch.maximum(
-                length / cpu_kernels.LONGEST, layer.abs().max() / cpu_kernels.LARGEST
-            ).clamp(min=2.0**-1000 if length else 1.0)
-            nearest = torch.round(layer / step)
-            steps.append(float(step))
-            spread = (layer - nearest * step).norm(dim=1).max() * 1.01 + 2.0**-50 * length
-            spreads.append(float(spread))
+                centroids.norm(dim=1) / cpu_kernels.LONGEST,
+                centroids.abs().amax(dim=1) / cpu_kernels.LARGEST,
+            ).float()
+            step = torch.where(step > 0, step, 1.0)
+            nearest = torch.round(centroids / step.double()[:, None])
+            error = (centroids - nearest * step.double()[:, None]).norm(dim=1)
+            steps.append(step)
+            spreads.append(1.01 * error)
             rounded.append(nearest.short())
-        self.steps, self.spreads = np.array(steps), np.array(spreads)
+        self.steps = torch.cat(steps).numpy()
+        self.spreads = _upwards(torch.cat(spreads))
         self._packed = _packed(torch.cat(rounded))
-        self._dim = plan.dim
 
     def of_chunk(self, rows: Array) -> None:
         """Nothing: each thread makes the products of its own rows."""
@@ -224,8 +224,8 @@ class _FloatProduct:
         self._centroids = plan.centroids.T.contiguous()
         # gamma_D, and room for products that underflow
         rounding = plan.dim * UNIT32 / (1 - plan.dim * UNIT32)
-        self.steps = np.ones(plan.n_layers)
-        self.spreads = 1.05 * rounding * plan.lengths.numpy()
+        self.steps = np.ones(len(plan.centroids), dtype=np.float32)
+        self.spreads = _upwards(1.05 * rounding * plan.lengths.double())
 
     def of_chunk(self, rows: Array) -> Array:
         """Inner products float32 ``(n, N)`` of ``rows`` (n, E) and all centroids."""
@@ -259,11 +259,18 @@ def _tables(plan: Plan, product: _IntegerProduct | _FloatProduct) -> cpu_kernels
         half_norms=(plan.square_norms / 2).float().numpy(),
         square_norms=plan.square_norms.numpy(),
         lengths=plan.lengths.numpy(),
+        longest=plan.longest.numpy(),
         grams=torch.cat([gram.reshape(-1) for gram in plan.grams]).numpy(),
         gram_offsets=np.cumsum([0, *sizes[:-1]]),
         steps=product.steps,
         spreads=product.spreads,
     )
+
+
+def _upwards(numbers: Tensor) -> Array:
+    """Numbers float64 as float32, none of them less."""
+    upwards: Array = (numbers * (1 + 2.0**-22)).float().numpy()
+    return upwards
 
 
 def _packed(columns: Tensor) -> Array:

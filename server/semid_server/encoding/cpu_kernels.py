@@ -59,11 +59,12 @@ class Tables(NamedTuple):
     codes : int64 (N,)
     half_norms : float32 (N,), half of the next
     square_norms : float64 (N,)
-    lengths : float64 (L,), ``M_l``
+    lengths : float32 (N,), of the centroids
+    longest : float64 (L,), ``M_l``
     grams : float32, the tables one after another
     gram_offsets : int64 (L,), where each begins
-    steps : float64 (L,): what one in the product stands for, apart from the row's own step
-    spreads : float64 (L,): ``kappa_l``, error of the product for a row of length 1
+    steps : float32 (N,): what one in the product stands for, apart from the row's own step
+    spreads : float32 (N,): ``kappa_k``, error of the product for a row of length 1
     """
 
     normalize: bool
@@ -73,6 +74,7 @@ class Tables(NamedTuple):
     half_norms: Array
     square_norms: Array
     lengths: Array
+    longest: Array
     grams: Array
     gram_offsets: Array
     steps: Array
@@ -254,28 +256,37 @@ def _distance(residual: Array, centroid: Array) -> float:
 
 
 @_any_order
-def _scores(  # noqa: PLR0917 - numba takes no keywords
-    products: Array, factor: float, layer: int, chosen: Array, weights: Array,
-    tables: Tables, out: Array,
+def _lowest_scores(  # noqa: PLR0917 - numba takes no keywords
+    products: Array, factor: float, slope: float, lift: float, layer: int, chosen: Array,
+    weights: Array, tables: Tables, lows: Array,
 ) -> float:  # fmt: skip
-    """``v_k = ||c_k||^2 / 2 - <u_l, c_k>`` of one layer in float32; returns the least."""
+    """Set ``lows`` to ``v_k - eps_k`` for all centroids of a layer; return the least ``v_k + eps_k``.
+
+    ``v_k = ||c_k||^2 / 2 - <u_l, c_k>`` in float32 and ``eps_k = slope ||c_k|| + lift kappa_k``.
+    """
     start, stop = tables.offsets[layer], tables.offsets[layer + 1]
     width = stop - start
     half_norms = tables.half_norms[start:stop]
+    lengths = tables.lengths[start:stop]
+    spreads = tables.spreads[start:stop]
+    steps = tables.steps[start:stop]
     inner = products[start:stop]
-    factor32 = np.float32(factor)
+    factor32, slope32, lift32 = np.float32(factor), np.float32(slope), np.float32(lift)
     for k in range(width):
-        out[k] = half_norms[k] - factor32 * np.float32(inner[k])
+        lows[k] = half_norms[k] - factor32 * steps[k] * np.float32(inner[k])
     for earlier in range(layer):
         weight = np.float32(weights[earlier])
         place = tables.gram_offsets[layer] + chosen[earlier] * width
         gram = tables.grams[place : place + width]
         for k in range(width):
-            out[k] += weight * gram[k]
-    least = out[0]
+            lows[k] += weight * gram[k]
+    least = np.float32(np.inf)
     for k in range(width):
-        least = out[k] if out[k] < least else least  # noqa: FURB136 - this form is vectorised
-    return least  # type: ignore[no-any-return] # a float32
+        slack = slope32 * lengths[k] + lift32 * spreads[k]
+        high = lows[k] + slack
+        lows[k] -= slack
+        least = high if high < least else least  # noqa: FURB136 - this form is vectorised
+    return least  # type: ignore[return-value] # a float32
 
 
 @_any_order
@@ -315,70 +326,6 @@ def _subtract(
     return norm
 
 
-class _State(NamedTuple):
-    """What is known of a row before a layer; all but ``alpha`` bound something from above.
-
-    Attributes
-    ----------
-    alpha : float
-        ``alpha_l``, by which the row is multiplied in its residual.
-    error : float
-        ``E_l``, distance of a float64 residual from the exact one.
-    bound : float
-        ``eps_l``, error of a score.
-    exact_bound : float
-        ``eta_l``, error of a squared distance in float64.
-    useful : bool
-        Whether the scores can tell anything.
-    """
-
-    alpha: float
-    error: float
-    bound: float
-    exact_bound: float
-    useful: bool
-
-
-@njit(nogil=True, cache=True)
-def _state_before(  # noqa: PLR0917 - numba takes no keywords
-    layer: int, facts: Array, norms: Array, slips: Array, least_norms: Array,
-    tables: Tables, weights: Array,
-) -> _State:  # fmt: skip
-    """Bounds of BOUNDS.md before ``layer``, from the norms so far; sets ``weights``, ``beta_i``."""
-    length, _, rounding, offset = facts
-    g = (tables.centroids.shape[1] + 16) * UNIT64
-    if tables.normalize:
-        alpha, size, mass = 1.0 / length, 1.0, 1.0
-        drift = error = 2.1 * offset / length + g
-        for i in range(layer):
-            weights[i] = 1.0
-            for j in range(i + 1):
-                weights[j] /= norms[i]
-            alpha /= norms[i]
-            mass = (mass + tables.lengths[i]) / norms[i]
-            drift = drift / norms[i] + slips[i]
-            error = (2.0 * error + 3.0 * UNIT64 * norms[i]) / least_norms[i] + g
-    else:
-        alpha, size, mass = 1.0, length, length
-        drift = error = offset
-        for i in range(layer):
-            weights[i] = 1.0
-            mass += tables.lengths[i]
-            error += 2.0 * UNIT64 * (mass + error)
-            size += tables.lengths[i]
-    longest = tables.lengths[layer]
-    reach = size + longest
-    drift += (2 * layer + 8) * UNIT64 * mass
-    bound = 1.001 * (
-        alpha * (rounding * longest + length * tables.spreads[layer])
-        + drift * longest
-        + (layer + 9) * UNIT32 * longest * (mass + longest)
-    )
-    exact_bound = 1.01 * (g * reach * reach + (2.0 * reach + error) * error)
-    useful = 2.0 * bound + exact_bound < reach * longest and mass < GREATEST_LENGTH
-    return _State(alpha, error, bound, exact_bound, useful)
-
-
 @njit(nogil=True, cache=True)
 def _nearest(
     residual: Array, start: int, candidates: Array, tables: Tables
@@ -405,58 +352,76 @@ def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compile
     the row may be from the exact one (`Network.fast`). ``codes`` int64 (n, L) and ``levels`` uint8
     (n,) are written; codes of a row at level `REFERENCE` are not to be used.
     """
-    n_layers = len(tables.lengths)
+    n_layers = len(tables.longest)
     g = (rows.shape[1] + 16) * UNIT64
     widest = np.max(tables.offsets[1:] - tables.offsets[:-1])
-    scores = np.empty(widest, np.float32)
+    lows = np.empty(widest, np.float32)
     candidates = np.empty(widest, np.int64)
     residual = np.empty(rows.shape[1])
     chosen = np.empty(n_layers, np.int64)  # columns, over all layers
-    weights = np.empty(n_layers)
-    norms = np.empty(n_layers)  # n_i as computed
-    slips = np.empty(n_layers)  # nu_i, bounds on |n_i / computed - 1|
-    least_norms = np.empty(n_layers)  # lower bounds on n_i
+    weights = np.empty(n_layers)  # beta_i
 
     for row in range(len(rows)):
-        length, step, _, offset = facts[row]
+        length, step, rounding, offset = facts[row]
         if not (LEAST_LENGTH <= length <= GREATEST_LENGTH and offset <= 0.01 * length):
             levels[row] = REFERENCE
             continue
+        # the state before the first layer: alpha, ||u||, A, a, E
+        if tables.normalize:
+            alpha, size, mass = 1.0 / length, 1.0, 1.0
+            drift = error = 2.1 * offset / length + g
+        else:
+            alpha, size, mass = 1.0, length, length
+            drift = error = offset
         level = FAST
         depth = -1  # `residual` holds that of layer `depth`
         for layer in range(n_layers):
-            state = _state_before(layer, facts[row], norms, slips, least_norms, tables, weights)
             start = tables.offsets[layer]
             width = tables.offsets[layer + 1] - start
-            factor = state.alpha * step * tables.steps[layer]
-            count, best, least = width, 0, np.float32(0.0)
-            if state.useful:
-                least = _scores(products[row], factor, layer, chosen, weights, tables, scores)
-                margin = 2.0 * state.bound + state.exact_bound
-                cut = least + margin * (1.0 + 4.0 * UNIT32)
-                count, best = _within(scores[:width], cut)
+            longest = tables.longest[layer]
+            reach = size + longest
+            exact_bound = 1.01 * (g * reach * reach + (2.0 * reach + error) * error)
+            slope = 1.002 * (
+                alpha * rounding
+                + drift
+                + (2 * layer + 8) * UNIT64 * mass
+                + (layer + 12) * UNIT32 * (mass + longest)
+            )
+            lift = 1.002 * alpha * length
+            last = layer == n_layers - 1
+
+            count, best, known = width, 0, False
+            norm = slip = least_norm = 0.0
+            if slope < GREATEST_LENGTH and mass < GREATEST_LENGTH:
+                least = _lowest_scores(
+                    products[row], alpha * step, slope, lift, layer, chosen, weights, tables, lows
+                )
+                cut = least + exact_bound
+                count, best = _within(lows[:width], cut)
                 if count > 1:
                     count = 0
                     for k in range(width):
-                        if scores[k] <= np.float32(cut):
+                        if lows[k] <= np.float32(cut):
                             candidates[count] = k
                             count += 1
-            elif width > 1:
+                else:
+                    # the length of what this layer leaves, if the score tells it well enough
+                    column = start + best
+                    slack = slope * tables.lengths[column] + lift * tables.spreads[column]
+                    square = 1.0 + 2.0 * (np.float64(lows[best]) + slack)
+                    known = last or not tables.normalize
+                    if not known and 2.01 * slack <= LOOSEST * square:
+                        share = 2.01 * slack / square
+                        norm = math.sqrt(square)
+                        slip = share / (1.0 + math.sqrt(1.0 - share))
+                        least_norm = norm * math.sqrt(1.0 - share)
+                        known = least_norm > SHORTEST_RESIDUAL
+            else:
                 for k in range(width):
                     candidates[k] = k
 
-            # the length of what this layer leaves, if the scores tell it well enough
-            known = not tables.normalize or layer == n_layers - 1
-            if state.useful and not known:
-                square = 1.0 + 2.0 * np.float64(least)
-                if 2.01 * state.bound <= LOOSEST * square:
-                    share = 2.01 * state.bound / square
-                    norms[layer] = math.sqrt(square)
-                    slips[layer] = share / (1.0 + math.sqrt(1.0 - share))
-                    least_norms[layer] = norms[layer] * math.sqrt(1.0 - share)
-                    known = least_norms[layer] > SHORTEST_RESIDUAL
-
-            if count > 1 or not known:
+            if not known:
+                # from the residual itself
                 level = FLOAT64
                 if depth < 0:
                     _start(rows[row], 1.0 / length if tables.normalize else 1.0, residual)
@@ -467,19 +432,32 @@ def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compile
                 if count == 1:
                     candidates[0] = best
                 best, least64, second = _nearest(residual, start, candidates[:count], tables)
-                if not second - least64 > 4.0 * state.exact_bound:
+                norm = math.sqrt(least64)
+                unsure = 1.01 * (error + g * norm)
+                least_norm = norm - unsure
+                separate = second - least64 > 4.0 * exact_bound
+                if not (
+                    separate and (last or not tables.normalize or least_norm > SHORTEST_RESIDUAL)
+                ):
                     level = REFERENCE
                     break
-                if tables.normalize and layer < n_layers - 1:
-                    norm = math.sqrt(least64)
-                    unsure = 1.01 * (state.error + g * norm)
-                    if not norm - unsure > SHORTEST_RESIDUAL:
-                        level = REFERENCE
-                        break
-                    norms[layer] = norm
-                    slips[layer] = unsure / norm
-                    least_norms[layer] = norm - unsure
+                slip = unsure / norm if norm > 0.0 else 0.0
 
-            chosen[layer] = start + best
-            codes[row, layer] = tables.codes[start + best]
+            column = start + best
+            chosen[layer] = column
+            codes[row, layer] = tables.codes[column]
+            if last:
+                break
+            weights[layer] = 1.0
+            if tables.normalize:
+                for i in range(layer + 1):
+                    weights[i] /= norm
+                alpha /= norm
+                mass = (mass + longest) / norm
+                drift = drift / norm + slip
+                error = (2.0 * error + 3.0 * UNIT64 * norm) / least_norm + g
+            else:
+                mass += longest
+                size += longest
+                error += 2.0 * UNIT64 * (mass + error)
         levels[row] = level

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -38,6 +39,15 @@ _STAGE_BYTES = 1 << 25
 _GRAPH_ROWS = (1, 16, 64, 256)
 """Batches up to the last are padded to one of these and replayed as a CUDA graph."""
 
+_ALIGNMENT = 16
+"""Rows of float16 are padded to a multiple of it, which the library's product likes."""
+
+_SCORES = 4096
+"""Scores that one program of `gpu_kernels.prove` holds at once."""
+
+_DECIDERS = 4096
+"""Programs of `gpu_kernels.decide`: what a large GPU runs at once."""
+
 _FINISH_ROWS = 128
 """Rows that one program of `gpu_kernels.finish` looks after."""
 
@@ -50,9 +60,7 @@ class Tables:
     ----------
     plan : Plan
     columns : Tensor
-        float16 ``(padded E, N)``: the centroids, scaled by a power of two for each layer.
-    padded_dim : int
-        ``E``, brought to what the library's product likes.
+        float16 ``(N, padded E)``: the centroids, scaled by a power of two for each layer.
     codebooks : Tensor
         float32 ``(E, N)``, for the reference arithmetic.
     half_norms : Tensor
@@ -63,53 +71,57 @@ class Tables:
         float32, the Gram tables one after another.
     gram_offsets : Tensor
         int64 ``(L,)``, where each begins.
-    layer_facts : Tensor
-        float64 ``(L, 3)``: ``M_l``, the step of the layer's columns, ``kappa_l``.
+    steps : Tensor
+        float64 ``(L,)``, what one in the columns of each layer stands for.
+    spreads : Tensor
+        float32 ``(N,)``, ``kappa_k``: error of the product for a row of length 1.
     constants : Tensor
         float64 ``(1,)``, 1e-12.
     """
 
     plan: Plan
     columns: Tensor
-    padded_dim: int
     codebooks: Tensor
     half_norms: Tensor
     codes: Tensor
     offsets: Tensor
     grams: Tensor
     gram_offsets: Tensor
-    layer_facts: Tensor
+    steps: Tensor
+    spreads: Tensor
     constants: Tensor
 
     @classmethod
     def of(cls, plan: Plan) -> Tables:
         """Round the centroids to float16, and say what that and the product may cost."""
         device = plan.centroids.device
-        padded = -(-plan.dim // 16) * 16
-        columns = torch.zeros(padded, plan.offsets[-1], dtype=torch.float16, device=device)
-        facts = []
+        padded = -(-plan.dim // _ALIGNMENT) * _ALIGNMENT
+        columns = torch.zeros(plan.offsets[-1], padded, dtype=torch.float16, device=device)
+        steps, errors = [], []
         for layer, (start, stop) in enumerate(pairwise(plan.offsets)):
-            longest = float(plan.lengths[layer])
             # a power of two that brings the longest centroid to a length from 2^9 to 2^10
-            exponent = torch.frexp(torch.tensor(longest or 1.0, dtype=torch.float64)).exponent
-            step = 2.0 ** (int(exponent) - 10)
+            _, exponent = math.frexp(float(plan.longest[layer]) or 1.0)
+            step = 2.0 ** (exponent - 10)
             centroids = plan.centroids[start:stop].double()
             rounded = (centroids / step).half()
-            columns[: plan.dim, start:stop] = rounded.T
-            error = float((centroids - rounded.double() * step).norm(dim=1).max())
-            facts.append((longest, step, 1.02 * error + plan.dim * TENSOR_CORE_UNIT * longest))
+            columns[start:stop, : plan.dim] = rounded
+            steps.append(step)
+            errors.append((centroids - rounded.double() * step).norm(dim=1))
+        # what adding up in tensor cores loses, in whatever order
+        lost = plan.dim * TENSOR_CORE_UNIT
+        spreads = 1.02 * (torch.cat(errors) + lost * plan.lengths.double())
         sizes = torch.tensor([0, *(gram.numel() for gram in plan.grams[:-1])])
         return cls(
             plan=plan,
             columns=columns,
-            padded_dim=padded,
             codebooks=plan.centroids.T.contiguous(),
             half_norms=(plan.square_norms / 2).float(),
             codes=plan.codes.int(),
             offsets=torch.tensor(plan.offsets, dtype=torch.int32, device=device),
             grams=torch.cat([gram.reshape(-1) for gram in plan.grams]),
             gram_offsets=sizes.cumsum(0).to(device),
-            layer_facts=torch.tensor(facts, dtype=torch.float64, device=device),
+            steps=torch.tensor(steps, dtype=torch.float64, device=device),
+            spreads=spreads.float(),
             constants=torch.tensor([NORM_EPS], dtype=torch.float64, device=device),
         )
 
@@ -246,13 +258,17 @@ class GpuEncoder:
         codes = torch.zeros(n, plan.n_layers, dtype=torch.int32, device=self._device)
         levels = torch.full((n,), kernels.REFERENCE.value, dtype=torch.int32, device=self._device)
         if self._within_range:
-            rounded = rows.new_zeros(n, tables.padded_dim, dtype=torch.float16)
-            facts = torch.zeros(n, 4, dtype=torch.float64, device=self._device)
+            padded = tables.columns.shape[1]
+            rounded = torch.empty(n, padded, dtype=torch.float16, device=self._device)
+            facts = torch.empty(n, 4, dtype=torch.float64, device=self._device)
+            waiting = torch.zeros(1 + n, dtype=torch.int32, device=self._device)
             if offsets is not None:
                 facts[:, 3] = offsets
             round_rows(rows, rounded, facts)
-            products = torch.mm(rounded, tables.columns, out_dtype=torch.float32)
-            decide(rows, products, facts, tables, codes, levels, has_offset=offsets is not None)
+            products = torch.mm(rounded, tables.columns.T, out_dtype=torch.float32)
+            chain = (tables, codes, levels, waiting)
+            prove(products, facts, *chain, has_offset=offsets is not None)
+            decide(rows, products, facts, *chain, has_offset=offsets is not None)
         finish(rows, levels, tables, codes, self._counts, self._n_rows, resolve=offsets is None)
         return codes, levels
 
@@ -263,6 +279,7 @@ class _Graph:
     def __init__(self, encoder: GpuEncoder, n: int, dtype: torch.dtype) -> None:
         device = encoder._device  # noqa: SLF001 - a part of the encoder, split off
         self._rows = torch.zeros(n, encoder.input_dim, dtype=dtype, device=device)
+        counts = encoder._counts.clone()  # noqa: SLF001 - as above
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -272,6 +289,7 @@ class _Graph:
         with torch.cuda.graph(self._graph):
             codes, _ = encoder.launch(self._rows)
             self._codes = codes.to(encoder.code_dtype)
+        encoder._counts.copy_(counts)  # noqa: SLF001 - as above
 
     def replay(self, rows: Tensor) -> Tensor:
         """Codes of at most as many rows; the memory is used again by the next call."""
@@ -308,17 +326,59 @@ class _Stage:
 
 def round_rows(rows: Tensor, rounded: Tensor, facts: Tensor) -> None:
     """Launch `gpu_kernels.round_rows`."""
-    dim = rows.shape[1]
-    block = triton.next_power_of_2(dim)
+    dim, padded = rows.shape[1], rounded.shape[1]
+    block = triton.next_power_of_2(padded)
     kernels.round_rows[(len(rows),)](
         rows,
         rounded,
         facts,
         rows.stride(0),
-        rounded.stride(0),
         DIM=dim,
+        PADDED=padded,
         BLOCK=block,
         num_warps=_warps(block, 512),
+    )
+
+
+def prove(
+    products: Tensor,
+    facts: Tensor,
+    tables: Tables,
+    codes: Tensor,
+    levels: Tensor,
+    waiting: Tensor,
+    *,
+    has_offset: bool,
+) -> None:
+    """Launch `gpu_kernels.prove`."""
+    plan = tables.plan
+    block_width = triton.next_power_of_2(tables.widest)
+    rows = max(1, _SCORES // block_width)
+    kernels.prove[(triton.cdiv(len(products), rows),)](
+        products,
+        facts,
+        tables.codes,
+        tables.half_norms,
+        tables.grams,
+        tables.offsets,
+        tables.gram_offsets,
+        plan.lengths,
+        tables.spreads,
+        plan.longest,
+        tables.steps,
+        codes,
+        levels,
+        waiting,
+        len(products),
+        products.stride(0),
+        DIM=plan.dim,
+        LAYERS=plan.n_layers,
+        NORMALIZE=plan.normalize,
+        HAS_OFFSET=has_offset,
+        BLOCK_LAYERS=triton.next_power_of_2(plan.n_layers),
+        BLOCK_WIDTH=block_width,
+        ROWS=rows,
+        num_warps=_warps(rows * block_width, 1024),
     )
 
 
@@ -329,6 +389,7 @@ def decide(
     tables: Tables,
     codes: Tensor,
     levels: Tensor,
+    waiting: Tensor,
     *,
     has_offset: bool,
 ) -> None:
@@ -336,20 +397,23 @@ def decide(
     plan = tables.plan
     block_dim = triton.next_power_of_2(plan.dim)
     block_width = triton.next_power_of_2(tables.widest)
-    kernels.decide[(len(rows),)](
+    kernels.decide[(min(len(rows), _DECIDERS),)](
         rows,
         products,
         facts,
         plan.centroids,
         tables.codes,
         tables.half_norms,
-        plan.square_norms,
         tables.grams,
         tables.offsets,
         tables.gram_offsets,
-        tables.layer_facts,
+        plan.lengths,
+        tables.spreads,
+        plan.longest,
+        tables.steps,
         codes,
         levels,
+        waiting,
         rows.stride(0),
         products.stride(0),
         DIM=plan.dim,
@@ -359,7 +423,7 @@ def decide(
         BLOCK_LAYERS=triton.next_power_of_2(plan.n_layers),
         BLOCK_WIDTH=block_width,
         BLOCK_DIM=block_dim,
-        num_warps=_warps(max(block_width, block_dim), 512),
+        num_warps=max(_warps(block_width, 512), _warps(block_dim, 1024)),
     )
 
 

@@ -1,8 +1,8 @@
 """The Triton kernels of the GPU path. Symbols and proofs: BOUNDS.md.
 
-`round_rows` brings rows to float16, a library product follows, `decide` runs the chain of layers
-with its certificate and takes what is not proved from the residual in float64, and `finish` gives
-the rows that are still left to the reference arithmetic. None of them needs the host in between.
+`round_rows` brings rows to float16, a library product follows, `prove` runs the chain of layers
+with its certificate, `decide` takes what is not proved from the residual in float64, and `finish`
+gives the rows that are still left to the reference arithmetic. None of them needs the host in between.
 Each has a twin in `gpu_twins`.
 """
 
@@ -35,14 +35,15 @@ def round_rows(
     rounded,
     facts,
     row_stride,
-    rounded_stride,
     DIM: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Round a row to float16, scaled; its length, step and rounding error go to ``facts``.
 
-    One program a row. ``rows`` (n, DIM) of any of the four types; ``rounded`` float16; ``facts``
-    float64 (n, 4), as `cpu_kernels.round_rows` writes them; the fourth column is left alone.
+    One program a row. ``rows`` (n, DIM) of any of the four types; ``rounded`` float16 (n, PADDED),
+    zeros from DIM on; ``facts`` float64 (n, 4), as `cpu_kernels.round_rows` writes them; the
+    fourth column is left alone.
     """
     row = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, BLOCK)
@@ -59,7 +60,7 @@ def round_rows(
     nearest = scaled.to(tl.float32).to(tl.float16)
     error = scaled - nearest.to(tl.float64)
     distance = tl.sqrt(tl.sum(error * error, 0)) * step.to(tl.float64)
-    tl.store(rounded + row * rounded_stride + feature, nearest, mask=inside)
+    tl.store(rounded + row * PADDED + feature, nearest, mask=feature < PADDED)
     tl.store(facts + 4 * row, length)
     tl.store(facts + 4 * row + 1, step.to(tl.float64))
     tl.store(facts + 4 * row + 2, 1.001 * distance + length * (4.0 * UNIT32 * UNIT32))
@@ -72,6 +73,163 @@ def _pick(values, index, which):
 
 
 @triton.jit
+def prove(
+    products,
+    facts,
+    codes_of_columns,
+    half_norms,
+    grams,
+    offsets,
+    gram_offsets,
+    lengths,
+    spreads,
+    longest_of_layers,
+    steps,
+    codes,
+    levels,
+    waiting,
+    n,
+    product_stride,
+    DIM: tl.constexpr,
+    LAYERS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    BLOCK_LAYERS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Codes of the rows whose every layer the products prove; one program for ``ROWS`` rows.
+
+    The chain of `decide` without its float64 part; the arguments are those of `gpu.Tables`. The
+    numbers of rows that it does not prove are added to ``waiting`` int32 (1 + n), whose first entry
+    counts them.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < n
+    index = tl.arange(0, BLOCK_LAYERS)[None, :]
+    column = tl.arange(0, BLOCK_WIDTH)
+
+    length = tl.load(facts + 4 * row, mask=inside, other=1.0)
+    step = tl.load(facts + 4 * row + 1, mask=inside, other=1.0)
+    rounding = tl.load(facts + 4 * row + 2, mask=inside, other=0.0)
+    offset = length * 0.0
+    if HAS_OFFSET:
+        offset = tl.load(facts + 4 * row + 3, mask=inside, other=0.0)
+    g = (length * 0.0 + (DIM + 16)) * UNIT64
+
+    in_range = (length >= LEAST_LENGTH) & (length <= GREATEST_LENGTH) & (offset <= 0.01 * length)
+    proved = in_range
+    length = tl.where(in_range, length, 1.0)
+    offset = tl.where(in_range, offset, 0.0)
+    one = length * 0.0 + 1.0
+    if NORMALIZE:
+        alpha = 1.0 / length
+        size = one
+        mass = one
+        drift = 2.1 * offset / length + g
+        error = drift
+    else:
+        alpha = one
+        size = length
+        mass = length
+        drift = offset
+        error = offset
+    weights = tl.zeros([ROWS, BLOCK_LAYERS], tl.float64)
+    chosen = tl.zeros([ROWS, BLOCK_LAYERS], tl.int32)
+
+    for layer in range(LAYERS):
+        start = tl.load(offsets + layer)
+        width = tl.load(offsets + layer + 1) - start
+        longest = tl.load(longest_of_layers + layer)
+        layer_step = tl.load(steps + layer)
+        gram_start = tl.load(gram_offsets + layer)
+        reach = size + longest
+        exact_bound = 1.01 * (g * reach * reach + (2.0 * reach + error) * error)
+        slope = 1.002 * (
+            alpha * rounding
+            + drift
+            + mass * (2 * layer + 8) * UNIT64
+            + (mass + longest) * (layer + 12) * UNIT32
+        )
+        lift = 1.002 * alpha * length
+        factor = (alpha * step * layer_step).to(tl.float32)
+        real = (column < width)[None, :]
+        entry = start + column
+
+        # v_k -+ eps_k for all centroids of the layer
+        half_norm = tl.load(half_norms + entry, mask=column < width, other=0.0)[None, :]
+        centroid_length = tl.load(lengths + entry, mask=column < width, other=0.0)[None, :]
+        spread = tl.load(spreads + entry, mask=column < width, other=0.0)[None, :]
+        slack = slope.to(tl.float32)[:, None] * centroid_length
+        slack += lift.to(tl.float32)[:, None] * spread
+        inner = tl.load(
+            products + row[:, None] * product_stride + entry[None, :],
+            mask=inside[:, None] & real,
+            other=0.0,
+        )
+        scores = half_norm - factor[:, None] * inner
+        for earlier in range(layer):
+            weight = tl.sum(tl.where(index == earlier, weights, 0.0), 1).to(tl.float32)
+            taken = tl.sum(tl.where(index == earlier, chosen, 0), 1).to(tl.int64)
+            gram = tl.load(
+                grams + (gram_start + taken * width)[:, None] + column[None, :],
+                mask=inside[:, None] & real,
+                other=0.0,
+            )
+            scores += weight[:, None] * gram
+        least = tl.min(tl.where(real, scores + slack, float("inf")), 1)
+        cut = (least.to(tl.float64) + exact_bound).to(tl.float32)
+        hits = real & (scores - slack <= cut[:, None])
+        best = tl.min(tl.where(hits, column[None, :], BLOCK_WIDTH - 1), 1)
+        useful = (slope < GREATEST_LENGTH) & (mass < GREATEST_LENGTH)
+        proved = proved & useful & (tl.sum(hits.to(tl.int32), 1) == 1)
+
+        last = layer == LAYERS - 1
+        norm = one
+        slip = one
+        least_norm = one
+        if NORMALIZE:
+            # the length of what this layer leaves, if the score tells it well enough
+            won = column[None, :] == best[:, None]
+            score = tl.sum(tl.where(won, scores, 0.0), 1).to(tl.float64)
+            unsure = 2.01 * tl.sum(tl.where(won, slack, 0.0), 1).to(tl.float64)
+            square = 1.0 + 2.0 * score
+            enough = unsure <= square * LOOSEST
+            square = tl.where(enough, square, 1.0)
+            share = tl.where(enough, unsure, 0.0) / square
+            norm = tl.sqrt(square)
+            slip = share / (1.0 + tl.sqrt(1.0 - share))
+            least_norm = norm * tl.sqrt(1.0 - share)
+            proved = proved & (last | (enough & (least_norm > SHORTEST_RESIDUAL)))
+
+        winner = start + best
+        chosen = tl.where(index == layer, winner[:, None], chosen)
+        tl.store(
+            codes + row * LAYERS + layer,
+            tl.load(codes_of_columns + winner, mask=inside, other=0),
+            mask=inside,
+        )
+        weights = tl.where(index == layer, 1.0, weights)
+        if NORMALIZE:
+            weights = weights / norm[:, None]
+            alpha = alpha / norm
+            mass = (mass + longest) / norm
+            drift = drift / norm + slip
+            error = (2.0 * error + norm * 3.0 * UNIT64) / least_norm + g
+        else:
+            mass = mass + longest
+            error = error + (mass + error) * 2.0 * UNIT64
+            size = size + longest
+
+    tl.store(levels + row, tl.where(in_range, FAST, REFERENCE), mask=inside)
+    left = (inside & in_range & (proved == 0)).to(tl.int32)
+    count = tl.sum(left, 0)
+    if count > 0:
+        place = tl.atomic_add(waiting, count) + tl.cumsum(left, 0)
+        tl.store(waiting + place, row.to(tl.int32), mask=left > 0)
+
+
+@triton.jit
 def decide(
     rows,
     products,
@@ -79,13 +237,16 @@ def decide(
     centroids,
     codes_of_columns,
     half_norms,
-    square_norms,
     grams,
     offsets,
     gram_offsets,
-    layer_facts,
+    lengths,
+    spreads,
+    longest_of_layers,
+    steps,
     codes,
     levels,
+    waiting,
     row_stride,
     product_stride,
     DIM: tl.constexpr,
@@ -96,156 +257,160 @@ def decide(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Codes int32 (n, LAYERS) of rows from their products; one program a row.
+    """Codes int32 (n, LAYERS) of the rows that ``waiting`` names, from products and float64.
 
-    The arithmetic of `cpu_kernels.decide`, where the arguments are described; ``layer_facts`` is
-    float64 (LAYERS, 3): greatest length, step and spread of each layer.
+    The arithmetic of `cpu_kernels.decide`; the arguments are those of `gpu.Tables`. The programs
+    share the rows among them, one at a time.
     """
-    row = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, BLOCK_DIM)
     inside = feature < DIM
     index = tl.arange(0, BLOCK_LAYERS)
     column = tl.arange(0, BLOCK_WIDTH)
+    turn = tl.program_id(0)
+    total = tl.load(waiting)
+    while turn < total:
+        row = tl.load(waiting + 1 + turn).to(tl.int64)
+        turn += tl.num_programs(0)
+        length = tl.load(facts + 4 * row)
+        step = tl.load(facts + 4 * row + 1)
+        rounding = tl.load(facts + 4 * row + 2)
+        offset = length * 0.0
+        if HAS_OFFSET:
+            offset = tl.load(facts + 4 * row + 3)
+        g = (length * 0.0 + (DIM + 16)) * UNIT64
 
-    length = tl.load(facts + 4 * row)
-    step = tl.load(facts + 4 * row + 1)
-    rounding = tl.load(facts + 4 * row + 2)
-    offset = length * 0.0
-    if HAS_OFFSET:
-        offset = tl.load(facts + 4 * row + 3)
-    g = (length * 0.0 + (DIM + 16)) * UNIT64
+        # the state before the first layer; see BOUNDS.md
+        alive = (length >= LEAST_LENGTH) & (length <= GREATEST_LENGTH) & (offset <= 0.01 * length)
+        safe = tl.where(alive, length, 1.0)
+        if NORMALIZE:
+            alpha = 1.0 / safe
+            size = length * 0.0 + 1.0
+            mass = length * 0.0 + 1.0
+            drift = 2.1 * offset / safe + g
+            error = drift
+        else:
+            alpha = length * 0.0 + 1.0
+            size = length
+            mass = length
+            drift = offset
+            error = offset
+        weights = tl.zeros([BLOCK_LAYERS], tl.float64)
+        chosen = tl.zeros([BLOCK_LAYERS], tl.int32)
+        level = tl.where(alive, FAST, REFERENCE)
 
-    # the state before the first layer; see BOUNDS.md
-    alive = (length >= LEAST_LENGTH) & (length <= GREATEST_LENGTH) & (offset <= 0.01 * length)
-    safe = tl.where(alive, length, 1.0)
-    if NORMALIZE:
-        alpha = 1.0 / safe
-        size = length * 0.0 + 1.0
-        mass = length * 0.0 + 1.0
-        drift = 2.1 * offset / safe + g
-        error = drift
-    else:
-        alpha = length * 0.0 + 1.0
-        size = length
-        mass = length
-        drift = offset
-        error = offset
-    weights = tl.zeros([BLOCK_LAYERS], tl.float64)
-    norms = tl.zeros([BLOCK_LAYERS], tl.float64) + 1.0
-    chosen = tl.zeros([BLOCK_LAYERS], tl.int32)
-    level = tl.where(alive, FAST, REFERENCE)
-
-    for layer in range(LAYERS):
-        if alive:
-            start = tl.load(offsets + layer)
-            width = tl.load(offsets + layer + 1) - start
-            longest = tl.load(layer_facts + 3 * layer)
-            layer_step = tl.load(layer_facts + 3 * layer + 1)
-            spread = tl.load(layer_facts + 3 * layer + 2)
-            gram_start = tl.load(gram_offsets + layer)
-            reach = size + longest
-            slip = drift + mass * (2 * layer + 8) * UNIT64
-            bound = 1.001 * (
-                alpha * (rounding * longest + length * spread)
-                + slip * longest
-                + longest * (mass + longest) * (layer + 9) * UNIT32
-            )
-            exact_bound = 1.01 * (g * reach * reach + (2.0 * reach + error) * error)
-            margin = 2.0 * bound + exact_bound
-            factor = alpha * step * layer_step
-            real = column < width
-
-            scores = tl.load(half_norms + start + column, mask=real, other=float("inf"))
-            inner = tl.load(products + row * product_stride + start + column, mask=real, other=0.0)
-            scores -= tl.where(real, factor.to(tl.float32) * inner, 0.0)
-            for earlier in range(layer):
-                weight = _pick(weights, index, earlier).to(tl.float32)
-                place = gram_start + _pick(chosen, index, earlier).to(tl.int64) * width
-                gram = tl.load(grams + place + column, mask=real, other=0.0)
-                scores += weight * gram
-            least = tl.min(scores, 0)
-            cut = (least.to(tl.float64) + margin * (4.0 * UNIT32 + 1.0)).to(tl.float32)
-            useful = (margin < reach * longest) & (mass < GREATEST_LENGTH)
-            hits = real & ((scores <= cut) | (useful == 0))
-            count = tl.sum(hits.to(tl.int32), 0)
-            best = tl.min(tl.where(hits, column, BLOCK_WIDTH), 0)
-
-            # the length of what this layer leaves, if the products tell it well enough
-            last = layer == LAYERS - 1
-            norm = length * 0.0 + 1.0
-            norm_slip = length * 0.0
-            least_norm = norm
-            known = last
-            if NORMALIZE:
-                score = tl.sum(tl.where(column == best, scores, 0.0), 0).to(tl.float64)
-                # a score is half the square of the residual's length, less 1/2
-                square = 1.0 + 2.0 * score
-                unsure = 2.01 * bound
-                enough = unsure <= square * LOOSEST
-                share = tl.where(enough, unsure / tl.where(enough, square, 1.0), 0.0)
-                norm = tl.where(enough, tl.sqrt(tl.where(enough, square, 1.0)), 1.0)
-                norm_slip = share / (1.0 + tl.sqrt(1.0 - share))
-                least_norm = norm * tl.sqrt(1.0 - share)
-                known = last | (enough & (least_norm > SHORTEST_RESIDUAL))
-            else:
-                known = layer >= 0
-
-            if (count > 1) | (known == 0):
-                # from the residual itself, in float64
-                level = level * 0 + FLOAT64
-                x = tl.load(rows + row * row_stride + feature, mask=inside, other=0.0)
-                residual = x.to(tl.float64)
-                if NORMALIZE:
-                    residual = residual * (1.0 / length)
-                for earlier in range(layer):
-                    place = _pick(chosen, index, earlier).to(tl.int64)
-                    taken = tl.load(centroids + place * DIM + feature, mask=inside, other=0.0)
-                    residual = residual - taken.to(tl.float64)
-                    if NORMALIZE:
-                        left = tl.sqrt(tl.sum(residual * residual, 0))
-                        residual = residual * (1.0 / left)
-                least64 = length * 0.0 + float("inf")
-                second = least64
-                best = best * 0
-                remaining = count
-                while remaining > 0:
-                    k = tl.min(tl.where(hits, column, BLOCK_WIDTH), 0)
-                    hits = hits & (column != k)
-                    remaining -= 1
-                    place = (start + k).to(tl.int64)
-                    centroid = tl.load(centroids + place * DIM + feature, mask=inside, other=0.0)
-                    difference = residual - centroid.to(tl.float64)
-                    distance = tl.sum(difference * difference, 0)
-                    closer = distance < least64
-                    second = tl.where(closer, least64, tl.minimum(second, distance))
-                    best = tl.where(closer, k, best)
-                    least64 = tl.where(closer, distance, least64)
-                alive = second - least64 > 4.0 * exact_bound
-                if NORMALIZE:
-                    norm = tl.sqrt(least64)
-                    unsure = 1.01 * (error + g * norm)
-                    least_norm = norm - unsure
-                    alive = alive & (last | (least_norm > SHORTEST_RESIDUAL))
-                    norm_slip = unsure / norm
-                if alive == 0:
-                    level = level * 0 + REFERENCE
-
+        for layer in range(LAYERS):
             if alive:
-                place = start + best
-                chosen = tl.where(index == layer, place, chosen)
-                tl.store(codes + row * LAYERS + layer, tl.load(codes_of_columns + place))
-                weights = tl.where(index == layer, 1.0, weights)
+                start = tl.load(offsets + layer)
+                width = tl.load(offsets + layer + 1) - start
+                longest = tl.load(longest_of_layers + layer)
+                layer_step = tl.load(steps + layer)
+                gram_start = tl.load(gram_offsets + layer)
+                reach = size + longest
+                exact_bound = 1.01 * (g * reach * reach + (2.0 * reach + error) * error)
+                slope = 1.002 * (
+                    alpha * rounding
+                    + drift
+                    + mass * (2 * layer + 8) * UNIT64
+                    + (mass + longest) * (layer + 12) * UNIT32
+                )
+                lift = 1.002 * alpha * length
+                factor = (alpha * step * layer_step).to(tl.float32)
+                real = column < width
+                entry = start + column
+
+                # v_k -+ eps_k for all centroids of the layer
+                half_norm = tl.load(half_norms + entry, mask=real, other=0.0)
+                slack = slope.to(tl.float32) * tl.load(lengths + entry, mask=real, other=0.0)
+                slack += lift.to(tl.float32) * tl.load(spreads + entry, mask=real, other=0.0)
+                inner = tl.load(products + row * product_stride + entry, mask=real, other=0.0)
+                scores = half_norm - factor * inner
+                for earlier in range(layer):
+                    weight = _pick(weights, index, earlier).to(tl.float32)
+                    taken = gram_start + _pick(chosen, index, earlier).to(tl.int64) * width
+                    scores += weight * tl.load(grams + taken + column, mask=real, other=0.0)
+                least = tl.min(tl.where(real, scores + slack, float("inf")), 0)
+                cut = (least.to(tl.float64) + exact_bound).to(tl.float32)
+                useful = (slope < GREATEST_LENGTH) & (mass < GREATEST_LENGTH)
+                hits = real & ((scores - slack <= cut) | (useful == 0))
+                count = tl.sum(hits.to(tl.int32), 0)
+                best = tl.min(tl.where(hits, column, BLOCK_WIDTH), 0)
+
+                last = layer == LAYERS - 1
+                known = useful & (count == 1)
+                norm = length * 0.0 + 1.0
+                slip = length * 0.0
+                least_norm = norm
                 if NORMALIZE:
-                    weights = weights / norm
-                    alpha = alpha / norm
-                    mass = (mass + longest) / norm
-                    drift = drift / norm + norm_slip
-                    error = (2.0 * error + norm * 3.0 * UNIT64) / least_norm + g
-                else:
-                    mass = mass + longest
-                    error = error + (mass + error) * 2.0 * UNIT64
-                    size = size + longest
-    tl.store(levels + row, level)
+                    # the length of what this layer leaves, if the score tells it well enough
+                    score = tl.sum(tl.where(column == best, scores, 0.0), 0).to(tl.float64)
+                    unsure = 2.01 * tl.sum(tl.where(column == best, slack, 0.0), 0).to(tl.float64)
+                    square = 1.0 + 2.0 * score
+                    enough = unsure <= square * LOOSEST
+                    square = tl.where(enough, square, 1.0)
+                    share = tl.where(enough, unsure, 0.0) / square
+                    norm = tl.sqrt(square)
+                    slip = share / (1.0 + tl.sqrt(1.0 - share))
+                    least_norm = norm * tl.sqrt(1.0 - share)
+                    known = known & (last | (enough & (least_norm > SHORTEST_RESIDUAL)))
+
+                if known == 0:
+                    # from the residual itself, in float64
+                    level = level * 0 + FLOAT64
+                    x = tl.load(rows + row * row_stride + feature, mask=inside, other=0.0)
+                    residual = x.to(tl.float64)
+                    if NORMALIZE:
+                        residual = residual * (1.0 / length)
+                    for earlier in range(layer):
+                        place = _pick(chosen, index, earlier).to(tl.int64)
+                        taken = tl.load(centroids + place * DIM + feature, mask=inside, other=0.0)
+                        residual = residual - taken.to(tl.float64)
+                        if NORMALIZE:
+                            left = tl.sqrt(tl.sum(residual * residual, 0))
+                            residual = residual * (1.0 / left)
+                    least64 = length * 0.0 + float("inf")
+                    second = least64
+                    best = best * 0
+                    remaining = count
+                    while remaining > 0:
+                        k = tl.min(tl.where(hits, column, BLOCK_WIDTH), 0)
+                        hits = hits & (column != k)
+                        remaining -= 1
+                        place = (start + k).to(tl.int64)
+                        centroid = tl.load(
+                            centroids + place * DIM + feature, mask=inside, other=0.0
+                        )
+                        difference = residual - centroid.to(tl.float64)
+                        distance = tl.sum(difference * difference, 0)
+                        closer = distance < least64
+                        second = tl.where(closer, least64, tl.minimum(second, distance))
+                        best = tl.where(closer, k, best)
+                        least64 = tl.where(closer, distance, least64)
+                    alive = second - least64 > 4.0 * exact_bound
+                    if NORMALIZE:
+                        norm = tl.sqrt(least64)
+                        unsure = 1.01 * (error + g * norm)
+                        least_norm = norm - unsure
+                        alive = alive & (last | (least_norm > SHORTEST_RESIDUAL))
+                        slip = unsure / norm
+                    if alive == 0:
+                        level = level * 0 + REFERENCE
+
+                if alive:
+                    place = start + best
+                    chosen = tl.where(index == layer, place, chosen)
+                    tl.store(codes + row * LAYERS + layer, tl.load(codes_of_columns + place))
+                    weights = tl.where(index == layer, 1.0, weights)
+                    if NORMALIZE:
+                        weights = weights / norm
+                        alpha = alpha / norm
+                        mass = (mass + longest) / norm
+                        drift = drift / norm + slip
+                        error = (2.0 * error + norm * 3.0 * UNIT64) / least_norm + g
+                    else:
+                        mass = mass + longest
+                        error = error + (mass + error) * 2.0 * UNIT64
+                        size = size + longest
+        tl.store(levels + row, level)
 
 
 @triton.jit
@@ -302,9 +467,10 @@ def finish(
             for layer in range(LAYERS):
                 if NORMALIZE:
                     total = least_divisor * 0.0
-                    for i in range(DIM):
-                        value = tl.load(residual + i)
-                        total = total + value * value
+                    for first in range(0, DIM, 8):
+                        for i in tl.static_range(8):
+                            value = tl.load(residual + first + i, mask=first + i < DIM, other=0.0)
+                            total = total + value * value
                     norm = tl.sqrt(total)
                     norm = tl.where(norm > least_divisor, norm, least_divisor)
                     tl.debug_barrier()
@@ -315,15 +481,17 @@ def finish(
                 width = tl.load(offsets + layer + 1) - start
                 real = column < width
                 distances = tl.zeros([BLOCK_WIDTH], tl.float64)
-                for i in range(DIM):
-                    value = tl.load(residual + i)
-                    centroid = tl.load(
-                        codebooks + i * total_columns.to(tl.int64) + start + column,
-                        mask=real,
-                        other=0.0,
-                    )
-                    difference = value - centroid.to(tl.float64)
-                    distances = distances + difference * difference
+                for first in range(0, DIM, 8):
+                    for i in tl.static_range(8):
+                        here = first + i < DIM  # past the end, zero is added to a sum of squares
+                        value = tl.load(residual + first + i, mask=here, other=0.0)
+                        centroid = tl.load(
+                            codebooks + (first + i) * total_columns.to(tl.int64) + start + column,
+                            mask=real & here,
+                            other=0.0,
+                        )
+                        difference = value - centroid.to(tl.float64)
+                        distances = distances + difference * difference
                 distances = tl.where(real & (distances == distances), distances, float("inf"))
                 least = tl.min(distances, 0)
                 best = tl.min(tl.where(real & (distances == least), column, BLOCK_WIDTH), 0)

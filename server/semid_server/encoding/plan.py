@@ -64,6 +64,8 @@ class Plan:
     square_norms : Tensor
         float64 ``(N,)``, ``||c||^2``.
     lengths : Tensor
+        float32 ``(N,)``, ``||c||`` rounded up.
+    longest : Tensor
         float64 ``(L,)``: ``M_l``, the greatest length of a centroid of the layer, rounded up.
     grams : tuple of Tensor
         float32 ``(offsets[l], K_l)`` each: inner products of the centroids of all earlier layers
@@ -76,6 +78,7 @@ class Plan:
     codes: Tensor
     square_norms: Tensor
     lengths: Tensor
+    longest: Tensor
     grams: tuple[Tensor, ...]
 
     @property
@@ -100,12 +103,8 @@ class Plan:
             offsets.append(offsets[-1] + len(first))
         stacked = torch.cat(kept)
         square_norms = torch.cat([(part := layer.double()).mul_(part).sum(dim=1) for layer in kept])
-        lengths = torch.stack(
-            [
-                square_norms[start:stop].max().sqrt() * (1 + 2.0**-30)
-                for start, stop in pairwise(offsets)
-            ]
-        )
+        lengths = (square_norms.sqrt() * (1 + 2.0**-22)).float()
+        longest = torch.stack([lengths[start:stop].max() for start, stop in pairwise(offsets)])
         return cls(
             normalize=spec.normalize_residuals,
             offsets=tuple(offsets),
@@ -113,6 +112,7 @@ class Plan:
             codes=torch.cat(codes),
             square_norms=square_norms,
             lengths=lengths,
+            longest=longest.double(),
             grams=tuple(
                 _gram(stacked[: offsets[layer]], kept[layer]) for layer in range(spec.n_layers)
             ),
@@ -121,8 +121,8 @@ class Plan:
     @property
     def within_range(self) -> bool:
         """Whether the fast paths may serve this checkpoint: see `LEAST_LENGTH`."""
-        lengths = self.lengths
-        fits = (lengths <= GREATEST_LENGTH) & ((lengths >= LEAST_LENGTH) | (lengths == 0))
+        longest = self.longest
+        fits = (longest <= GREATEST_LENGTH) & ((longest >= LEAST_LENGTH) | (longest == 0))
         return bool(fits.all())
 
 
