@@ -87,7 +87,7 @@ class ArrayRows:
             If one of them holds NaN or infinity; the message names the row.
         """
         start, stop = self.blocks[block]
-        rows = np.ascontiguousarray(self._array[start:stop], dtype=np.float32)
+        rows = np.array(self._array[start:stop], dtype=np.float32, order="C")
         return _finite(rows, start, self._name)
 
 
@@ -169,7 +169,7 @@ class ParquetRows:
                 f"{self._path}: row {start + row} of column {self._column!r} has "
                 f"{lengths[row]} numbers; expected {dim or 'at least 1'} as in row 0"
             )
-        rows = np.ascontiguousarray(values.reshape(stop - start, dim), dtype=np.float32)
+        rows = np.array(values.reshape(stop - start, dim), dtype=np.float32, order="C")
         return _finite(rows, start, str(self._path))
 
 
@@ -181,6 +181,8 @@ def open_rows(path: Path, column: str | None = None) -> Rows:
     ConfigurationError
         If there is no such file, or it does not hold a matrix of floating-point numbers.
     """
+    if not path.is_file():
+        raise ConfigurationError(f"{path}: there is no such file")
     if path.suffix == ".parquet":
         return ParquetRows(path, column)
     if path.suffix != ".npy":

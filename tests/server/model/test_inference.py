@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid_server.errors import InvalidInputError, UnsupportedDecodeModeError
@@ -154,6 +154,7 @@ def small_model(widths=(4, 7, 2), *, normalize=True, seed=0) -> ResidualQuantiza
     return model
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     widths=st.lists(st.integers(1, 9), min_size=1, max_size=4),

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -65,6 +65,7 @@ def test_the_published_defaults_hold():
     assert [own.init_buffer_size for own in model.layers] == [3072] * 3
 
 
+@settings(deadline=None)
 @given(n=st.integers(0, 5), m=st.integers(1, 5), seed=st.integers(0, 1000))
 def test_the_distance_is_the_squared_one(n, m, seed):
     x, y = rows(n, seed=seed), rows(m, seed=seed + 1)
@@ -134,6 +135,7 @@ def test_fewer_rows_than_centroids_is_an_error_that_names_both():
         layer.model_step(rows(6))
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**31), sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4))
 def test_every_later_step_is_mini_batch_k_means(seed, sizes):
     layer = fitted_layer()

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid_server.errors import ConfigurationError
@@ -32,6 +32,7 @@ class Blocks:
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
+@settings(deadline=None)
 @given(sizes=sizes, batch_size=st.integers(1, 12), shuffle_rows=st.integers(1, 20))
 def test_an_epoch_has_every_row_once_in_batches_of_one_size_but_the_last(
     sizes, batch_size, shuffle_rows
@@ -53,6 +54,7 @@ def test_more_ranks_than_rows_of_a_batch_are_refused():
         next(batches(Blocks([8]), batch_size=2, seed=0, world_size=3))
 
 
+@settings(deadline=None)
 @given(
     sizes=sizes,
     batch_size=st.integers(1, 12),
@@ -70,6 +72,7 @@ def test_batches_from_a_later_one_on_are_those_that_would_have_come(
         assert np.array_equal(one, other)
 
 
+@settings(deadline=None)
 @given(sizes=sizes, batch_size=st.integers(1, 12), world_size=st.integers(1, 3))
 def test_ranks_share_a_batch_equally(sizes, batch_size, world_size):
     def first_epoch(**rank):
@@ -168,6 +171,7 @@ def test_what_is_no_matrix_of_floats_is_refused(tmp_path, array, message):
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "x.npy").write_bytes(b"no array")
     (tmp_path / "x.parquet").write_bytes(b"no table")
-    for name in ("x.npy", "x.parquet", "missing.npy", "missing.parquet", "x.csv"):
+    (tmp_path / "x.csv").write_text("1,2")
+    for name in ("x.npy", "x.parquet", "missing.npy", "x.csv"):
         with pytest.raises(ConfigurationError, match=name):
             open_rows(tmp_path / name)
