@@ -233,7 +233,7 @@ def test_a_model_replaced_within_a_call_gives_no_codes_at_all(make_server, conne
 
     server.script["Encode"] += [None, None, replace]
     with pytest.raises(FingerprintMismatchError, match=f"{OTHER_FINGERPRINT}, but {FINGERPRINT}"):
-        connect(server).encode(rows(100))
+        connect(server, max_in_flight=1).encode(rows(100))
 
 
 @pytest.mark.parametrize("call", [
@@ -361,7 +361,7 @@ def test_answers_of_different_widths_within_a_call_are_refused(make_server, conn
     server = make_server(max_rows=2)
     server.script["Encode"] += [None, tensor(shape=(2, 2), data=b"1234")]
     with pytest.raises(ProtocolError, match="rows of 2 uint8 after rows of 3 uint8"):
-        connect(server).encode(rows(4))
+        connect(server, max_in_flight=1).encode(rows(4))
 
 
 @pytest.mark.parametrize(

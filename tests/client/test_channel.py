@@ -1,7 +1,5 @@
 """How a client reaches its server: addresses, tokens, encryption, processes."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import grpc
@@ -148,13 +146,8 @@ def test_every_method_that_is_retried_exists():
         assert name["method"] in service.methods_by_name
 
 
-def run(script, *arguments):
-    command = [sys.executable, "-W", "error", "-c", script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_importing_the_client_imports_neither_torch_nor_what_the_commands_need():
-    done = run(
+def test_importing_the_client_imports_neither_torch_nor_what_the_commands_need(run_python):
+    done = run_python(
         "import sys, semid_client\n"
         "heavy = {'torch', 'click', 'tqdm', 'semid_server', 'scipy', 'pyarrow', 'ml_dtypes'}\n"
         "print(sorted(heavy & set(sys.modules)))"
@@ -162,8 +155,8 @@ def test_importing_the_client_imports_neither_torch_nor_what_the_commands_need()
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_a_client_carried_over_a_fork_says_so_and_does_not_hang(server):
-    done = run(
+def test_a_client_carried_over_a_fork_says_so_and_does_not_hang(server, run_python):
+    done = run_python(
         "import os, sys, semid_client\n"
         "client = semid_client.Client(sys.argv[1])\n"
         "pid = os.fork()\n"

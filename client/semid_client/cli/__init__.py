@@ -11,6 +11,9 @@ def main() -> None:
     missing = [name for name in ("click", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"the semid command needs {' and '.join(missing)}: pip install 'semid[cli]'")
-    from semid_client.cli.root import root  # noqa: PLC0415 -- needs click
+    try:
+        from semid_client.cli.root import root  # noqa: PLC0415 -- needs click
 
-    root()
+        root()
+    except KeyboardInterrupt:  # while modules were still being imported
+        sys.exit(130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -86,7 +87,7 @@ def convert(
         If the server cannot be used.
     """
     began = time.monotonic()
-    with NpyReader(source) as reader:
+    with closing(NpyReader(source)) as reader:
         if output.exists() and output.samefile(source):
             raise FileError(output, "is the input too; give the output another name")
         with (

@@ -56,7 +56,7 @@ class Root(click.Group):
                 raise _needs(entry, error) from error
             raise
         except KeyboardInterrupt:
-            click.echo("Interrupted; no output was written.", err=True)
+            click.echo("Interrupted.", err=True)
             ctx.exit(130)
 
 

@@ -3,6 +3,7 @@
 import os
 import pickle
 import stat
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -29,14 +30,14 @@ def test_any_slice_of_any_matrix_is_read_as_numpy_wrote_it(tmp_path, array, fort
     path = tmp_path / "in.npy"
     with path.open("wb") as file:
         np.lib.format.write_array(file, np.asfortranarray(array) if fortran else array, version)
-    with NpyReader(path) as reader:
+    with closing(NpyReader(path)) as reader:
         assert (reader.shape, reader.dtype) == (array.shape, array.dtype)
         np.testing.assert_array_equal(reader[rows], array[rows])
 
 
 def test_what_was_read_outlives_the_reader(tmp_path):
     np.save(tmp_path / "in.npy", np.eye(3))
-    with NpyReader(tmp_path / "in.npy") as reader:
+    with closing(NpyReader(tmp_path / "in.npy")) as reader:
         rows = reader[slice(1, 3)]
     assert rows.tolist() == [[0, 1, 0], [0, 0, 1]]
 
@@ -104,7 +105,7 @@ def test_no_damage_to_a_file_gives_anything_but_a_sentence_or_a_matrix(tmp_path,
         content[data.draw(st.integers(0, 127))] = data.draw(st.integers(0, 255))
     path.write_bytes(bytes(content))
     try:
-        with NpyReader(path) as reader:
+        with closing(NpyReader(path)) as reader:
             assert reader[slice(0, 1)].ndim == 2
     except FileError as error:
         assert str(error).startswith(f"{path}: ")  # noqa: PT017 - either outcome is right
