@@ -1,0 +1,550 @@
+"""Benchmark of serving: what semid adds to gRPC, beside its limit and its peers, in one run.
+
+    python tests/bench/serving.py                     # minutes
+    python tests/bench/serving.py --quick             # under a minute: does it all still run?
+    python tests/bench/serving.py --triton PATH/python  # an interpreter with nvidia-pytriton
+
+Everything runs on this machine, servers and clients in processes of their own, over loopback. The
+rows are explained where they are printed. Ratios are of medians over rounds in which the servers
+took turns, so that what else the machine does falls on all of them alike. See `serving_load.py`
+for how load is made and latency counted, `serving_servers.py` for what stands beside semid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from encode_cases import random_model
+from serving_load import Load
+
+from semid.v1 import semid_pb2 as pb
+from semid_server.checkpoint import save_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+MOVIES = ROOT / "checkpoints" / "movies"
+SEMID = Path(sys.executable).with_name("semid")
+
+ENCODE = "/semid.v1.SemanticIdService/Encode"
+GET_MODEL = "/semid.v1.SemanticIdService/GetModel"
+TRITON = "/inference.GRPCInferenceService/ModelInfer"
+
+KIB, MIB = 1 << 10, 1 << 20
+MAX_MESSAGE = 32 * MIB
+DIM = 2048
+ROW_BYTES = 4 * DIM
+
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "1073741824",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+"""What every process starts with, but `semid serve`: that is to find its way itself."""
+
+PLAIN = {
+    name: value for name, value in os.environ.items() if not name.startswith(("SEMID_", "MALLOC_"))
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long, how often."""
+
+    sizes: tuple[int, ...] = (64 * KIB, MIB, 4 * MIB, 16 * MIB)
+    in_flight: tuple[int, ...] = (1, 8)
+    rounds: int = 3
+    seconds: float = 2.0
+    overload: tuple[float, ...] = (1.0, 2.0, 10.0)
+
+
+QUICK = Plan(sizes=(64 * KIB, MIB), in_flight=(8,), rounds=1, seconds=0.3, overload=(1.0, 10.0))
+
+
+# -- servers and clients -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server process, and how to talk to it."""
+
+    name: str
+    process: subprocess.Popen
+    ready: str
+    method: str = ENCODE
+    bodies: str = "semid"
+
+    @cached_property
+    def target(self) -> str:
+        """Its address, once it has said that it serves: servers so start side by side."""
+        for line in self.process.stdout:
+            if line.startswith(self.ready):
+                return line.split()[-1]
+        sys.exit(f"{self.name} did not start; its last words are above")
+
+    def rss(self) -> int:
+        """Bytes resident, of the process and its children."""
+        return sum(int(_stat(pid)[21]) for pid in self._pids()) * os.sysconf("SC_PAGE_SIZE")
+
+    def cpu(self) -> float:
+        """Seconds of processor time so far, of the process and its children."""
+        ticks = sum(int(tick) for pid in self._pids() for tick in _stat(pid)[11:13])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def _pids(self) -> list[int]:
+        pids = [self.process.pid]
+        for pid in pids:  # grows as it goes: children of children too
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                pids += map(int, (task / "children").read_text().split())
+        return pids
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the third on, state: the second may hold spaces."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+@contextlib.contextmanager
+def started(
+    name: str, command: list[object], *, ready: str, env: dict[str, str], **fields: str
+) -> Iterator[Server]:
+    """Start a server that will print a line beginning with ``ready``, and end it afterwards."""
+    with subprocess.Popen(
+        list(map(str, command)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if name == "triton" else None,  # it logs every step
+        text=True,
+        env=env,
+    ) as process:
+        try:
+            yield Server(name=name, process=process, ready=ready, **fields)
+        finally:
+            process.stdin.close()  # on which the servers of the benchmark end
+            if ready != "ready":
+                process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def semid(name: str, checkpoint: Path, *flags: object) -> contextlib.AbstractContextManager[Server]:
+    command = [SEMID, "serve", "--checkpoint", checkpoint, "--host", "127.0.0.1", "--port", 0]
+    command += ["--metrics-port", 0, "--max-message-bytes", MAX_MESSAGE, "--log-level", "warning"]
+    return started(name, [*command, *flags], ready="semid: serving", env=PLAIN)
+
+
+def beside(name: str, kind: str, *arguments: object) -> contextlib.AbstractContextManager[Server]:
+    command = [sys.executable, HERE / "serving_servers.py", kind, *arguments]
+    return started(name, command, ready="ready", env=PLAIN | ALLOCATOR)
+
+
+def triton(
+    python: Path, checkpoint: Path, requests: Path, rows: list[int], *, port: int
+) -> contextlib.AbstractContextManager[Server]:
+    packages = sysconfig.get_path("purelib")
+    command = [python, HERE / "serving_triton.py", packages, checkpoint, requests, port, *rows]
+    libraries = {"LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR"))}
+    environment = PLAIN | ALLOCATOR | libraries
+    return started(
+        "triton", command, ready="ready", env=environment, method=TRITON, bodies="triton"
+    )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the clients of one load saw."""
+
+    seconds: float
+    answers: list[tuple[int, str, int]]
+    lag: float
+
+    def latencies(self, status: str | None = "OK", call: int | None = None) -> np.ndarray:
+        """Milliseconds of the answers of one status (None: any that is not OK) and one call."""
+        return np.array(
+            [
+                microseconds / 1000
+                for index, answered, microseconds in self.answers
+                if (answered == status if status else answered != "OK") and call in (None, index)
+            ]
+        )
+
+    @property
+    def rate(self) -> float:
+        """Requests answered OK a second."""
+        return len(self.latencies()) / self.seconds
+
+    def statuses(self) -> str:
+        names = [status for _, status, _ in self.answers]
+        return ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
+
+
+@dataclass(frozen=True)
+class Running:
+    """Client processes under way."""
+
+    processes: list[subprocess.Popen]
+    begin: float
+
+    def finish(self) -> Result:
+        results = [json.loads(process.stdout.readline()) for process in self.processes]
+        for process in self.processes:
+            process.stdin.close()
+            process.wait(20)
+            process.stdout.close()
+        return Result(
+            max(result["seconds"] for result in results),
+            [tuple(answer) for result in results for answer in result["answers"]],
+            max(result["lag"] for result in results),
+        )
+
+
+def begin(load: Load, clients: int = 1) -> Running:
+    """Start client processes that share the rate of a load, and let them go at one moment."""
+    if load.rate is not None:
+        load = replace(load, rate=load.rate / clients)
+    processes = []
+    for _ in range(clients):
+        process = subprocess.Popen(
+            [sys.executable, HERE / "serving_load.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=PLAIN | ALLOCATOR,
+        )
+        process.stdin.write(json.dumps(asdict(load)) + "\n")
+        process.stdin.flush()
+        processes.append(process)
+    for process in processes:
+        if process.stdout.readline() != "ready\n":
+            sys.exit(f"a client of {load.target} did not start")
+    at = time.monotonic() + 0.05
+    for process in processes:
+        process.stdin.write(f"{at}\n")
+        process.stdin.flush()
+    return Running(processes, at)
+
+
+def send(load: Load, clients: int = 1) -> Result:
+    return begin(load, clients).finish()
+
+
+def percentiles(milliseconds: np.ndarray) -> str:
+    if not len(milliseconds):
+        return "none"
+    p50, p99 = np.percentile(milliseconds, [50, 99])
+    return f"p50 {p50:8.2f} ms   p99 {p99:8.2f} ms"
+
+
+# -- what is measured ----------------------------------------------------------------------------
+
+
+class Bench:
+    """All measurements of one run; figures are kept by name for `--json`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        triton_python: Path | None,
+        servers: contextlib.ExitStack,
+    ) -> None:
+        self.plan, self.folder, self.triton_python = plan, folder, triton_python
+        self._servers = servers
+        self.figures: dict[str, float] = {}
+        self.made = make_checkpoint(folder / "made", DIM, 256)
+        self.slow = make_checkpoint(folder / "slow", 384, 4096)
+        rng = np.random.default_rng(0)
+        for size in plan.sizes:
+            self._write(f"semid-{size // ROW_BYTES}", rng, size // ROW_BYTES, DIM)
+        self._write("one-384", rng, 1, 384)
+        self._write("one-2048", rng, 1, DIM)
+        self._write("some-384", rng, 16, 384)
+        self._write("bulk-384", rng, 8192, 384)
+        (folder / "empty").write_bytes(pb.GetModelRequest().SerializeToString())
+
+    def _write(self, name: str, rng: np.random.Generator, rows: int, dim: int) -> None:
+        values = rng.standard_normal((rows, dim), dtype=np.float32)
+        tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=values.shape, data=values.tobytes())
+        (self.folder / name).write_bytes(pb.EncodeRequest(tensor=tensor).SerializeToString())
+
+    # Servers start when they are first named, and end with the run; idle ones take no time.
+
+    @cached_property
+    def echo(self) -> Server:
+        return self._servers.enter_context(beside("echo", "echo"))
+
+    @cached_property
+    def on_made(self) -> list[Server]:
+        """What serves the made checkpoint, the limit first."""
+        found = [
+            self.echo,
+            self._servers.enter_context(beside("instant", "instant", self.made)),
+            self._servers.enter_context(semid("semid", self.made)),
+            self._servers.enter_context(beside("unbatched", "unbatched", self.made)),
+        ]
+        if self.triton_python:
+            rows = [size // ROW_BYTES for size in self.plan.sizes]
+            server = triton(self.triton_python, self.made, self.folder, rows, port=18101)
+            found.append(self._servers.enter_context(server))
+        return found
+
+    @cached_property
+    def on_movies(self) -> list[Server]:
+        """What serves the movies, the limit first, then semid."""
+        found = [
+            self.echo,
+            self._servers.enter_context(semid("semid", MOVIES)),
+            self._servers.enter_context(beside("unbatched", "unbatched", MOVIES)),
+        ]
+        if self.triton_python:
+            server = triton(self.triton_python, MOVIES, self.folder, [1], port=18111)
+            found.append(self._servers.enter_context(server))
+        return found
+
+    @cached_property
+    def on_slow(self) -> list[Server]:
+        """A server whose device is slow, with a short queue."""
+        flags = ["--reference", "--threads", 1, "--max-queue-requests", 16]
+        return [self._servers.enter_context(semid("semid", self.slow, *flags))]
+
+    def load(self, server: Server, body: str, **settings: float) -> Load:
+        call = (server.method, str(self.folder / body))
+        return Load(target=server.target, calls=[call], **{"seconds": self.plan.seconds} | settings)
+
+    def keep(self, name: str, value: float) -> float:
+        self.figures[name] = round(float(value), 4)
+        return value
+
+    def throughput(self) -> None:
+        """Bytes of embeddings answered a second, by the size of a message."""
+        title(f"Encode, MB/s of embeddings, {DIM} x 256 x 3, closed loop of one client process")
+        print(
+            "echo: asyncio grpcio, the same messages, no work. instant: semid, its device taking\n"
+            "no time. semid: the CPU encodes, on the cores that gRPC and the client need too.\n"
+            "unbatched: a thread pool around predict_step. triton: semid's encoder behind pytriton."
+        )
+        names = [server.name for server in self.on_made]
+        print("\n     size    in flight    " + "".join(f"{name:>11}" for name in names), end="")
+        print("   instant/echo  semid/echo" + ("  semid/triton" * bool(self.triton_python)))
+        for size in self.plan.sizes:
+            for in_flight in self.plan.in_flight:
+                self._throughput_of(self.on_made, size, in_flight)
+
+    def _throughput_of(self, servers: list[Server], size: int, in_flight: int) -> None:
+        rates: dict[str, list[float]] = {server.name: [] for server in servers}
+        costs: dict[str, list[float]] = {server.name: [] for server in servers}
+        for _ in range(self.plan.rounds):
+            for server in servers:
+                body = f"{server.bodies}-{size // ROW_BYTES}"
+                # Without a warm-up, whose processor time could not be told apart.
+                before = server.cpu()
+                result = send(self.load(server, body, in_flight=in_flight, warmup=0))
+                sent = len(result.answers) * size
+                costs[server.name].append((server.cpu() - before) * 1000 / (sent / MIB))
+                rates[server.name].append(result.rate * size / 1e6)
+        found = {name: median(values) for name, values in rates.items()}
+        for name, rate in found.items():
+            self.keep(f"mb_per_s.{name}.{size}.{in_flight}", rate)
+        line = f"  {size // KIB:6} K {in_flight:10}       "
+        line += "".join(f"{rate:11.0f}" for rate in found.values())
+        line += f"{found['instant'] / found['echo']:13.2f}{found['semid'] / found['echo']:12.2f}"
+        if "triton" in found:
+            line += f"{found['semid'] / found['triton']:14.2f}"
+        print(line)
+        line = "     server, ms of CPU a MiB "
+        for name, values in costs.items():
+            self.keep(f"cpu_ms_per_mib.{name}.{size}.{in_flight}", median(values))
+            line += f"{median(values):11.2f}"
+        print(line, flush=True)
+
+    def one_row(self) -> None:
+        """Latency and rate of requests of one row."""
+        title("One row, 384 x 64 x 3 (checkpoints/movies): latency when idle, and requests/s")
+        print(
+            "Idle: one in flight, Encode and an empty RPC (GetModel) in turn on one connection.\n"
+            "Rate: closed loop, 2 client processes with 16 in flight each.\n"
+        )
+        servers = self.on_movies
+        idle: dict[str, list[np.ndarray]] = {server.name: [] for server in servers}
+        empty: dict[str, list[np.ndarray]] = {server.name: [] for server in servers}
+        rates: dict[str, list[float]] = {server.name: [] for server in servers}
+        for _ in range(self.plan.rounds):
+            for server in servers:
+                load = self.load(server, "triton-1" if server.name == "triton" else "one-384")
+                calls = [*load.calls]
+                if server.name != "triton":
+                    calls.append((GET_MODEL, str(self.folder / "empty")))
+                result = send(replace(load, calls=calls))
+                idle[server.name].append(result.latencies(call=0))
+                empty[server.name].append(result.latencies(call=1))
+                rates[server.name].append(send(replace(load, in_flight=16), clients=2).rate)
+        for server in servers:
+            name = server.name
+            latencies, without = np.concatenate(idle[name]), np.concatenate(empty[name])
+            rate = self.keep(f"one_row.rate.{name}", median(rates[name]))
+            line = f"  {name:10}{rate:7.0f} requests/s   Encode {percentiles(latencies)}"
+            for percent in (50, 99):
+                self.keep(f"one_row.p{percent}.{name}", np.percentile(latencies, percent))
+            if len(without):
+                beyond = [
+                    self.keep(
+                        f"one_row.beyond_empty.p{percent}.{name}",
+                        np.percentile(latencies, percent) - np.percentile(without, percent),
+                    )
+                    for percent in (50, 99)
+                ]
+                line += f"   beyond an empty RPC: p50 {beyond[0]:+.2f} ms, p99 {beyond[1]:+.2f} ms"
+            print(line, flush=True)
+
+    def under_load(self) -> None:
+        """Latency of one-row callers at a constant arrival rate, alone and beside a bulk caller."""
+        title("One row at a constant rate of 200 requests/s (open loop), 384 x 64 x 3")
+        print("beside bulk: one more client keeps 4 requests of 8192 rows (12 MiB) under way.\n")
+        server = self.on_movies[1]
+        load = self.load(server, "one-384", rate=200, seconds=2 * self.plan.seconds)
+        alone = send(load)
+        bulk = begin(self.load(server, "bulk-384", in_flight=4, seconds=3 * self.plan.seconds))
+        beside_bulk = send(load)
+        rows = bulk.finish().rate * 8192
+        for name, result in (("alone", alone), ("beside bulk", beside_bulk)):
+            latencies = result.latencies()
+            self.keep(f"under_load.p99.{name}", np.percentile(latencies, 99))
+            print(f"  {name:12} {percentiles(latencies)}   {result.statuses()}")
+        print(f"  the bulk caller meanwhile: {self.keep('under_load.bulk_rows', rows):.0f} rows/s")
+
+    def overload(self) -> None:
+        """Goodput beyond capacity, what a refusal costs the caller, and the way back."""
+        title("Overload: 16 rows a request, 384 x 4096 x 3, open loop, a queue of 16 requests")
+        print(
+            "The float64 reference encodes (--reference, one thread): the device is too slow, not\n"
+            "the wire. Capacity: closed loop, 16 in flight. Latency from when a request was due.\n"
+            "Recovery: from the load's end to the first answer as fast as when idle.\n"
+        )
+        server = self.on_slow[0]
+        load = self.load(server, "some-384", seconds=2 * self.plan.seconds)
+        idle = float(np.percentile(send(load).latencies(), 99))
+        capacity = self.keep("overload.capacity", send(replace(load, in_flight=16)).rate)
+        print(f"  capacity {capacity:.1f} requests/s; idle p99 {idle:.1f} ms")
+        for times in self.plan.overload:
+            self._overload_at(server, load, capacity, times, idle)
+
+    def _overload_at(
+        self, server: Server, load: Load, capacity: float, times: float, idle: float
+    ) -> None:
+        before = server.rss()
+        running = begin(replace(load, rate=times * capacity, warmup=0), clients=2)
+        most = before
+        while time.monotonic() < running.begin + load.seconds:
+            most = max(most, server.rss())
+            time.sleep(0.05)
+        probe = begin(replace(load, seconds=1.5, warmup=0))
+        result = running.finish()
+        after = probe.finish()
+        goodput = result.rate
+        name = f"overload.{times:g}x"
+        self.keep(f"{name}.goodput_of_capacity", goodput / capacity)
+        refusals = result.latencies(None)
+        line = f"  {times:4g} x: goodput {goodput / capacity:5.2f} of capacity"
+        line += f"   answered {percentiles(result.latencies())}"
+        if len(refusals):
+            self.keep(f"{name}.refusal_p99", np.percentile(refusals, 99))
+            line += f"   refused {percentiles(refusals)}"
+        line += f"   RSS {before / MIB:.0f} -> {most / MIB:.0f} MiB"
+        elapsed = (probe.begin - running.begin - load.seconds) * 1000
+        recovered = None
+        for _, status, microseconds in after.answers:
+            elapsed += microseconds / 1000
+            if status == "OK" and microseconds / 1000 <= 1.5 * idle:
+                recovered = self.keep(f"{name}.recovery_s", elapsed / 1000)
+                break
+        line += f"   recovery {'not within 1.5 s' if recovered is None else f'{recovered:.2f} s'}"
+        print(line)
+        print(
+            f"         {result.statuses()}; the client was at most {result.lag * 1000:.0f} ms late"
+        )
+        self.keep(f"{name}.rss_growth_mib", (most - before) / MIB)
+
+
+def make_checkpoint(folder: Path, dim: int, width: int) -> Path:
+    """Save a model of three layers with centroids in random directions, the same every time."""
+    torch.set_num_threads(1)
+    model, spec = random_model(dim, [width] * 3)
+    save_checkpoint(folder, model=model, spec=spec, name=folder.name)
+    return folder
+
+
+def title(text: str) -> None:
+    print(f"\n== {text}")
+
+
+def machine() -> None:
+    models = [
+        line.partition(": ")[2]
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
+    print(f"machine   {len(models)} x {models[0]}, {memory:.0f} GiB, {platform.platform()}")
+    packages = ("semid", "grpcio", "protobuf", "numpy", "torch")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    print(f"versions  Python {platform.python_version()}, {versions}")
+    print(f"load      {os.getloadavg()[0]:.2f} before the run (1 minute): what else ran counts in")
+
+
+SECTIONS = {
+    "throughput": "on_made",
+    "one_row": "on_movies",
+    "under_load": "on_movies",
+    "overload": "on_slow",
+}
+"""What can be measured, and the servers that it needs."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="short rounds: figures mean little")
+    parser.add_argument("--triton", type=Path, help="interpreter that has nvidia-pytriton")
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="these sections alone")
+    parser.add_argument("--json", type=Path, help="write all figures to this file too")
+    arguments = parser.parse_args()
+    machine()
+    if arguments.triton is None:
+        print("peers     no Triton: give --triton an interpreter that has nvidia-pytriton")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
+        plan = QUICK if arguments.quick else Plan()
+        bench = Bench(plan, Path(folder), arguments.triton, servers)
+        sections = arguments.only or list(SECTIONS)
+        started = [server for section in sections for server in getattr(bench, SECTIONS[section])]
+        for server in started:
+            print(f"{server.name} on {server.target}", file=sys.stderr)
+        for section in sections:
+            getattr(bench, section)()
+    print(f"\nload      {os.getloadavg()[0]:.2f} after the run")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(bench.figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

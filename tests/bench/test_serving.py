@@ -1,0 +1,40 @@
+"""The benchmark of serving runs, and says what it must."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).with_name("serving.py")
+
+
+@pytest.mark.timeout(300)  # half a minute on a machine that does nothing else
+def test_the_quick_run_measures_every_section(tmp_path):
+    figures = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, BENCH, "--quick", "--json", figures],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("machine")
+    assert "versions  Python" in done.stdout
+    found = json.loads(figures.read_text())
+    for name in (
+        "mb_per_s.echo.1048576.8",
+        "mb_per_s.semid.1048576.8",
+        "mb_per_s.unbatched.1048576.8",
+        "one_row.beyond_empty.p99.semid",
+        "under_load.p99.beside bulk",
+        "overload.10x.goodput_of_capacity",
+        "overload.10x.refusal_p99",
+    ):
+        assert name in found
+    # Everything was answered: figures of errors would be no figures.
+    assert min(value for name, value in found.items() if "mb_per_s" in name) > 0
+    assert found["one_row.rate.semid"] > 0
