@@ -21,8 +21,9 @@ class Distance(Protocol):
 class SquaredEuclideanDistance:
     """``d(x, y) = ||x - y||^2``.
 
-    Computed from differences, never as ``||x||^2 - 2<x, y> + ||y||^2``: that form loses the
-    digits which separate two centroids when a row lies close to both.
+    As ``||x||^2 - 2<x, y> + ||y||^2`` it is one matrix product, but loses the digits that separate
+    two centroids when a row lies close to both: so for narrower types that is computed in
+    float64, whose digits are enough, and for float64 the differences themselves are taken.
     """
 
     def compute(self, x: Tensor, y: Tensor) -> Tensor:
@@ -30,4 +31,8 @@ class SquaredEuclideanDistance:
 
         Both are of one floating-point dtype, which is the dtype of the result.
         """
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+        if x.dtype == torch.float64:
+            return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+        wide_x, wide_y = x.double(), y.double()
+        squares = wide_x.square().sum(dim=1, keepdim=True) + wide_y.square().sum(dim=1)
+        return torch.addmm(squares, wide_x, wide_y.T, alpha=-2).clamp_min(0).to(x.dtype)

@@ -1,0 +1,279 @@
+"""`semid train`, `calibrate`, `report` and `export`, as they are called."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import termios
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from semid_server.checkpoint import load_checkpoint, save_checkpoint
+from semid_server.cli.calibrate import calibrate
+from semid_server.cli.export import export
+from semid_server.cli.report import report
+from semid_server.cli.train import _interruptible, train
+from semid_server.model import DecodeMode, ModelKind, ModelSpec, build_model
+
+SMALL = ["--layers", "2", "--codebook-width", "8", "--batch-size", "32", "--threads", "1"]
+SMALL += ["--init-buffer-size", "64", "--device", "cpu"]
+
+
+def array(n=200):
+    return np.random.default_rng(0).normal(size=(n, 6)).astype(np.float32)
+
+
+@pytest.fixture
+def embeddings(tmp_path):
+    np.save(tmp_path / "x.npy", array())
+    return tmp_path / "x.npy"
+
+
+def call(command, *arguments):
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.fixture
+def trained(embeddings, tmp_path):
+    result = call(train, embeddings, "-o", tmp_path / "items", *SMALL, "--steps", 10)
+    assert result.exit_code == 0, result.output
+    return tmp_path / "items"
+
+
+@pytest.mark.parametrize("kind", ModelKind)
+def test_training_writes_a_calibrated_checkpoint_that_tells_its_origin(kind, embeddings, tmp_path):
+    output = tmp_path / "items"
+    more = ["--hidden-dims", "12", "--embedding-dim", "4"] if kind is ModelKind.RQ_VAE else []
+    result = call(train, embeddings, "-o", output, *SMALL, "--kind", kind, "--steps", 20, *more)
+    assert result.exit_code == 0, result.output
+    checkpoint = load_checkpoint(output)
+    assert checkpoint.name == "items"
+    assert checkpoint.spec.kind is kind
+    assert checkpoint.spec.codebook_widths == (8, 8)
+    assert checkpoint.calibration is not None
+    assert checkpoint.fingerprint in result.output
+    codes = checkpoint.model.predict_step(torch.from_numpy(array())).codes
+    decoded = checkpoint.model.decode(
+        codes, mode=DecodeMode.CALIBRATED, calibration=checkpoint.calibration
+    )
+    assert decoded.shape == (200, 6)
+    provenance = json.loads((output / "config.json").read_text())["provenance"]
+    assert provenance["embeddings_shape"] == "200 x 6"
+    assert "torch" in provenance
+    assert (tmp_path / "items.training" / "log.csv").exists()
+    assert not (tmp_path / "items.training" / "state.pt").exists()
+
+
+def test_the_recipe_is_one_flag(embeddings, tmp_path):
+    call(train, embeddings, "-o", tmp_path / "plain", *SMALL, "--steps", 10)
+    result = call(train, embeddings, "-o", tmp_path / "best", *SMALL, "--distinct")
+    assert result.exit_code == 0, result.output
+    unique = {
+        name: json.loads(call(report, tmp_path / name, embeddings, "--json").output)["unique_items"]
+        for name in ("plain", "best")
+    }
+    assert unique["best"] > unique["plain"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.npy"], "missing.npy: there is no such file"),
+        (["x.npy", "--codebook-width", "500"], "init_buffer_size is 64 and codebook_width 500"),
+        (["x.npy", "--distinct", "--kind", "rq-vae"], "distinct is for rq-kmeans; kind is rq-vae"),
+        (["x.npy", "--hidden-dims", "a,b", "--kind", "rq-vae"], "hidden-dims is 'a,b'"),
+        (["x.npy", "--device", "tpu"], "device 'tpu' is not"),
+        (["x.npy", "--device", "cuda:99"], "device 'cuda:99' is not there"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence(arguments, message, embeddings, tmp_path):
+    arguments = [str(tmp_path / arguments[0]), *arguments[1:]]
+    result = call(train, arguments[0], "-o", tmp_path / "items", *SMALL, *arguments[1:])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "items").exists()
+
+
+def test_an_output_that_is_there_is_refused_before_anything_is_computed(trained, embeddings):
+    before = (trained / "config.json").read_bytes()
+    result = call(train, embeddings, "-o", trained, *SMALL, "--steps", 10, "--seed", 7)
+    assert result.exit_code == 1
+    assert "exists; give --force" in result.output
+    assert (trained / "config.json").read_bytes() == before
+    result = call(train, embeddings, "-o", trained, *SMALL, "--steps", 10, "--seed", 7, "--force")
+    assert result.exit_code == 0, result.output
+    assert (trained / "config.json").read_bytes() != before
+
+
+def test_every_flag_has_an_environment_twin_and_help():
+    for command in (train, calibrate, report, export):
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert parameter.envvar.startswith(f"SEMID_{command.name.upper()}_"), parameter.name
+                assert parameter.show_envvar
+                assert len(parameter.help) > 20
+
+
+def test_the_first_interrupt_is_a_wish_to_stop_and_then_all_is_as_before():
+    before = signal.getsignal(signal.SIGINT)
+    with _interruptible() as should_stop:
+        assert not should_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert should_stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupted_training_is_saved_and_the_same_command_goes_on(embeddings, tmp_path):
+    steps = ["--steps", "600"]
+    command = [sys.executable, "-c", "from semid_server.cli.train import train; train()"]
+    command += [str(embeddings), "-o", str(tmp_path / "items"), *SMALL, *steps]
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL)
+    os.close(theirs)
+    said = b""
+    with open(ours, "rb", buffering=0) as terminal:  # noqa: PTH123 - a descriptor
+        while b"training" not in said:  # the progress bar of the first step
+            said += terminal.read(1024)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # how a terminal says that the other side is gone
+            while chunk := terminal.read(1024):
+                said += chunk
+    assert process.wait() == 130, said.decode()
+    assert b"the same command goes on" in said
+    assert not (tmp_path / "items").exists()
+    result = call(train, embeddings, "-o", tmp_path / "items", *SMALL, *steps)
+    assert result.exit_code == 0, result.output
+    assert "going on from" in result.output
+    whole = call(train, embeddings, "-o", tmp_path / "whole", *SMALL, *steps)
+    assert whole.output.split()[-1] == result.output.split()[-1]
+
+
+def test_a_restart_throws_the_unfinished_run_away(embeddings, tmp_path):
+    folder = tmp_path / "items.training"
+    folder.mkdir()
+    (folder / "state.pt").write_bytes(b"no state")
+    result = call(train, embeddings, "-o", tmp_path / "items", *SMALL, "--restart")
+    assert result.exit_code == 0, result.output
+
+
+def uncalibrated(path):
+    spec = ModelSpec(
+        kind=ModelKind.RQ_KMEANS,
+        input_dim=6,
+        codebook_widths=(8, 8),
+        embedding_dim=6,
+        normalize_residuals=True,
+    )
+    model = build_model(spec)
+    for layer in model.layers:
+        layer.centroids.data = torch.from_numpy(array()[:8] / 3)
+        layer.centroids.data[:, 0] += torch.rand(8)
+    save_checkpoint(path, model=model, spec=spec, name="items", provenance={"made": "by a test"})
+    (path / "README.md").write_text("kept")
+    return path
+
+
+def test_calibrating_adds_norms_and_leaves_all_else(embeddings, tmp_path):
+    path = uncalibrated(tmp_path / "items")
+    before = load_checkpoint(path)
+    result = call(calibrate, path, embeddings)
+    assert result.exit_code == 0, result.output
+    after = load_checkpoint(path)
+    assert before.calibration is None
+    lengths = np.linalg.norm(array(), axis=1)
+    assert after.calibration.input_norm == pytest.approx(lengths.mean(), rel=1e-5)
+    assert (after.fingerprint, after.name) == (before.fingerprint, before.name)
+    assert (path / "README.md").read_text() == "kept"
+    provenance = json.loads((path / "config.json").read_text())["provenance"]
+    assert provenance["made"] == "by a test"
+    assert provenance["calibration_embeddings"] == "x.npy"
+
+
+def test_a_file_is_calibrated_into_a_folder(trained, embeddings, tmp_path):
+    call(export, trained, "-o", tmp_path / "items.ckpt")
+    result = call(calibrate, tmp_path / "items.ckpt", embeddings)
+    assert result.exit_code == 1
+    assert "name one with --output" in result.output
+    result = call(calibrate, tmp_path / "items.ckpt", embeddings, "-o", tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    assert load_checkpoint(tmp_path / "new").calibration is not None
+
+
+@pytest.mark.parametrize("command", [calibrate, report])
+def test_embeddings_of_another_width_are_refused(command, trained, tmp_path):
+    np.save(tmp_path / "wide.npy", np.ones((4, 9), np.float32))
+    result = call(command, trained, tmp_path / "wide.npy")
+    assert result.exit_code == 1
+    assert "rows of 9 numbers" in result.output
+    assert "takes 6" in result.output
+
+
+def test_a_report_has_tables_and_a_page_that_stands_alone(trained, embeddings, tmp_path):
+    page = tmp_path / "report.html"
+    result = call(report, trained, embeddings, "--html", page)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(call(report, trained, embeddings, "--json").output)
+    assert f"{figures['unique_items']} (" in result.output
+    codes = load_checkpoint(trained).model.predict_step(torch.from_numpy(array())).codes
+    assert figures["distinct_ids"] == len(torch.unique(codes, dim=0))
+    assert [one["depth"] for one in figures["depths"]] == [1, 2]
+    text = page.read_text()
+    assert "http" not in text
+    assert "<script" not in text
+    drawings = text.split("<svg")[1:]
+    assert len(drawings) == 3 + 2
+    for drawing in drawings:
+        ET.fromstring(  # noqa: S314 - written just above
+            "<svg" + drawing.split("</svg>")[0] + "</svg>"
+        )
+    result = call(report, trained, embeddings, "--html", page)
+    assert result.exit_code == 1
+    assert "exists" in result.output
+
+
+def test_a_degenerate_model_is_named_as_such_and_measured_all_the_same(embeddings, tmp_path):
+    path = uncalibrated(tmp_path / "items")
+    loaded = load_checkpoint(path)
+    loaded.model.layers[1].centroids.data.zero_()
+    save_checkpoint(path, model=loaded.model, spec=loaded.spec, name="items", force=True)
+    result = call(report, path, embeddings)
+    assert result.exit_code == 0, result.output
+    assert "warning: layer 1" in result.output
+    assert " 7  " in result.output  # its dead codes
+
+
+@pytest.mark.parametrize("reference_set", ["digits_rqvae", "digits_rkmeans"], indirect=True)
+def test_an_export_has_the_keys_of_the_original_and_the_same_codes(reference_set, tmp_path):
+    result = call(export, reference_set.checkpoint, "-o", tmp_path / "out.ckpt")
+    assert result.exit_code == 0, result.output
+    original = torch.load(reference_set.checkpoint, map_location="cpu", weights_only=False)
+    exported = torch.load(tmp_path / "out.ckpt", map_location="cpu", weights_only=False)
+    assert exported.keys() == original.keys()
+    parameters = original["hyper_parameters"]
+    assert exported["hyper_parameters"].keys() == parameters.keys()
+    for name in ("n_layers", "normalize_residuals", "train_layer_wise"):
+        assert exported["hyper_parameters"][name] == parameters[name]
+    assert exported["layers_initialized"] == original["layers_initialized"]
+    assert exported["current_layer"] == original["current_layer"]
+    own = {k: v for k, v in original["state_dict"].items() if ".initializer." not in k}
+    assert exported["state_dict"].keys() == own.keys()
+    assert all(torch.equal(exported["state_dict"][name], value) for name, value in own.items())
+    assert (
+        load_checkpoint(tmp_path / "out.ckpt").fingerprint
+        == load_checkpoint(reference_set.checkpoint).fingerprint
+    )
+    assert call(export, reference_set.checkpoint, "-o", tmp_path / "out.ckpt").exit_code == 1
