@@ -14,7 +14,7 @@ import click
 from semid_server.cli import errors_as_sentences
 from semid_server.cli.checkpoint_options import override_options
 from semid_server.errors import ConfigurationError
-from semid_server.serving.config import ServeConfig
+from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.server import Server
 from semid_server.serving.tls import TlsFiles
 
@@ -44,14 +44,24 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: Path
             f"known: {', '.join(sorted(known))}",
             param=parameter,
         )
-    if tables := sorted(name for name, value in defaults.items() if isinstance(value, dict | list)):
+    several = {str(option.name) for option in context.command.params if option.multiple}
+    tables = sorted(
+        name
+        for name, value in defaults.items()
+        if isinstance(value, dict) or (isinstance(value, list) and name not in several)
+    )
+    if tables:
         raise click.BadParameter(
             f"{value} gives {', '.join(map(repr, tables))} more than one value; expected one",
             param=parameter,
         )
     # Strings, as the command line would give them: every flag's own type checks them.
     context.default_map = {
-        name: setting if isinstance(setting, bool) else str(setting)
+        name: [*map(str, setting if isinstance(setting, list) else [setting])]
+        if name in several
+        else setting
+        if isinstance(setting, bool)
+        else str(setting)
         for name, setting in defaults.items()
     }
 
@@ -64,6 +74,25 @@ def _option(*names: str, **attributes: Any) -> Callable[[F], F]:
     )
 
 
+class _ModelSource(click.ParamType[ModelSource, Any]):
+    """PATH or NAME=PATH."""
+
+    name = "[NAME=]PATH"
+    envvar_list_splitter = ","
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> ModelSource:
+        if isinstance(value, ModelSource):
+            return value
+        name, separator, path = str(value).partition("=")
+        if not separator or Path(value).exists():  # a path may hold an equals sign itself
+            return ModelSource(Path(value))
+        if not name or not path:
+            self.fail(f"{value!r} lacks a name or a path; expected NAME=PATH", parameter, context)
+        return ModelSource(Path(path), name)
+
+
 def _tls_files(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
     if cert is None and key is None and client_ca is None:
         return None
@@ -73,7 +102,7 @@ def _tls_files(cert: Path | None, key: Path | None, client_ca: Path | None) -> T
     return TlsFiles(certificate=cert, key=key, client_ca=client_ca)
 
 
-DEFAULTS = ServeConfig(checkpoint=Path())
+DEFAULTS = ServeConfig(models=(ModelSource(Path()),))
 
 
 def _default(name: str) -> dict[str, Any]:
@@ -93,8 +122,11 @@ def _default(name: str) -> dict[str, Any]:
 @_option(
     "--checkpoint",
     required=True,
-    type=click.Path(path_type=Path),
-    help="Native checkpoint folder, GRID .ckpt, or .pt with a model_state_dict.",
+    multiple=True,
+    type=_ModelSource(),
+    help="Native checkpoint folder, GRID .ckpt, or .pt with a model_state_dict. Repeat it to serve "
+    "several, the first as the default; NAME=PATH gives one a name. In the environment, separate "
+    "them by commas.",
 )
 @_option(
     "--host",
@@ -176,6 +208,13 @@ def _default(name: str) -> dict[str, Any]:
     "supervisor's own patience.",
 )
 @_option(
+    "--watch",
+    type=click.FloatRange(0),
+    **_default("watch"),
+    help="Seconds between looks at the checkpoints' files: when they have changed, the new "
+    "version is loaded beside the old one and takes its place. 0 never looks; SIGHUP reloads too.",
+)
+@_option(
     "--tls-cert",
     type=click.Path(path_type=Path),
     default=None,
@@ -241,6 +280,7 @@ def _default(name: str) -> dict[str, Any]:
 )
 def serve(
     *,
+    checkpoint: tuple[ModelSource, ...],
     log_level: str,
     overrides: Overrides,
     allow_degenerate: bool,
@@ -249,15 +289,16 @@ def serve(
     tls_client_ca: Path | None,
     **settings: Any,
 ) -> None:
-    """Serve a trained checkpoint: Encode and Decode over gRPC, metrics for Prometheus.
+    """Serve trained checkpoints: Encode and Decode over gRPC, metrics for Prometheus.
 
     Prints where it listens, serves until SIGTERM or Ctrl-C, then finishes what was admitted.
+    SIGHUP loads new versions of the checkpoints beside the old ones and switches to them.
     """
     logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT)
     with errors_as_sentences():
         overrides = replace(overrides, allow_degenerate=allow_degenerate)
         tls = _tls_files(tls_cert, tls_key, tls_client_ca)
-        config = ServeConfig(overrides=overrides, tls=tls, **settings)
+        config = ServeConfig(models=checkpoint, overrides=overrides, tls=tls, **settings)
 
         async def run() -> None:
             await Server(config, announce=lambda line: click.echo(f"semid: {line}")).run()

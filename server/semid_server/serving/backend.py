@@ -6,15 +6,14 @@ Made, warmed up and called by one thread, the batcher's worker.
 from __future__ import annotations
 
 import logging
-import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from semid_server.checkpoint import load_checkpoint
-from semid_server.encoding import make_encoder
+from semid_server.encoding import EncodeCounts, make_encoder
 from semid_server.errors import (
     ConfigurationError,
     FieldViolation,
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from semid_server.serving.config import ServeConfig
+    from semid_server.serving.config import ModelSource, ServeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -59,17 +58,40 @@ FILL_TYPES: dict[EmbeddingType, torch.dtype] = {
 MAX_NAMED_ROWS = 8
 
 
-class Backend(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
-    """The model on its device.
+class Device(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
+    """Hands each batch to the version of the model that it was admitted for."""
+
+    def __init__(self) -> None:
+        self._last: Backend | None = None
+
+    def run(
+        self, key: WorkKey, payloads: Sequence[npt.NDArray[Any]]
+    ) -> Sequence[npt.NDArray[Any] | SemidError]:
+        """Answer each payload; see `Backend.run`."""
+        backend: Backend = key.model.backend
+        self._last = backend
+        return backend.run(key, payloads)
+
+    def after(self) -> None:
+        """Verify what the last batch left to verify, and let go of its model."""
+        if self._last is not None:
+            self._last.verify()
+        self._last = None
+
+
+class Backend:
+    """One version of a model on its device.
 
     Parameters
     ----------
+    source : ModelSource
+        Where its checkpoint is.
     config : ServeConfig
-        Names the checkpoint, the device and the limits.
+        Names the device and the limits.
     on_verified : callable
         Told, after a sample of rows was encoded again in float64, how many and how many differed.
-    draw : callable
-        Uniform numbers in [0, 1) that choose which batches are verified.
+    rng : numpy.random.Generator, optional
+        Chooses the rows that are verified.
 
     Raises
     ------
@@ -81,19 +103,23 @@ class Backend(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
 
     def __init__(
         self,
+        source: ModelSource,
         config: ServeConfig,
         *,
         on_verified: Callable[[int, int], None],
-        draw: Callable[[], float] = random.random,
+        rng: np.random.Generator | None = None,
     ) -> None:
         self._device = choose_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        checkpoint = load_checkpoint(config.checkpoint, overrides=config.overrides)
+        overrides = config.overrides
+        if source.name is not None:
+            overrides = replace(overrides, name=source.name)
+        checkpoint = load_checkpoint(source.path, overrides=overrides)
         for note in checkpoint.notes:
-            logger.info("%s: %s", config.checkpoint, note)
+            logger.info("%s: %s", source.path, note)
         for warning in checkpoint.warnings:
-            logger.warning("%s: %s", config.checkpoint, warning)
+            logger.warning("%s: %s", source.path, warning)
         spec = checkpoint.spec
         self._model = checkpoint.model.to(self._device)
         self._calibration = checkpoint.calibration
@@ -112,7 +138,8 @@ class Backend(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
             if config.verify_fraction
             else None
         )
-        self._on_verified, self._draw = on_verified, draw
+        self._on_verified = on_verified
+        self._rng = rng or np.random.default_rng()
         self._sample: tuple[torch.Tensor, torch.Tensor] | None = None
         self._code_type = np.dtype(f"<u{spec.code_bits // 8}")
         self._buffers: dict[EmbeddingType, torch.Tensor] = {}
@@ -130,21 +157,26 @@ class Backend(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
             decode_modes=modes,
             code_dtype=self._code_type,
             device=_device_name(self._device),
+            backend=self,
         )
+        self._warm_up_counts = EncodeCounts()
 
     def warm_up(self) -> None:
         """Run each path once: what is compiled or allocated at first use is not a caller's wait."""
         self._encoder.warm_up()
         row = np.zeros((1, self.served.input_dim), np.float32)
         codes = np.zeros((1, len(self.served.codebook_widths)), self._code_type)
-        self.run(EncodeKey("float32"), [row])
+        self.run(EncodeKey(self.served, "float32"), [row])
         for mode in self.served.decode_modes:
-            self.run(DecodeKey(codes.shape[1], mode), [codes])
+            self.run(DecodeKey(self.served, codes.shape[1], mode), [codes])
         self._sample = None
+        self._warm_up_counts = self._encoder.counts()
 
     def proved_rows(self) -> Mapping[str, int]:
-        """Rows encoded so far, by the level of precision that proved their codes."""
-        return asdict(self._encoder.counts())
+        """Rows encoded for callers, by the level of precision that proved their codes."""
+        warm_up = asdict(self._warm_up_counts)
+        counts = asdict(self._encoder.counts())
+        return {level: rows - warm_up[level] for level, rows in counts.items()}
 
     def run(
         self, key: WorkKey, payloads: Sequence[npt.NDArray[Any]]
@@ -160,7 +192,7 @@ class Backend(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
             case DecodeKey(mode=mode):
                 return self._decode(DecodeMode(mode), payloads)
 
-    def after(self) -> None:
+    def verify(self) -> None:
         """Verify the sample that the last batch left, if it left one."""
         if self._sample is None or self._verifier is None:
             return
@@ -210,7 +242,7 @@ class Backend(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
         total = sum(len(payload) for payload in payloads)
         buffer = self._buffers.get(dtype)
         if buffer is None or len(buffer) < total:
-            # Grown by doubling, up to the largest batch seen; page-locked where a GPU reads it.
+            # Grown at least twofold, so that it seldom is; page-locked where a GPU reads it.
             capacity = max(total, 2 * len(buffer) if buffer is not None else 0)
             buffer = torch.empty(
                 (capacity, self.served.input_dim),
@@ -235,11 +267,10 @@ class Backend(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
         return list(np.split(host, ends[:-1]))
 
     def _draw_sample(self, rows: torch.Tensor, codes: torch.Tensor) -> None:
-        """Keep each row with the probability asked for; `after` verifies those kept."""
-        kept = [row for row in range(len(rows)) if self._draw() < self._verify_fraction]
-        if kept:
-            index = torch.tensor(kept)
-            self._sample = rows[index].clone(), codes[index].clone()
+        """Keep each row with the probability asked for; `verify` looks at those kept."""
+        kept = torch.from_numpy(np.flatnonzero(self._rng.random(len(rows)) < self._verify_fraction))
+        if len(kept):
+            self._sample = rows[kept], codes.cpu()[kept]
 
 
 _PENDING: npt.NDArray[Any] = np.empty(0)

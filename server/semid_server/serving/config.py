@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,31 @@ MESSAGE_OVERHEAD = 64 * 1024
 """Bytes of a message left for what is not the tensor: names, fingerprints, headers."""
 
 
+RANGES = {
+    "port": (0, 65535, ""),
+    "metrics_port": (0, 65535, ""),
+    "threads": (1, math.inf, ""),
+    "verify_fraction": (0, 1, ""),
+    "max_message_bytes": (1, math.inf, ""),
+    "max_batch_rows": (1, math.inf, ""),
+    "max_batch_bytes": (1, math.inf, ""),
+    "max_queue_requests": (1, math.inf, ""),
+    "max_queue_bytes": (1, math.inf, ""),
+    "max_concurrent_rpcs": (1, math.inf, ""),
+    "grace": (0, math.inf, " seconds"),
+    "watch": (0, math.inf, " seconds"),
+}
+"""Least and greatest value of each number, and its unit where the name has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model to serve: where its checkpoint is, and its name if not the checkpoint's."""
+
+    path: Path
+    name: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """Every setting of `semid serve`; its help says what each does and when to change it.
@@ -26,7 +52,7 @@ class ServeConfig:
     Sizes are in bytes, times in seconds.
     """
 
-    checkpoint: Path
+    models: tuple[ModelSource, ...]
     overrides: Overrides = field(default_factory=Overrides)
     host: str = "0.0.0.0"  # noqa: S104 - a service is there to be reached; --host narrows it
     port: int = 50051
@@ -43,6 +69,7 @@ class ServeConfig:
     max_queue_bytes: int = 256 * MIB
     max_concurrent_rpcs: int = 4096
     grace: float = 30.0
+    watch: float = 0.0
     tls: TlsFiles | None = None
     token_file: Path | None = None
     reflection: bool = True
@@ -50,21 +77,18 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work together; the message names both values."""
-        for name in ("port", "metrics_port"):
+        if not self.models:
+            raise ConfigurationError("no checkpoint to serve")
+        if len(self.models) > 1 and self.overrides.name is not None:
+            raise ConfigurationError(
+                f"one name ({self.overrides.name!r}) for {len(self.models)} checkpoints; "
+                "name each: NAME=PATH"
+            )
+        for name, (least, most, unit) in RANGES.items():
             value = getattr(self, name)
-            if not 0 <= value <= 65535:  # noqa: PLR2004 - the range of ports
-                raise ConfigurationError(f"{name} is {value}; expected 0 to 65535")
-        for name in (
-            "max_message_bytes",
-            "max_batch_rows",
-            "max_batch_bytes",
-            "max_queue_requests",
-            "max_queue_bytes",
-            "max_concurrent_rpcs",
-        ):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigurationError(f"{name} is {value}; expected at least 1")
+            if value is not None and not least <= value <= most:
+                expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
+                raise ConfigurationError(f"{name} is {value}; expected {expected}{unit}")
         if self.max_message_bytes <= MESSAGE_OVERHEAD:
             raise ConfigurationError(
                 f"max_message_bytes is {self.max_message_bytes}; "
@@ -75,12 +99,6 @@ class ServeConfig:
                 f"max_batch_bytes is {self.max_batch_bytes}, less than max_message_bytes "
                 f"({self.max_message_bytes}): the largest request would fit no batch"
             )
-        if self.threads is not None and self.threads < 1:
-            raise ConfigurationError(f"threads is {self.threads}; expected at least 1")
-        if not 0.0 <= self.verify_fraction <= 1.0:
-            raise ConfigurationError(f"verify_fraction is {self.verify_fraction}; expected 0 to 1")
-        if self.grace < 0:
-            raise ConfigurationError(f"grace is {self.grace}; expected at least 0 seconds")
 
     def max_rows(self, input_dim: int) -> int:
         """Rows that one request may have: a batch holds them, and one message their decoding.

@@ -152,6 +152,15 @@ class Metrics:
             ("model", "fingerprint", "kind", "input_dim", "layers", "codebook_widths", "device"),
             registry=registry,
         )
+        self.reloads = Counter(
+            "semid_model_reloads_total",
+            "Attempts to load a new version of a model while serving.",
+            ("model", "result"),
+            registry=registry,
+        )
+        self._shown: dict[str, tuple[str, ...]] = {}
+        self._proved_rows = _ProvedRows()
+        registry.register(self._proved_rows)
         for operation in OPERATIONS:
             for metric in (
                 self.rows,
@@ -213,44 +222,64 @@ class Metrics:
         self.queue_rows.set_function(lambda: state().rows)
         self.queue_bytes.set_function(lambda: state().nbytes)
 
-    def show_model(self, model: ServedModel) -> None:
-        """Tell which model is served."""
-        self.model_info.labels(
-            model=model.name,
-            fingerprint=model.fingerprint,
-            kind=model.kind,
-            input_dim=model.input_dim,
-            layers=len(model.codebook_widths),
-            codebook_widths=",".join(map(str, model.codebook_widths)),
-            device=model.device,
-        ).set(1)
+    def show_model(self, model: ServedModel, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Tell that this version of a model is served now, in place of the one before.
+
+        ``counts`` are read at every scrape: its rows, by the precision that proved their codes.
+        """
+        labels = (
+            model.name,
+            model.fingerprint,
+            model.kind,
+            str(model.input_dim),
+            str(len(model.codebook_widths)),
+            ",".join(map(str, model.codebook_widths)),
+            model.device,
+        )
+        if (before := self._shown.get(model.name)) is not None:
+            self.model_info.remove(*before)
+        self._shown[model.name] = labels
+        self.model_info.labels(*labels).set(1)
+        self._proved_rows.watch(model.name, counts)
+        for result in ("ok", "failed"):
+            self.reloads.labels(model.name, result)
 
     def verified(self, rows: int, mismatches: int) -> None:
         """Count rows that were encoded again, and those that differed."""
         self.verified_rows.inc(rows)
         self.verify_mismatches.inc(mismatches)
 
-    def watch_proofs(self, counts: Callable[[], Mapping[str, int]]) -> None:
-        """Have the rows proved at each level of precision read ``counts`` at every scrape."""
-        self.registry.register(_ProvedRows(counts))
-
 
 class _ProvedRows(Collector):
-    """Rows by the level of precision that proved their codes, as the encoder counts them."""
+    """Rows by model and by the level of precision that proved their codes."""
 
-    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
-        self._counts = counts
+    def __init__(self) -> None:
+        self._current: dict[str, Callable[[], Mapping[str, int]]] = {}
+        # What versions that were replaced had counted, so that no counter goes back.
+        self._before: dict[str, Mapping[str, int]] = {}
+
+    def watch(self, model: str, counts: Callable[[], Mapping[str, int]]) -> None:
+        if model in self._current:
+            self._before[model] = self._total(model)
+        self._current[model] = counts
 
     def collect(self) -> Iterable[Metric]:
         """Yield the one family."""
         family = CounterMetricFamily(
             "semid_proved_rows_total",
             "Rows encoded, by the level of precision that proved their codes.",
-            labels=("level",),
+            labels=("model", "level"),
         )
-        for level, rows in self._counts().items():
-            family.add_metric((level,), rows)
+        for model in list(self._current):
+            for level, rows in self._total(model).items():
+                family.add_metric((model, level), rows)
         yield family
+
+    def _total(self, model: str) -> Mapping[str, int]:
+        before = self._before.get(model, {})
+        return {
+            level: before.get(level, 0) + rows for level, rows in self._current[model]().items()
+        }
 
 
 def _operation(key: Hashable) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -17,9 +18,10 @@ from prometheus_client import start_http_server
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
-from semid_server.errors import ConfigurationError
-from semid_server.serving.backend import Backend
+from semid_server.errors import ConfigurationError, SemidError
+from semid_server.serving.backend import Backend, Device
 from semid_server.serving.batcher import Batcher, BatchLimits
+from semid_server.serving.catalogue import Catalogue
 from semid_server.serving.interceptors import CallInterceptor
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.servicer import SemanticIdServicer
@@ -28,12 +30,15 @@ from semid_server.serving.tokens import TokenFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
     from wsgiref.simple_server import WSGIServer
 
     import numpy.typing as npt
 
-    from semid_server.serving.config import ServeConfig
+    from semid_server.serving.config import ModelSource, ServeConfig
     from semid_server.serving.types import WorkKey
+
+Stamp = tuple[tuple[int, int, int], ...] | None
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +60,8 @@ EXPECTED_CODES = (
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
 )
+
+CHECKPOINT_FILES = ("config.json", "model.safetensors")
 
 LAST_WORDS = 1.0
 """Seconds after the grace period for the answers of those whose turn never came."""
@@ -82,6 +89,7 @@ class Server:
     ) -> None:
         self._config, self._announce, self._make_backend = config, announce, make_backend
         self._metrics = Metrics()
+        self._catalogue = Catalogue()
         self._batcher: Batcher[WorkKey, npt.NDArray[Any], npt.NDArray[Any]] = Batcher(
             limits=BatchLimits(
                 max_batch_rows=config.max_batch_rows,
@@ -92,9 +100,11 @@ class Server:
             observer=self._metrics,
         )
         self._stop = asyncio.Event()
+        self._reload = asyncio.Event()
+        self._stamps: list[Stamp] = []
 
     async def run(self) -> None:
-        """Serve until SIGTERM, SIGINT or `request_stop`, then drain.
+        """Serve until SIGTERM, SIGINT or `request_stop`, then drain; SIGHUP reloads the models.
 
         Raises
         ------
@@ -121,45 +131,123 @@ class Server:
         self._stop.set()
 
     async def _serve(self) -> None:
-        servicer = SemanticIdServicer(self._batcher, config=self._config)
+        servicer = SemanticIdServicer(self._batcher, self._catalogue, config=self._config)
         health_servicer = HealthServicer()
         server, address = await self._open_grpc(servicer, health_servicer)
         await server.start()
         try:
-            if await self._load(servicer):
+            if await self._load():
                 await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
                 self._metrics.serving.set(1)
-                self._announce(f"serving {servicer.model_name} on {address}")
-                await self._stop.wait()
+                names = ", ".join(model.name for model in self._catalogue.models)
+                self._announce(f"serving {names} on {address}")
+                await self._serve_until_stopped()
                 logger.info("draining, for at most %g s", self._config.grace)
         finally:
             self._metrics.serving.set(0)
             await health_servicer.enter_graceful_shutdown()
             await self._drain(server, servicer)
 
-    async def _load(self, servicer: SemanticIdServicer) -> bool:
-        """Load and warm up the model; False if told to stop before that was done."""
+    async def _load(self) -> bool:
+        """Load and warm up the models; False if told to stop before that was done."""
+        backends: list[Backend] = []
+        # Looked at before they are read: what changes from here on is a new version.
+        self._stamps = [stamp(source.path) for source in self._config.models]
 
-        def make() -> Backend:
-            backend = self._make_backend(self._config, on_verified=self._metrics.verified)
-            backend.warm_up()
-            return backend
+        def make_device() -> Device:
+            backends.extend(self._load_one(source) for source in self._config.models)
+            return Device()
 
-        loading = asyncio.ensure_future(self._batcher.start(make))
+        loading = asyncio.ensure_future(self._batcher.start(make_device))
         stopping = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
                 return False
-            backend = loading.result()
+            loading.result()
         finally:
             loading.cancel()
             stopping.cancel()
-        servicer.begin(backend.served)
-        self._metrics.show_model(backend.served)
+        names = [backend.served.name for backend in backends]
+        if len(set(names)) < len(names):
+            raise ConfigurationError(
+                f"two checkpoints are called the same ({', '.join(names)}); name each: NAME=PATH"
+            )
+        for backend in backends:
+            self._show(backend)
         self._metrics.watch_queue(lambda: self._batcher.queue)
-        self._metrics.watch_proofs(backend.proved_rows)
         return True
+
+    def _load_one(self, source: ModelSource) -> Backend:
+        backend = self._make_backend(source, self._config, on_verified=self._metrics.verified)
+        self._config.max_rows(backend.served.input_dim)  # refuses a model too wide for a message
+        backend.warm_up()
+        return backend
+
+    def _show(self, backend: Backend) -> None:
+        self._catalogue.put(backend.served)
+        self._metrics.show_model(backend.served, backend.proved_rows)
+
+    async def _serve_until_stopped(self) -> None:
+        """Wait for the end; meanwhile load new versions when told to, or when files change."""
+        sources = [
+            replace(source, name=name)
+            for source, name in zip(self._config.models, self._catalogue.names, strict=True)
+        ]
+        watchers = [asyncio.create_task(self._reload_when_told(sources))]
+        if self._config.watch:
+            watchers += [
+                asyncio.create_task(self._reload_on_change(source, loaded))
+                for source, loaded in zip(sources, self._stamps, strict=True)
+            ]
+        try:
+            await self._stop.wait()
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+
+    async def _reload_when_told(self, sources: list[ModelSource]) -> None:
+        while True:
+            await self._reload.wait()
+            self._reload.clear()
+            for source in sources:
+                await self._replace(source)
+
+    async def _reload_on_change(self, source: ModelSource, loaded: Stamp) -> None:
+        seen = loaded
+        while True:
+            await asyncio.sleep(self._config.watch)
+            now = stamp(source.path)
+            # Twice the same: whoever writes the files has finished.
+            if now is not None and now == seen and now != loaded:
+                loaded = now
+                await self._replace(source)
+            seen = now
+
+    async def _replace(self, source: ModelSource) -> None:
+        """Load a version beside the one that serves, warm it up, and put it in its place.
+
+        A version that cannot be used changes nothing: the one before goes on.
+        """
+        try:
+            backend = await asyncio.to_thread(self._load_one, source)
+        except Exception as error:
+            self._metrics.reloads.labels(source.name, "failed").inc()
+            if isinstance(error, SemidError):
+                logger.error("%s; %s goes on as it was", error, source.name)  # noqa: TRY400 - no bug
+            else:
+                logger.exception("%s could not be reloaded, and goes on as it was", source.name)
+            return
+        before = self._catalogue.find(backend.served.name).fingerprint
+        self._show(backend)
+        self._metrics.reloads.labels(source.name, "ok").inc()
+        logger.info(
+            "%s: new version loaded from %s, fingerprint %s (before: %s)",
+            source.name,
+            source.path,
+            backend.served.fingerprint,
+            before,
+        )
 
     async def _drain(self, server: grpc.aio.Server, servicer: SemanticIdServicer) -> None:
         """Refuse new calls, finish those that began, and end by the grace period.
@@ -257,10 +345,12 @@ class Server:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Take SIGTERM and SIGINT as requests to drain, and give both back afterwards."""
+        """SIGTERM and SIGINT ask for the drain, SIGHUP for a reload; give all back at last."""
         loop = asyncio.get_running_loop()
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        for number in before:
+        taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {number: signal.getsignal(number) for number in taken}
+        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         try:
             yield
@@ -275,6 +365,21 @@ class Server:
             logger.warning("%s again: what is queued is given up", signal.Signals(number).name)
         logger.info("%s received", signal.Signals(number).name)
         self.request_stop()
+
+
+def stamp(path: Path) -> Stamp:
+    """Return what tells one version of a checkpoint's files from the next; None if there is none.
+
+    Links are followed, so that a folder that is switched by a link is seen to change.
+    """
+    files = [path / name for name in CHECKPOINT_FILES] if path.is_dir() else [path]
+    try:
+        return tuple(
+            (status.st_mtime_ns, status.st_size, status.st_ino)
+            for status in (file.stat() for file in files)
+        )
+    except OSError:  # in the middle of being replaced, or gone: the version in memory serves on
+        return None
 
 
 async def _set_health(servicer: Any, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

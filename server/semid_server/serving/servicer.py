@@ -10,14 +10,9 @@ import numpy as np
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
-from semid_server.errors import (
-    FingerprintMismatchError,
-    ModelNotFoundError,
-    NotServingError,
-    SemidError,
-    UnsupportedDecodeModeError,
-)
+from semid_server.errors import NotServingError, SemidError, UnsupportedDecodeModeError
 from semid_server.serving import wire
+from semid_server.serving.catalogue import Catalogue, PinnedCatalogue
 from semid_server.serving.types import DecodeKey, EncodeKey, ServedModel, WorkKey
 
 if TYPE_CHECKING:
@@ -42,7 +37,7 @@ one that runs; the rest stays with the sender."""
 
 # ruff: noqa: N802 - the methods have the names of the contract
 class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
-    """Speaks the contract for one model.
+    """Speaks the contract.
 
     Errors leave as `SemidError`; an interceptor turns them into statuses.
 
@@ -50,6 +45,8 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
     ----------
     batcher : Batcher
         Runs the work.
+    catalogue : Catalogue
+        What is served.
     config : ServeConfig
         The limits to keep and to publish.
     clock : callable
@@ -59,24 +56,14 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
     def __init__(
         self,
         batcher: Batcher[WorkKey, npt.NDArray[Any], npt.NDArray[Any]],
+        catalogue: Catalogue,
         *,
         config: ServeConfig,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._batcher, self._config, self._clock = batcher, config, clock
-        self._model: ServedModel | None = None
-        self._max_rows = 0
+        self._batcher, self._catalogue = batcher, catalogue
+        self._config, self._clock = config, clock
         self._draining = asyncio.Event()
-
-    def begin(self, model: ServedModel) -> None:
-        """Serve ``model`` from now on."""
-        self._max_rows = self._config.max_rows(model.input_dim)
-        self._model = model
-
-    @property
-    def model_name(self) -> str:
-        """Name of the model that is served."""
-        return self._find("").name
 
     def drain(self) -> None:
         """Read no further messages from streams; those admitted are still answered."""
@@ -86,19 +73,20 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
 
     async def Encode(self, request: pb.EncodeRequest, context: Context) -> pb.EncodeResponse:
         """Codes of each embedding."""
-        return await (await self._encode(request, context, wait=False))
+        return await (await self._encode(request, context, self._catalogue, wait=False))
 
     async def Decode(self, request: pb.DecodeRequest, context: Context) -> pb.DecodeResponse:
         """Reconstruction behind each semantic ID."""
-        return await (await self._decode(request, context, wait=False))
+        return await (await self._decode(request, context, self._catalogue, wait=False))
 
     async def EncodeStream(
         self, request_iterator: AsyncIterator[pb.EncodeStreamRequest], context: Context
     ) -> AsyncIterator[pb.EncodeStreamResponse]:
         """Encode, message by message, in order."""
+        pinned = PinnedCatalogue(self._catalogue)
 
         async def admit(message: pb.EncodeStreamRequest) -> Awaitable[pb.EncodeResponse]:
-            return await self._encode(message.request, context, wait=True)
+            return await self._encode(message.request, context, pinned, wait=True)
 
         async for response in self._stream(request_iterator, admit):
             yield pb.EncodeStreamResponse(response=response)
@@ -107,9 +95,10 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         self, request_iterator: AsyncIterator[pb.DecodeStreamRequest], context: Context
     ) -> AsyncIterator[pb.DecodeStreamResponse]:
         """Decode, message by message, in order."""
+        pinned = PinnedCatalogue(self._catalogue)
 
         async def admit(message: pb.DecodeStreamRequest) -> Awaitable[pb.DecodeResponse]:
-            return await self._decode(message.request, context, wait=True)
+            return await self._decode(message.request, context, pinned, wait=True)
 
         async for response in self._stream(request_iterator, admit):
             yield pb.DecodeStreamResponse(response=response)
@@ -120,7 +109,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         context: Context,  # noqa: ARG002 - gRPC's signature
     ) -> pb.GetModelResponse:
         """What one model is."""
-        return pb.GetModelResponse(model=self._describe(self._find(request.model)))
+        return pb.GetModelResponse(model=self._describe(self._catalogue.find(request.model)))
 
     async def ListModels(
         self,
@@ -128,26 +117,29 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         context: Context,  # noqa: ARG002 - gRPC's signature
     ) -> pb.ListModelsResponse:
         """Every model that is served here."""
-        model = self._find("")
-        return pb.ListModelsResponse(models=[self._describe(model)], default_model=model.name)
+        default = self._catalogue.find("")
+        models = [self._describe(model) for model in self._catalogue.models]
+        return pb.ListModelsResponse(models=models, default_model=default.name)
 
     # -- inside ------------------------------------------------------------------------------
 
     async def _encode(
-        self, request: pb.EncodeRequest, context: Context, *, wait: bool
+        self, request: pb.EncodeRequest, context: Context, catalogue: Catalogue, *, wait: bool
     ) -> Awaitable[pb.EncodeResponse]:
         """Check and admit a request; what is returned waits for its answer."""
-        model = self._expect(request.model, request.expected_fingerprint)
+        model = catalogue.expect(request.model, request.expected_fingerprint)
         form = request.WhichOneof("embeddings")
-        rows, dtype = await _convert(form, wire.read_embeddings, request, model, self._max_rows)
-        future = await self._admit(EncodeKey(dtype), rows, rows.nbytes, context, wait=wait)
+        rows, dtype = await _convert(
+            form, wire.read_embeddings, request, model, self._max_rows(model)
+        )
+        future = await self._admit(EncodeKey(model, dtype), rows, rows.nbytes, context, wait=wait)
         return _then(future, lambda codes: _convert(form, wire.encode_response, codes, model, form))
 
     async def _decode(
-        self, request: pb.DecodeRequest, context: Context, *, wait: bool
+        self, request: pb.DecodeRequest, context: Context, catalogue: Catalogue, *, wait: bool
     ) -> Awaitable[pb.DecodeResponse]:
         """Check and admit a request; what is returned waits for its answer."""
-        model = self._expect(request.model, request.expected_fingerprint)
+        model = catalogue.expect(request.model, request.expected_fingerprint)
         mode = wire.read_mode(request)
         if mode not in model.decode_modes:
             raise UnsupportedDecodeModeError(
@@ -155,8 +147,8 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
                 f"{mode.upper()} needs; its modes: {', '.join(model.decode_modes).upper()}"
             )
         form = request.WhichOneof("codes")
-        codes = await _convert(form, wire.read_codes, request, model, self._max_rows)
-        key = DecodeKey(codes.shape[1], mode)
+        codes = await _convert(form, wire.read_codes, request, model, self._max_rows(model))
+        key = DecodeKey(model, codes.shape[1], mode)
         # What it holds while it is in work is its answer, many times larger than the codes.
         nbytes = len(codes) * model.input_dim * np.dtype(np.float32).itemsize
         future = await self._admit(key, codes, nbytes, context, wait=wait)
@@ -236,24 +228,14 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         finally:
             drained.cancel()
 
-    def _find(self, name: str) -> ServedModel:
-        if self._model is None:
-            raise NotServingError("the model is being loaded; try again soon")
-        if name and name != self._model.name:
-            raise ModelNotFoundError(name=name, available=[self._model.name])
-        return self._model
-
-    def _expect(self, name: str, fingerprint: str) -> ServedModel:
-        model = self._find(name)
-        if fingerprint and fingerprint != model.fingerprint:
-            raise FingerprintMismatchError(
-                model=model.name, expected=fingerprint, actual=model.fingerprint
-            )
-        return model
+    def _max_rows(self, model: ServedModel) -> int:
+        return self._config.max_rows(model.input_dim)
 
     def _describe(self, model: ServedModel) -> pb.Model:
         return wire.model_message(
-            model, max_message_bytes=self._config.max_message_bytes, max_rows=self._max_rows
+            model,
+            max_message_bytes=self._config.max_message_bytes,
+            max_rows=self._max_rows(model),
         )
 
 

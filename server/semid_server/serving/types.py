@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,29 +19,12 @@ HOST_TYPES: dict[EmbeddingType, np.dtype[np.generic]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class EncodeKey:
-    """Encode requests share a batch when their numbers are of one type."""
-
-    dtype: EmbeddingType
-    operation: Literal["encode"] = "encode"
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeKey:
-    """Decode requests share a batch when they have as many codes a row and one mode."""
-
-    depth: int
-    mode: DecodeModeName
-    operation: Literal["decode"] = "decode"
-
-
-WorkKey = EncodeKey | DecodeKey
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ServedModel:
-    """What the wire side needs to know of the model.
+    """One version of a model: what the wire side needs to know of it, and what runs it.
+
+    Each is equal to itself alone: after a reload, requests of the old version and of the new one
+    never share a batch. A version lives as long as anything refers to it.
 
     Attributes
     ----------
@@ -59,6 +42,8 @@ class ServedModel:
         Of the codes: the smallest unsigned type that holds them.
     device : str
         Where it runs.
+    backend : object
+        What runs its batches: the device thread's business alone.
     """
 
     name: str
@@ -71,3 +56,26 @@ class ServedModel:
     decode_modes: tuple[DecodeModeName, ...]
     code_dtype: np.dtype[np.unsignedinteger]
     device: str
+    backend: Any = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeKey:
+    """Encode requests share a batch when they ask one model and their numbers are of one type."""
+
+    model: ServedModel
+    dtype: EmbeddingType
+    operation: Literal["encode"] = "encode"
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeKey:
+    """Decode requests share a batch when model, codes a row and mode are the same."""
+
+    model: ServedModel
+    depth: int
+    mode: DecodeModeName
+    operation: Literal["decode"] = "decode"
+
+
+WorkKey = EncodeKey | DecodeKey

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 from semid_server.cli import serve as module
 from semid_server.cli.serve import serve
 from semid_server.errors import ConfigurationError
+from semid_server.serving.config import ModelSource
 
 
 @pytest.fixture
@@ -47,8 +49,40 @@ def test_flags_win_over_the_environment_and_both_over_the_file(served, tmp_path)
     )
     assert result.exit_code == 0, result.output
     (config,) = served
-    assert str(config.checkpoint) == "from-file"
+    assert config.models == (ModelSource(Path("from-file")),)
     assert (config.port, config.metrics_port, config.max_batch_rows) == (11, 13, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "file"),
+    [
+        (["--checkpoint", "a=x/y", "--checkpoint", "z"], {}, ""),
+        ([], {"SEMID_SERVE_CHECKPOINT": "a=x/y,z"}, ""),
+        ([], {}, 'checkpoint = ["a=x/y", "z"]'),
+    ],
+)
+def test_several_checkpoints_can_be_given_each_with_a_name(
+    served, tmp_path, arguments, environment, file
+):
+    config = tmp_path / "semid.toml"
+    config.write_text(file)
+    result = run("--config", str(config), *arguments, **environment)
+    assert result.exit_code == 0, result.output
+    assert served[0].models == (ModelSource(Path("x/y"), "a"), ModelSource(Path("z")))
+
+
+@pytest.mark.parametrize("value", ["=x", "name="])
+def test_a_name_without_a_path_is_a_usage_error(value):
+    result = run("--checkpoint", value)
+    assert result.exit_code == 2
+    assert "expected NAME=PATH" in result.output
+
+
+def test_a_path_may_hold_an_equals_sign(served, tmp_path):
+    folder = tmp_path / "a=b"
+    folder.mkdir()
+    run("--checkpoint", str(folder))
+    assert served[0].models == (ModelSource(folder),)
 
 
 def test_every_flag_has_an_environment_twin_and_help():

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -17,7 +17,8 @@ import pytest
 
 from semid.v1 import semid_pb2_grpc as pb_grpc
 from semid_server.serving.batcher import Batcher, BatchLimits, Runner
-from semid_server.serving.config import ServeConfig
+from semid_server.serving.catalogue import Catalogue
+from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.interceptors import CallInterceptor
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.server import SERVICE, Server
@@ -132,6 +133,8 @@ async def make_batcher(device, observer, clock):
     device.free()
 
 
+SOURCES = (ModelSource(Path("unused")),)
+
 MODEL = ServedModel(
     name="toy",
     fingerprint="f" * 64,
@@ -171,6 +174,7 @@ class Service:
 
     stub: object
     servicer: SemanticIdServicer
+    catalogue: Catalogue
     batcher: Batcher
     metrics: Metrics
     channel: grpc.aio.Channel
@@ -182,7 +186,7 @@ async def serve_runner():
     async with contextlib.AsyncExitStack() as stack:
 
         async def serve(runner, *, model=MODEL, **settings):
-            config = ServeConfig(checkpoint=Path("unused"), **settings)
+            config = ServeConfig(models=SOURCES, **settings)
             metrics = Metrics()
             batcher = Batcher(
                 limits=BatchLimits(
@@ -195,9 +199,10 @@ async def serve_runner():
             )
             await batcher.start(lambda: runner)
             stack.callback(batcher.stop)
-            servicer = SemanticIdServicer(batcher, config=config)
+            catalogue = Catalogue()
             if model is not None:
-                servicer.begin(model)
+                catalogue.put(model)
+            servicer = SemanticIdServicer(batcher, catalogue, config=config)
             server = grpc.aio.server(interceptors=[CallInterceptor(SERVICE, metrics)])
             pb_grpc.add_SemanticIdServiceServicer_to_server(servicer, server)
             port = server.add_insecure_port("127.0.0.1:0")
@@ -206,7 +211,7 @@ async def serve_runner():
             channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
             stack.push_async_callback(channel.close)
             stub = pb_grpc.SemanticIdServiceStub(channel)
-            return Service(stub, servicer, batcher, metrics, channel)
+            return Service(stub, servicer, catalogue, batcher, metrics, channel)
 
         yield serve
 
@@ -235,11 +240,11 @@ class FakeBackend:
     """The fake device with a model to show; loading lasts until the test lets it end."""
 
     def __init__(self, device, served):
-        self._device, self.served = device, served
+        self._device, self.served = device, replace(served, backend=self)
         self.may_load = threading.Event()
         self.error = None
 
-    def __call__(self, config, *, on_verified):
+    def __call__(self, source, config, *, on_verified):
         self.may_load.wait(30)
         if self.error:
             raise self.error
@@ -254,7 +259,7 @@ class FakeBackend:
         self._device.run(key, payloads)
         return [np.ones((len(rows), 3), np.uint16) for rows in payloads]
 
-    def after(self): ...
+    def verify(self): ...
 
 
 class Running:
@@ -290,10 +295,16 @@ async def run_server():
     running = []
 
     def run(backend, **settings):
-        settings = {"host": "127.0.0.1", "port": 0, "metrics_port": 0, "grace": 30.0} | settings
+        settings = {
+            "models": SOURCES,
+            "host": "127.0.0.1",
+            "port": 0,
+            "metrics_port": 0,
+            "grace": 30.0,
+        } | settings
         lines = []
         server = Server(
-            ServeConfig(checkpoint=Path("unused"), **settings),
+            ServeConfig(**settings),
             announce=lines.append,
             make_backend=backend,
         )

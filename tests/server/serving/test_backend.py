@@ -10,7 +10,7 @@ import torch
 
 from semid_server.errors import ConfigurationError, InvalidInputError
 from semid_server.serving.backend import Backend, choose_device
-from semid_server.serving.config import ServeConfig
+from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.types import DecodeKey, EncodeKey
 
 
@@ -32,8 +32,9 @@ def verifications():
 def make_backend(reference_set_named, verifications):
     def make(name="digits_rkmeans", **settings):
         checkpoint = reference_set_named(name).checkpoint
-        config = ServeConfig(checkpoint=checkpoint, device="cpu", **settings)
-        return Backend(config, on_verified=verifications)
+        source = ModelSource(checkpoint)
+        config = ServeConfig(models=(source,), device="cpu", **settings)
+        return Backend(source, config, on_verified=verifications)
 
     return make
 
@@ -47,7 +48,7 @@ def test_each_payload_gets_the_codes_of_its_own_rows(make_backend, digits):
     backend = make_backend()
     cuts = [0, 1, 3, 3, 40, 100]
     payloads = [digits.embeddings[a:b] for a, b in pairwise(cuts)]
-    answers = backend.run(EncodeKey("float32"), payloads)
+    answers = backend.run(EncodeKey(backend.served, "float32"), payloads)
     for answer, (a, b) in zip(answers, pairwise(cuts), strict=True):
         assert answer.dtype == np.uint8
         np.testing.assert_array_equal(answer, digits.codes[a:b])
@@ -55,8 +56,8 @@ def test_each_payload_gets_the_codes_of_its_own_rows(make_backend, digits):
 
 def test_answers_stay_as_they_are_while_later_batches_run(make_backend, digits):
     backend = make_backend()
-    first = backend.run(EncodeKey("float32"), [digits.embeddings[:50]])[0]
-    backend.run(EncodeKey("float32"), [digits.embeddings[50:100]])
+    first = backend.run(EncodeKey(backend.served, "float32"), [digits.embeddings[:50]])[0]
+    backend.run(EncodeKey(backend.served, "float32"), [digits.embeddings[50:100]])
     np.testing.assert_array_equal(first, digits.codes[:50])
 
 
@@ -66,8 +67,8 @@ def test_a_number_means_the_value_it_holds_whatever_its_type(make_backend, digit
     rows = torch.from_numpy(digits.embeddings[:200].copy())
     narrow = rows.to(getattr(torch, dtype))
     payload = narrow.view(torch.uint16).numpy() if dtype == "bfloat16" else narrow.numpy()
-    got = backend.run(EncodeKey(dtype), [payload])[0]
-    exact = backend.run(EncodeKey("float64"), [narrow.to(torch.float64).numpy()])[0]
+    got = backend.run(EncodeKey(backend.served, dtype), [payload])[0]
+    exact = backend.run(EncodeKey(backend.served, "float64"), [narrow.to(torch.float64).numpy()])[0]
     np.testing.assert_array_equal(got, exact)
 
 
@@ -77,8 +78,8 @@ def test_a_payload_with_a_number_that_is_none_fails_alone(make_backend, digits, 
     backend = make_backend()
     good, bad = digits.embeddings[:5].astype(dtype), digits.embeddings[5:10].astype(dtype)
     bad[3, 7] = value
-    answers = backend.run(EncodeKey(dtype), [good, bad, good])
-    alone = backend.run(EncodeKey(dtype), [good])[0]
+    answers = backend.run(EncodeKey(backend.served, dtype), [good, bad, good])
+    alone = backend.run(EncodeKey(backend.served, dtype), [good])[0]
     np.testing.assert_array_equal(answers[0], alone)
     np.testing.assert_array_equal(answers[2], alone)
     assert isinstance(answers[1], InvalidInputError)
@@ -88,14 +89,14 @@ def test_a_payload_with_a_number_that_is_none_fails_alone(make_backend, digits, 
 def test_numbers_whose_sum_overflows_are_finite_all_the_same(make_backend):
     backend = make_backend()
     rows = np.full((2, 64), np.finfo(np.float32).max, np.float32)
-    answer = backend.run(EncodeKey("float32"), [rows])[0]
+    answer = backend.run(EncodeKey(backend.served, "float32"), [rows])[0]
     assert answer.shape == (2, 3)
 
 
 def test_decode_gives_what_was_recorded(make_backend, digits):
     backend = make_backend()
     payloads = [digits.codes[:7].astype("u1"), digits.codes[7:30].astype("u1")]
-    answers = backend.run(DecodeKey(3, "sum"), payloads)
+    answers = backend.run(DecodeKey(backend.served, 3, "sum"), payloads)
     np.testing.assert_array_equal(np.concatenate(answers), digits.reconstruction[:30])
 
 
@@ -108,11 +109,11 @@ def test_raw_residuals_are_on_the_inputs_scale_so_both_modes_can_be_had(make_bac
 def test_a_sample_of_rows_is_verified_after_the_batch(make_backend, digits, verifications):
     backend = make_backend(verify_fraction=1.0)
     backend.warm_up()
-    backend.run(EncodeKey("float32"), [digits.embeddings[:20]])
+    backend.run(EncodeKey(backend.served, "float32"), [digits.embeddings[:20]])
     assert verifications.rows == 0
-    backend.after()
+    backend.verify()
     assert (verifications.rows, verifications.mismatches) == (20, 0)
-    backend.after()
+    backend.verify()
     assert verifications.rows == 20
 
 
@@ -129,15 +130,15 @@ def test_a_code_that_differs_from_the_reference_is_counted_and_logged(
             return codes
 
     backend._encoder = Lying()
-    backend.run(EncodeKey("float32"), [digits.embeddings[:20]])
-    backend.after()
+    backend.run(EncodeKey(backend.served, "float32"), [digits.embeddings[:20]])
+    backend.verify()
     assert (verifications.rows, verifications.mismatches) == (20, 1)
     assert "1 of 20 verified rows differ" in caplog.text
 
 
 def test_proved_rows_count_what_was_encoded(make_backend, digits):
     backend = make_backend()
-    backend.run(EncodeKey("float32"), [digits.embeddings[:20]])
+    backend.run(EncodeKey(backend.served, "float32"), [digits.embeddings[:20]])
     assert sum(backend.proved_rows().values()) == 20
 
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semid_server.errors import ConfigurationError
-from semid_server.serving.config import MESSAGE_OVERHEAD, ServeConfig
+from semid_server.serving.config import MESSAGE_OVERHEAD, ModelSource, ServeConfig
 
 
 def config(**settings):
-    return ServeConfig(checkpoint=Path("x"), **settings)
+    return ServeConfig(models=(ModelSource(Path("x")),), **settings)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,7 @@ def config(**settings):
         ({"max_batch_bytes": 1 << 20}, "max_batch_bytes is 1048576, less than max_message_bytes"),
         ({"threads": 0}, "threads is 0; expected at least 1"),
         ({"verify_fraction": 1.5}, "verify_fraction is 1.5; expected 0 to 1"),
+        ({"watch": -1}, "watch is -1; expected at least 0 seconds"),
         ({"grace": -1}, "grace is -1; expected at least 0 seconds"),
     ],
 )

@@ -178,7 +178,7 @@ async def test_metrics_show_the_model_the_queue_and_what_was_answered(
     assert "semid_serving 1.0" in text
     assert "semid_queue_requests 0.0" in text
     assert 'semid_rows_total{operation="encode"} 1.0' in text
-    assert 'semid_proved_rows_total{level="reference"} 7.0' in text
+    assert 'semid_proved_rows_total{level="reference",model="toy"} 7.0' in text
 
 
 async def test_a_message_beyond_the_limit_is_refused_and_the_server_goes_on(

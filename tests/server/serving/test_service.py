@@ -74,13 +74,13 @@ async def test_encode_answers_with_codes_of_the_smallest_type_and_the_fingerprin
 
 
 @pytest.mark.parametrize("name", FLOAT_TYPES)
-async def test_encode_takes_every_type_of_number(toy, toy_runner, toy_codes, name):
+async def test_encode_takes_every_type_of_number(toy, toy_runner, toy_served, toy_codes, name):
     response = await toy.stub.Encode(encode_request(ROWS.astype(name)))
     np.testing.assert_array_equal(codes_of(response), toy_codes(ROWS))
-    assert toy_runner.keys == [EncodeKey(name)]
+    assert toy_runner.keys == [EncodeKey(toy_served, name)]
 
 
-async def test_bfloat16_reaches_the_runner_as_its_bits(serve_runner):
+async def test_bfloat16_reaches_the_runner_as_its_bits(serve_runner, toy_served):
     seen = []
 
     class Model:
@@ -94,7 +94,7 @@ async def test_bfloat16_reaches_the_runner_as_its_bits(serve_runner):
     bits = (ROWS.view(np.uint32) >> 16).astype(np.uint16)
     request = pb.EncodeRequest(tensor=tensor(bits, pb.DATA_TYPE_BFLOAT16))
     await service.stub.Encode(request)
-    assert seen[0][0] == EncodeKey("bfloat16")
+    assert seen[0][0] == EncodeKey(toy_served, "bfloat16")
     np.testing.assert_array_equal(seen[0][1], bits)
 
 
@@ -126,7 +126,7 @@ async def test_decode_takes_the_first_codes_of_every_unsigned_type(
     assert response.tensor.dtype == pb.DATA_TYPE_FLOAT32
     got = np.frombuffer(response.tensor.data, np.float32).reshape(response.tensor.shape)
     np.testing.assert_array_equal(got, np.repeat(codes.sum(axis=1)[:, None], 4, 1))
-    assert toy_runner.keys == [DecodeKey(depth, "sum")]
+    assert toy_runner.keys == [DecodeKey(toy.catalogue.find(""), depth, "sum")]
 
 
 async def test_get_model_tells_what_is_served_and_the_limits(toy):

@@ -1,0 +1,190 @@
+"""Several models, and new versions of them, while the server serves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+
+from semid.v1 import semid_pb2 as pb
+from semid.v1 import semid_pb2_grpc as pb_grpc
+from semid_server.errors import ConfigurationError, MalformedCheckpointError
+from semid_server.serving.config import ModelSource
+from semid_server.serving.server import stamp
+
+REQUEST = pb.EncodeRequest(
+    tensor=pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=[1, 4], data=np.ones(4, "f4").tobytes())
+)
+
+
+class Version:
+    """A version of a toy model; its codes are its number."""
+
+    def __init__(self, number, served):
+        self.number = number
+        self.served = replace(served, fingerprint=f"{number:064x}", backend=self)
+
+    def warm_up(self): ...
+
+    def verify(self): ...
+
+    def proved_rows(self):
+        return {"fast": 10 * self.number}
+
+    def run(self, key, payloads):
+        return [np.full((len(rows), 3), self.number, np.uint16) for rows in payloads]
+
+
+class Versions:
+    """Makes a version 1 of each model, then 2, and so on; or raises what it is told to."""
+
+    def __init__(self, served):
+        self._served = served
+        self.made = {}
+        self.error = None
+
+    def __call__(self, source, config, *, on_verified):
+        if self.error:
+            raise self.error
+        name = source.name or source.path.name
+        self.made[name] = self.made.get(name, 0) + 1
+        return Version(self.made[name], replace(self._served, name=name))
+
+
+@pytest.fixture
+def versions(toy_served):
+    return Versions(toy_served)
+
+
+@pytest.fixture
+async def stub_of():
+    channels = []
+
+    def make(address):
+        channels.append(grpc.aio.insecure_channel(address))
+        return pb_grpc.SemanticIdServiceStub(channels[-1])
+
+    yield make
+    for channel in channels:
+        await channel.close()
+
+
+def number_in(response):
+    return int(np.frombuffer(response.tensor.data, np.uint16)[0])
+
+
+async def reloaded(server, result, times=1):
+    """Wait until that many attempts to reload have ended so."""
+    value = server.server._metrics.registry.get_sample_value
+    labels = {"model": "toy", "result": result}
+    while value("semid_model_reloads_total", labels) < times:
+        await asyncio.sleep(0)
+
+
+TWO = (ModelSource(Path("x/toy")), ModelSource(Path("y"), "other"))
+
+
+async def test_several_models_are_served_and_the_first_is_the_default(
+    run_server, versions, stub_of
+):
+    versions.made["other"] = 6
+    server = run_server(versions, models=TWO)
+    stub = stub_of(await server.line("serving other, toy on "))
+    assert number_in(await stub.Encode(REQUEST)) == 1
+    to_other = pb.EncodeRequest(model="other", tensor=REQUEST.tensor)
+    assert number_in(await stub.Encode(to_other)) == 7
+    listed = await stub.ListModels(pb.ListModelsRequest())
+    assert [model.name for model in listed.models] == ["other", "toy"]
+    assert listed.default_model == "toy"
+
+
+async def test_two_models_of_one_name_are_refused(run_server, versions):
+    sources = (ModelSource(Path("x/toy")), ModelSource(Path("y/toy")))
+    with pytest.raises(ConfigurationError, match=r"called the same \(toy, toy\)"):
+        await run_server(versions, models=sources).task
+
+
+async def test_on_sighup_every_model_is_replaced_by_a_new_version(run_server, versions, stub_of):
+    server = run_server(versions, models=TWO)
+    stub = stub_of(await server.line("serving other, toy on "))
+    before = await stub.Encode(REQUEST)
+    os.kill(os.getpid(), signal.SIGHUP)
+    await reloaded(server, "ok")
+    after = await stub.Encode(REQUEST)
+    assert (number_in(before), number_in(after)) == (1, 2)
+    assert before.fingerprint != after.fingerprint
+    text = await server.metrics()
+    info = [line for line in text.splitlines() if line.startswith("semid_model_info{")]
+    assert len(info) == len(TWO)
+    assert f"{2:064x}" in next(line for line in info if 'model="toy"' in line)
+    assert 'semid_proved_rows_total{level="fast",model="toy"} 30.0' in text
+
+
+async def test_a_stream_ends_on_the_version_that_it_started_on(run_server, versions, stub_of):
+    server = run_server(versions, models=TWO[:1])
+    stub = stub_of(await server.address())
+    call = stub.EncodeStream()
+    message = pb.EncodeStreamRequest(request=REQUEST)
+    await call.write(message)
+    assert number_in((await call.read()).response) == 1
+    os.kill(os.getpid(), signal.SIGHUP)
+    await reloaded(server, "ok")
+    assert number_in(await stub.Encode(REQUEST)) == 2
+    await call.write(message)
+    assert number_in((await call.read()).response) == 1
+    await call.done_writing()
+    assert await call.code() == grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("error", [MalformedCheckpointError("x", "is cut short"), ValueError("?")])
+async def test_a_version_that_cannot_be_used_leaves_the_old_one_in_place(
+    run_server, versions, stub_of, caplog, error
+):
+    server = run_server(versions, models=TWO[:1])
+    stub = stub_of(await server.address())
+    versions.error = error
+    os.kill(os.getpid(), signal.SIGHUP)
+    await reloaded(server, "failed")
+    assert number_in(await stub.Encode(REQUEST)) == 1
+    assert "on as it was" in caplog.text
+    versions.error = None
+    os.kill(os.getpid(), signal.SIGHUP)
+    await reloaded(server, "ok")
+    assert number_in(await stub.Encode(REQUEST)) == 2
+
+
+async def test_with_watch_a_changed_file_is_loaded_without_being_told(
+    run_server, versions, stub_of, tmp_path
+):
+    file = tmp_path / "toy"
+    file.write_text("1")
+    server = run_server(versions, models=(ModelSource(file),), watch=0.01)
+    stub = stub_of(await server.address())
+    newer = tmp_path / "newer"
+    newer.write_text("2")
+    newer.replace(file)
+    await reloaded(server, "ok")
+    assert number_in(await stub.Encode(REQUEST)) == 2
+
+
+def test_a_stamp_tells_versions_of_a_folder_apart(tmp_path):
+    folder = tmp_path / "checkpoint"
+    assert stamp(folder) is None
+    folder.mkdir()
+    assert stamp(folder) is None  # not written yet
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("1")
+    first = stamp(folder)
+    assert first is not None
+    assert stamp(folder) == first
+    replaced = tmp_path / "new"
+    replaced.write_text("2")
+    replaced.replace(folder / "config.json")
+    assert stamp(folder) != first
