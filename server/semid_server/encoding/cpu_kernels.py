@@ -157,7 +157,7 @@ def _multiply_tile(typingctx, a, a_stride, b, pairs, c, c_stride):  # type: igno
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001 - numba's protocol
         a, a_stride, b, pairs, c, c_stride = arguments
-        dot = cgutils.get_or_insert_function(
+        dot = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call] # numba's own
             builder.module,
             ir.FunctionType(sums, [sums, halves, halves]),
             "llvm.x86.avx512.vpdpwssd.512",
@@ -260,7 +260,7 @@ def _lowest_scores(  # noqa: PLR0917 - numba takes no keywords
     products: Array, factor: float, slope: float, lift: float, layer: int, chosen: Array,
     weights: Array, tables: Tables, lows: Array,
 ) -> float:  # fmt: skip
-    """Set ``lows`` to ``v_k - eps_k`` for all centroids of a layer; return the least ``v_k + eps_k``.
+    """Set ``lows`` to ``v_k - eps_k`` for a layer's centroids; return the least ``v_k + eps_k``.
 
     ``v_k = ||c_k||^2 / 2 - <u_l, c_k>`` in float32 and ``eps_k = slope ||c_k|| + lift kappa_k``.
     """

@@ -42,7 +42,7 @@ _GRAPH_ROWS = (1, 16, 64, 256)
 _ALIGNMENT = 16
 """Rows of float16 are padded to a multiple of it, which the library's product likes."""
 
-_SCORES = 4096
+_SCORES = 512
 """Scores that one program of `gpu_kernels.prove` holds at once."""
 
 _DECIDERS = 4096
@@ -168,7 +168,7 @@ class GpuEncoder:
         self._rows_at_once = max(1, min(_MOST_ROWS, _PRODUCT_BYTES // (4 * self._plan.offsets[-1])))
         self._graphs: dict[tuple[int, torch.dtype], _Graph] = {}
         self._stages: list[_Stage] = []
-        self._copies = torch.cuda.Stream(device)
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
 
     @property
     def input_dim(self) -> int:
@@ -266,10 +266,18 @@ class GpuEncoder:
                 facts[:, 3] = offsets
             round_rows(rows, rounded, facts)
             products = torch.mm(rounded, tables.columns.T, out_dtype=torch.float32)
-            chain = (tables, codes, levels, waiting)
-            prove(products, facts, *chain, has_offset=offsets is not None)
-            decide(rows, products, facts, *chain, has_offset=offsets is not None)
-        finish(rows, levels, tables, codes, self._counts, self._n_rows, resolve=offsets is None)
+            chain = {"codes": codes, "levels": levels, "waiting": waiting}
+            prove(products, facts, tables, **chain, has_offset=offsets is not None)
+            decide(rows, products, facts, tables, **chain, has_offset=offsets is not None)
+        finish(
+            rows,
+            levels,
+            tables,
+            codes=codes,
+            counts=self._counts,
+            n_rows=self._n_rows,
+            resolve=offsets is None,
+        )
         return codes, levels
 
 
@@ -280,7 +288,7 @@ class _Graph:
         device = encoder._device  # noqa: SLF001 - a part of the encoder, split off
         self._rows = torch.zeros(n, encoder.input_dim, dtype=dtype, device=device)
         counts = encoder._counts.clone()  # noqa: SLF001 - as above
-        side = torch.cuda.Stream(device)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             encoder.launch(self._rows)  # compiles, which a capture must not
@@ -304,8 +312,8 @@ class _Stage:
     def __init__(self, size: int, device: torch.device) -> None:
         self._host: Tensor | None = None
         self._memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self.arrived = torch.cuda.Event()
-        self.used = torch.cuda.Event()
+        self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
+        self.used = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
 
     def read(self, rows: Tensor, stream: torch.cuda.Stream, *, pinned: bool) -> Tensor:
         """Begin the copy of ``rows`` on ``stream``; they may be used after ``arrived``."""
@@ -344,10 +352,10 @@ def prove(
     products: Tensor,
     facts: Tensor,
     tables: Tables,
+    *,
     codes: Tensor,
     levels: Tensor,
     waiting: Tensor,
-    *,
     has_offset: bool,
 ) -> None:
     """Launch `gpu_kernels.prove`."""
@@ -387,10 +395,10 @@ def decide(
     products: Tensor,
     facts: Tensor,
     tables: Tables,
+    *,
     codes: Tensor,
     levels: Tensor,
     waiting: Tensor,
-    *,
     has_offset: bool,
 ) -> None:
     """Launch `gpu_kernels.decide`."""
@@ -423,7 +431,7 @@ def decide(
         BLOCK_LAYERS=triton.next_power_of_2(plan.n_layers),
         BLOCK_WIDTH=block_width,
         BLOCK_DIM=block_dim,
-        num_warps=max(_warps(block_width, 512), _warps(block_dim, 1024)),
+        num_warps=max(_warps(block_width, 512), _warps(block_dim, 2048)),
     )
 
 
@@ -431,10 +439,10 @@ def finish(
     rows: Tensor,
     levels: Tensor,
     tables: Tables,
+    *,
     codes: Tensor,
     counts: Tensor,
     n_rows: Tensor,
-    *,
     resolve: bool,
 ) -> None:
     """Launch `gpu_kernels.finish`."""

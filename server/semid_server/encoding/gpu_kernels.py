@@ -1,10 +1,15 @@
 """The Triton kernels of the GPU path. Symbols and proofs: BOUNDS.md.
 
 `round_rows` brings rows to float16, a library product follows, `prove` runs the chain of layers
-with its certificate, `decide` takes what is not proved from the residual in float64, and `finish`
-gives the rows that are still left to the reference arithmetic. None of them needs the host in between.
-Each has a twin in `gpu_twins`.
+with its certificate, `decide` takes what is not proved from the residual in float64, and
+`finish` gives the rows that are still left to the reference arithmetic. None of them needs the
+host in between. Each has a twin in `gpu_twins`.
 """
+
+# Arguments of a kernel are pointers and numbers that Triton gives their types; those in capitals
+# are compiled in. A kernel is one function, since what it calls would be inlined anyway.
+# ruff: noqa: ANN001, ANN201, ANN202, C901, N803, PLR0912, PLR0915, PLR0917
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
@@ -100,30 +105,30 @@ def prove(
 ):
     """Codes of the rows whose every layer the products prove; one program for ``ROWS`` rows.
 
-    The chain of `decide` without its float64 part; the arguments are those of `gpu.Tables`. The
-    numbers of rows that it does not prove are added to ``waiting`` int32 (1 + n), whose first entry
-    counts them.
+    The chain of `decide` without its float64 part, and in float32 throughout: every thread computes
+    the bounds of its rows. The arguments are those of `gpu.Tables`. The numbers of the rows that
+    it does not prove are added to ``waiting`` int32 (1 + n), whose first entry counts them.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < n
     index = tl.arange(0, BLOCK_LAYERS)[None, :]
     column = tl.arange(0, BLOCK_WIDTH)
 
-    length = tl.load(facts + 4 * row, mask=inside, other=1.0)
-    step = tl.load(facts + 4 * row + 1, mask=inside, other=1.0)
-    rounding = tl.load(facts + 4 * row + 2, mask=inside, other=0.0)
+    exact_length = tl.load(facts + 4 * row, mask=inside, other=1.0)
+    step = tl.load(facts + 4 * row + 1, mask=inside, other=1.0).to(tl.float32)
+    rounding = tl.load(facts + 4 * row + 2, mask=inside, other=0.0).to(tl.float32)
+    in_range = (exact_length >= LEAST_LENGTH) & (exact_length <= GREATEST_LENGTH)
+    length = tl.where(in_range, exact_length, 1.0).to(tl.float32)
     offset = length * 0.0
     if HAS_OFFSET:
-        offset = tl.load(facts + 4 * row + 3, mask=inside, other=0.0)
-    g = (length * 0.0 + (DIM + 16)) * UNIT64
-
-    in_range = (length >= LEAST_LENGTH) & (length <= GREATEST_LENGTH) & (offset <= 0.01 * length)
+        exact_offset = tl.load(facts + 4 * row + 3, mask=inside, other=0.0)
+        in_range = in_range & (exact_offset <= 0.01 * exact_length)
+        offset = tl.where(in_range, exact_offset, 0.0).to(tl.float32)
     proved = in_range
-    length = tl.where(in_range, length, 1.0)
-    offset = tl.where(in_range, offset, 0.0)
     one = length * 0.0 + 1.0
+    g = one * (DIM + 16) * UNIT64
     if NORMALIZE:
-        alpha = 1.0 / length
+        alpha = tl.div_rn(one, length)
         size = one
         mass = one
         drift = 2.1 * offset / length + g
@@ -134,25 +139,20 @@ def prove(
         mass = length
         drift = offset
         error = offset
-    weights = tl.zeros([ROWS, BLOCK_LAYERS], tl.float64)
+    weights = tl.zeros([ROWS, BLOCK_LAYERS], tl.float32)
     chosen = tl.zeros([ROWS, BLOCK_LAYERS], tl.int32)
 
     for layer in range(LAYERS):
         start = tl.load(offsets + layer)
         width = tl.load(offsets + layer + 1) - start
-        longest = tl.load(longest_of_layers + layer)
-        layer_step = tl.load(steps + layer)
+        longest = tl.load(longest_of_layers + layer).to(tl.float32)
+        layer_step = tl.load(steps + layer).to(tl.float32)
         gram_start = tl.load(gram_offsets + layer)
         reach = size + longest
         exact_bound = 1.01 * (g * reach * reach + (2.0 * reach + error) * error)
-        slope = 1.002 * (
-            alpha * rounding
-            + drift
-            + mass * (2 * layer + 8) * UNIT64
-            + (mass + longest) * (layer + 12) * UNIT32
-        )
+        slope = 1.002 * (alpha * rounding + drift + (mass + longest) * (4 * layer + 24) * UNIT32)
         lift = 1.002 * alpha * length
-        factor = (alpha * step * layer_step).to(tl.float32)
+        factor = alpha * (step * layer_step)
         real = (column < width)[None, :]
         entry = start + column
 
@@ -160,8 +160,8 @@ def prove(
         half_norm = tl.load(half_norms + entry, mask=column < width, other=0.0)[None, :]
         centroid_length = tl.load(lengths + entry, mask=column < width, other=0.0)[None, :]
         spread = tl.load(spreads + entry, mask=column < width, other=0.0)[None, :]
-        slack = slope.to(tl.float32)[:, None] * centroid_length
-        slack += lift.to(tl.float32)[:, None] * spread
+        slack = slope[:, None] * centroid_length
+        slack += lift[:, None] * spread
         inner = tl.load(
             products + row[:, None] * product_stride + entry[None, :],
             mask=inside[:, None] & real,
@@ -169,7 +169,7 @@ def prove(
         )
         scores = half_norm - factor[:, None] * inner
         for earlier in range(layer):
-            weight = tl.sum(tl.where(index == earlier, weights, 0.0), 1).to(tl.float32)
+            weight = tl.sum(tl.where(index == earlier, weights, 0.0), 1)
             taken = tl.sum(tl.where(index == earlier, chosen, 0), 1).to(tl.int64)
             gram = tl.load(
                 grams + (gram_start + taken * width)[:, None] + column[None, :],
@@ -178,7 +178,7 @@ def prove(
             )
             scores += weight[:, None] * gram
         least = tl.min(tl.where(real, scores + slack, float("inf")), 1)
-        cut = (least.to(tl.float64) + exact_bound).to(tl.float32)
+        cut = least + exact_bound
         hits = real & (scores - slack <= cut[:, None])
         best = tl.min(tl.where(hits, column[None, :], BLOCK_WIDTH - 1), 1)
         useful = (slope < GREATEST_LENGTH) & (mass < GREATEST_LENGTH)
@@ -191,15 +191,15 @@ def prove(
         if NORMALIZE:
             # the length of what this layer leaves, if the score tells it well enough
             won = column[None, :] == best[:, None]
-            score = tl.sum(tl.where(won, scores, 0.0), 1).to(tl.float64)
-            unsure = 2.01 * tl.sum(tl.where(won, slack, 0.0), 1).to(tl.float64)
+            score = tl.sum(tl.where(won, scores, 0.0), 1)
+            unsure = 2.01 * tl.sum(tl.where(won, slack, 0.0), 1)
             square = 1.0 + 2.0 * score
             enough = unsure <= square * LOOSEST
             square = tl.where(enough, square, 1.0)
             share = tl.where(enough, unsure, 0.0) / square
-            norm = tl.sqrt(square)
-            slip = share / (1.0 + tl.sqrt(1.0 - share))
-            least_norm = norm * tl.sqrt(1.0 - share)
+            norm = tl.sqrt_rn(square)
+            slip = share / (1.0 + tl.sqrt_rn(1.0 - share)) + one * (4.0 * UNIT32)
+            least_norm = norm * tl.sqrt_rn(1.0 - share) * 0.999
             proved = proved & (last | (enough & (least_norm > SHORTEST_RESIDUAL)))
 
         winner = start + best
@@ -211,8 +211,8 @@ def prove(
         )
         weights = tl.where(index == layer, 1.0, weights)
         if NORMALIZE:
-            weights = weights / norm[:, None]
-            alpha = alpha / norm
+            weights = tl.div_rn(weights, tl.broadcast_to(norm[:, None], [ROWS, BLOCK_LAYERS]))
+            alpha = tl.div_rn(alpha, norm)
             mass = (mass + longest) / norm
             drift = drift / norm + slip
             error = (2.0 * error + norm * 3.0 * UNIT64) / least_norm + g
@@ -492,7 +492,7 @@ def finish(
                         )
                         difference = value - centroid.to(tl.float64)
                         distances = distances + difference * difference
-                distances = tl.where(real & (distances == distances), distances, float("inf"))
+                distances = tl.where(real & (distances < float("inf")), distances, float("inf"))
                 least = tl.min(distances, 0)
                 best = tl.min(tl.where(real & (distances == least), column, BLOCK_WIDTH), 0)
                 tl.store(codes + row * LAYERS + layer, tl.load(codes_of_columns + start + best))

@@ -24,7 +24,7 @@ UNIT32 = 2.0**-24
 UNIT64 = 2.0**-53
 """``u``, unit roundoff of float64."""
 
-TENSOR_CORE_UNIT = 1.25 * 2.0**-23
+TENSOR_CORE_UNIT = 2.0**-24
 """What adding one product in a tensor core may lose, relative to the sum of absolute values."""
 
 LOOSEST = 0.1
