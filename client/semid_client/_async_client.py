@@ -94,8 +94,7 @@ class AsyncClient(BaseClient):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    @staticmethod
-    def _open_channel(settings: Settings) -> grpc.aio.Channel:
+    def _open_channel(self, settings: Settings) -> grpc.aio.Channel:
         if settings.credentials is None:
             return grpc.aio.insecure_channel(settings.target, settings.options)
         return grpc.aio.secure_channel(settings.target, settings.credentials, settings.options)

@@ -129,9 +129,8 @@ class BaseClient(ABC):
 
     # What the two clients do differently: how to open a channel, start a call, and let time pass.
 
-    @staticmethod
     @abstractmethod
-    def _open_channel(settings: Settings) -> Any: ...
+    def _open_channel(self, settings: Settings) -> Any: ...
 
     @abstractmethod
     def _start(self, method: str, request: Any, timeout: float, *, alone: bool) -> Any:
@@ -296,7 +295,7 @@ class BaseClient(ABC):
             if self._closed:
                 raise ClientClosedError(f"the client of {self.target} was closed") from error
             raise call_error(error, target=self.target, method=method) from error
-        except (ValueError, grpc.aio.UsageError) as error:
+        except (ValueError, RuntimeError, grpc.aio.UsageError) as error:
             # How gRPC says that the channel was closed by another thread or task.
             if not self._closed or isinstance(error, SemidClientError):
                 raise

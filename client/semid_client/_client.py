@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -218,6 +219,7 @@ class Client(BaseClient):
         """Close the connection. Calls under way fail with `ClientClosedError`."""
         self._closed = True
         self._channel.close()
+        self._starter.shutdown(wait=False)
 
     def __enter__(self) -> Self:
         return self
@@ -225,8 +227,8 @@ class Client(BaseClient):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @staticmethod
-    def _open_channel(settings: Settings) -> grpc.Channel:
+    def _open_channel(self, settings: Settings) -> grpc.Channel:
+        self._starter = ThreadPoolExecutor(1, "semid-client")  # its thread begins with its work
         if settings.credentials is None:
             return grpc.insecure_channel(settings.target, settings.options)
         return grpc.secure_channel(settings.target, settings.credentials, settings.options)
@@ -237,7 +239,7 @@ class Client(BaseClient):
         if alone:
             # A blocking call needs no thread besides the caller's: it takes 0.1 ms less.
             return _Blocking(partial(call, request, **how))
-        return call.future(request, **how)
+        return _Started(self._starter.submit(call.future, request, **how))
 
     def _pause(self, seconds: float) -> _Blocking:
         return _Blocking(partial(time.sleep, seconds))
@@ -271,3 +273,23 @@ class _Blocking:
 
     def cancel(self) -> None:
         """Do nothing: it is not under way while anybody else could cancel it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A call that another thread starts.
+
+    Ctrl-C interrupts the main thread wherever it is. Within gRPC's start of a call it would leave
+    a call that nobody counts, for which the channel then waits for ever as it closes, and later
+    calls hang. No signal reaches the thread that starts them here.
+    """
+
+    call: Future[Any]
+
+    def result(self) -> Any:
+        """Wait for the answer."""
+        return self.call.result().result()
+
+    def cancel(self) -> None:
+        """Cancel the call, as soon as it is started if it is not yet."""
+        self.call.add_done_callback(lambda call: call.exception() or call.result().cancel())
