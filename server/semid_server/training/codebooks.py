@@ -261,7 +261,13 @@ def _split(centroids: Tensor, moments: _Moments, free: Tensor) -> Tensor:
 
 @torch.no_grad()
 def separate(
-    prefixes: Tensor, rows: Tensor, centroids: Tensor, *, passes: int = 4, neighbours: int = 6
+    prefixes: Tensor,
+    rows: Tensor,
+    centroids: Tensor,
+    *,
+    passes: int = 4,
+    neighbours: int = 6,
+    attempts: int = 4096,
 ) -> Tensor:
     """Nudge the last layer's ``centroids`` (K, E) so that rows with equal IDs fall apart.
 
@@ -279,6 +285,8 @@ def separate(
         How often to go through the rows that share an ID.
     neighbours : int
         Centroids tried for each.
+    attempts : int
+        Nudges tried in all: where most IDs are shared, a wider or a further layer is what helps.
     """
     width = len(centroids)
     centroids = centroids.clone()
@@ -292,6 +300,9 @@ def separate(
                 continue
             candidates = distances[row].topk(min(neighbours + 1, width), largest=False).indices
             for index in candidates[1:].tolist():
+                if attempts == 0:
+                    return centroids
+                attempts -= 1
                 own, other = distances[row, codes[row]], distances[row, index]
                 # Half a per cent nearer than the centroid that wins now: clear of rounding.
                 share = (1 - 0.995 * own / other).clamp(0, 1)
