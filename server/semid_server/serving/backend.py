@@ -22,6 +22,7 @@ from semid_server.errors import (
 )
 from semid_server.model import DecodeMode
 from semid_server.serving.batcher import Runner
+from semid_server.serving.drift import SAMPLED_ROWS, DriftWatch, LayerDrift
 from semid_server.serving.types import (
     HOST_TYPES,
     DecodeKey,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from semid_server.encoding import Encoder
     from semid_server.serving.config import ModelSource, ServeConfig
 
 logger = logging.getLogger(__name__)
@@ -73,9 +75,9 @@ class Device(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
         return backend.run(key, payloads)
 
     def after(self) -> None:
-        """Verify what the last batch left to verify, and let go of its model."""
+        """Do what its model does after a batch, and let go of it."""
         if self._last is not None:
-            self._last.verify()
+            self._last.after()
         self._last = None
 
 
@@ -140,7 +142,13 @@ class Backend:
         )
         self._on_verified = on_verified
         self._rng = rng or np.random.default_rng()
-        self._sample: tuple[torch.Tensor, torch.Tensor] | None = None
+        # The last batch's rows, in the batch buffer, and their codes: until the next one begins.
+        self._encoded: tuple[torch.Tensor, npt.NDArray[np.unsignedinteger]] | None = None
+        self._drift = DriftWatch(
+            [layer.centroids.detach().cpu().numpy() for layer in self._model.layers],
+            normalize_residuals=spec.normalize_residuals,
+            features=self._features,
+        )
         self._code_type = np.dtype(f"<u{spec.code_bits // 8}")
         self._buffers: dict[EmbeddingType, torch.Tensor] = {}
         modes: tuple[DecodeModeName, ...] = ("sum",)
@@ -169,7 +177,7 @@ class Backend:
         self.run(EncodeKey(self.served, "float32"), [row])
         for mode in self.served.decode_modes:
             self.run(DecodeKey(self.served, codes.shape[1], mode), [codes])
-        self._sample = None
+        self._encoded = None
         self._warm_up_counts = self._encoder.counts()
 
     def proved_rows(self) -> Mapping[str, int]:
@@ -177,6 +185,10 @@ class Backend:
         warm_up = asdict(self._warm_up_counts)
         counts = asdict(self._encoder.counts())
         return {level: rows - warm_up[level] for level, rows in counts.items()}
+
+    def drift(self) -> Sequence[LayerDrift]:
+        """Code usage and quantisation error of the last rows, by layer."""
+        return self._drift.summary()
 
     def run(
         self, key: WorkKey, payloads: Sequence[npt.NDArray[Any]]
@@ -192,25 +204,42 @@ class Backend:
             case DecodeKey(mode=mode):
                 return self._decode(DecodeMode(mode), payloads)
 
-    def verify(self) -> None:
-        """Verify the sample that the last batch left, if it left one."""
-        if self._sample is None or self._verifier is None:
+    def after(self) -> None:
+        """Look at the last batch once more: for drift, and for the share to be verified."""
+        if self._encoded is None:
             return
-        (rows, codes), self._sample = self._sample, None
-        again = self._verifier.encode(rows)
-        wrong = (again.to(torch.int64) != codes.to(torch.int64)).any(dim=1)
-        mismatches = int(wrong.sum())
-        self._on_verified(len(rows), mismatches)
-        if mismatches:
-            first = int(wrong.nonzero()[0])
+        (rows, codes), self._encoded = self._encoded, None
+        if not len(codes):
+            return
+        # Spread over the batch: its requests may differ.
+        sample = np.linspace(0, len(codes) - 1, min(SAMPLED_ROWS, len(codes))).astype(np.int64)
+        self._drift.observe(codes, rows[torch.from_numpy(sample)], codes[sample])
+        if self._verifier is not None:
+            self._verify(self._verifier, rows, codes)
+
+    def _verify(
+        self, verifier: Encoder, rows: torch.Tensor, codes: npt.NDArray[np.unsignedinteger]
+    ) -> None:
+        kept = np.flatnonzero(self._rng.random(len(rows)) < self._verify_fraction)
+        if not len(kept):
+            return
+        again = verifier.encode(rows[torch.from_numpy(kept)]).numpy()
+        wrong = np.flatnonzero((again != codes[kept]).any(axis=1))
+        self._on_verified(len(kept), len(wrong))
+        if len(wrong):
             logger.error(
                 "%d of %d verified rows differ from the float64 reference; the first: served %s, "
                 "reference %s",
-                mismatches,
-                len(rows),
-                codes[first].tolist(),
-                again[first].tolist(),
+                len(wrong),
+                len(kept),
+                codes[kept[wrong[0]]].tolist(),
+                again[wrong[0]].tolist(),
             )
+
+    def _features(self, rows: torch.Tensor) -> npt.NDArray[np.float64]:
+        with torch.inference_mode():
+            features: torch.Tensor = self._model.features(rows.to(self._device, torch.float32))
+        return features.double().cpu().numpy()
 
     def _encode(
         self, dtype: EmbeddingType, payloads: Sequence[npt.NDArray[Any]]
@@ -227,9 +256,8 @@ class Backend:
         else:
             good = list(range(len(payloads)))
         codes = self._encoder.encode(rows)
-        if self._verifier is not None:
-            self._draw_sample(rows, codes)
         host = codes.cpu().numpy().astype(self._code_type, copy=False)
+        self._encoded = rows, host
         start = 0
         for index in good:
             stop = start + len(payloads[index])
@@ -265,12 +293,6 @@ class Backend:
         host = out.cpu().numpy()
         ends = np.cumsum([len(payload) for payload in payloads])
         return list(np.split(host, ends[:-1]))
-
-    def _draw_sample(self, rows: torch.Tensor, codes: torch.Tensor) -> None:
-        """Keep each row with the probability asked for; `verify` looks at those kept."""
-        kept = torch.from_numpy(np.flatnonzero(self._rng.random(len(rows)) < self._verify_fraction))
-        if len(kept):
-            self._sample = rows[kept], codes.cpu()[kept]
 
 
 _PENDING: npt.NDArray[Any] = np.empty(0)

@@ -18,7 +18,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from semid_server.serving.batcher import QueueState
+    from semid_server.serving.drift import LayerDrift
     from semid_server.serving.types import ServedModel
 
 SECONDS = (
@@ -161,6 +162,8 @@ class Metrics:
         self._shown: dict[str, tuple[str, ...]] = {}
         self._proved_rows = _ProvedRows()
         registry.register(self._proved_rows)
+        self._drift = _Drift()
+        registry.register(self._drift)
         for operation in OPERATIONS:
             for metric in (
                 self.rows,
@@ -222,10 +225,17 @@ class Metrics:
         self.queue_rows.set_function(lambda: state().rows)
         self.queue_bytes.set_function(lambda: state().nbytes)
 
-    def show_model(self, model: ServedModel, counts: Callable[[], Mapping[str, int]]) -> None:
+    def show_model(
+        self,
+        model: ServedModel,
+        *,
+        proved_rows: Callable[[], Mapping[str, int]],
+        drift: Callable[[], Sequence[LayerDrift]],
+    ) -> None:
         """Tell that this version of a model is served now, in place of the one before.
 
-        ``counts`` are read at every scrape: its rows, by the precision that proved their codes.
+        Read at every scrape: ``proved_rows``, its rows by the precision that proved their codes,
+        and ``drift``, the figures of each layer.
         """
         labels = (
             model.name,
@@ -240,7 +250,8 @@ class Metrics:
             self.model_info.remove(*before)
         self._shown[model.name] = labels
         self.model_info.labels(*labels).set(1)
-        self._proved_rows.watch(model.name, counts)
+        self._proved_rows.watch(model.name, proved_rows)
+        self._drift.watch(model.name, drift)
         for result in ("ok", "failed"):
             self.reloads.labels(model.name, result)
 
@@ -280,6 +291,37 @@ class _ProvedRows(Collector):
         return {
             level: before.get(level, 0) + rows for level, rows in self._current[model]().items()
         }
+
+
+class _Drift(Collector):
+    """Code usage and quantisation error of the last rows, by model and layer."""
+
+    def __init__(self) -> None:
+        self._sources: dict[str, Callable[[], Sequence[LayerDrift]]] = {}
+
+    def watch(self, model: str, drift: Callable[[], Sequence[LayerDrift]]) -> None:
+        self._sources[model] = drift
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the three families."""
+        labels = ("model", "layer")
+        perplexity = GaugeMetricFamily(
+            "semid_code_perplexity", "Perplexity of the codes of the last rows.", labels=labels
+        )
+        dead = GaugeMetricFamily(
+            "semid_dead_codes", "Codes that none of the last rows has.", labels=labels
+        )
+        error = GaugeMetricFamily(
+            "semid_quantization_error_ratio",
+            "Share of the squared length of what a layer gets that it leaves, over sampled rows.",
+            labels=labels,
+        )
+        for model, drift in list(self._sources.items()):
+            for layer, figures in enumerate(drift()):
+                perplexity.add_metric((model, str(layer)), figures.perplexity)
+                dead.add_metric((model, str(layer)), figures.dead_codes)
+                error.add_metric((model, str(layer)), figures.error)
+        yield from (perplexity, dead, error)
 
 
 def _operation(key: Hashable) -> str:

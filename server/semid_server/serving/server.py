@@ -186,7 +186,9 @@ class Server:
 
     def _show(self, backend: Backend) -> None:
         self._catalogue.put(backend.served)
-        self._metrics.show_model(backend.served, backend.proved_rows)
+        self._metrics.show_model(
+            backend.served, proved_rows=backend.proved_rows, drift=backend.drift
+        )
 
     async def _serve_until_stopped(self) -> None:
         """Wait for the end; meanwhile load new versions when told to, or when files change."""

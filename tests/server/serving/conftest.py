@@ -259,7 +259,10 @@ class FakeBackend:
         self._device.run(key, payloads)
         return [np.ones((len(rows), 3), np.uint16) for rows in payloads]
 
-    def verify(self): ...
+    def after(self): ...
+
+    def drift(self):
+        return []
 
 
 class Running:

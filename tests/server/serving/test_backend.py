@@ -11,6 +11,7 @@ import torch
 from semid_server.errors import ConfigurationError, InvalidInputError
 from semid_server.serving.backend import Backend, choose_device
 from semid_server.serving.config import ModelSource, ServeConfig
+from semid_server.serving.drift import SAMPLED_ROWS
 from semid_server.serving.types import DecodeKey, EncodeKey
 
 
@@ -111,9 +112,9 @@ def test_a_sample_of_rows_is_verified_after_the_batch(make_backend, digits, veri
     backend.warm_up()
     backend.run(EncodeKey(backend.served, "float32"), [digits.embeddings[:20]])
     assert verifications.rows == 0
-    backend.verify()
+    backend.after()
     assert (verifications.rows, verifications.mismatches) == (20, 0)
-    backend.verify()
+    backend.after()
     assert verifications.rows == 20
 
 
@@ -131,7 +132,7 @@ def test_a_code_that_differs_from_the_reference_is_counted_and_logged(
 
     backend._encoder = Lying()
     backend.run(EncodeKey(backend.served, "float32"), [digits.embeddings[:20]])
-    backend.verify()
+    backend.after()
     assert (verifications.rows, verifications.mismatches) == (20, 1)
     assert "1 of 20 verified rows differ" in caplog.text
 
@@ -153,3 +154,27 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused():
     assert choose_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigurationError, match="no CUDA device"):
         choose_device("cuda:0")
+
+
+@pytest.mark.parametrize("name", ["digits_rkmeans", "digits_rkmeans_raw_residuals", "digits_rqvae"])
+def test_drift_figures_are_those_of_the_rows_served(make_backend, reference_set_named, name):
+    backend = make_backend(name)
+    reference = reference_set_named(name)
+    assert backend.drift() == []
+    # As many rows as are sampled: the error is of all of them.
+    rows, codes = reference.embeddings[:SAMPLED_ROWS], reference.codes[:SAMPLED_ROWS]
+    backend.run(EncodeKey(backend.served, "float32"), [rows])
+    backend.after()
+    drift = backend.drift()
+    assert len(drift) == reference.n_layers
+    residual = backend._model.features(torch.tensor(rows)).detach()
+    for layer, figures in enumerate(drift):
+        used = np.unique(codes[:, layer], return_counts=True)[1] / len(rows)
+        assert figures.perplexity == pytest.approx(np.exp(-(used * np.log(used)).sum()))
+        assert figures.dead_codes == backend.served.codebook_widths[layer] - len(used)
+        if backend.served.normalize_residuals:
+            residual = torch.nn.functional.normalize(residual)
+        before = residual.square().sum()
+        centroids = backend._model.layers[layer].centroids.detach()
+        residual = residual - centroids[torch.tensor(codes[:, layer]).long()]
+        assert figures.error == pytest.approx(float(residual.square().sum() / before), rel=1e-4)

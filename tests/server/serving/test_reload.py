@@ -33,7 +33,10 @@ class Version:
 
     def warm_up(self): ...
 
-    def verify(self): ...
+    def after(self): ...
+
+    def drift(self):
+        return []
 
     def proved_rows(self):
         return {"fast": 10 * self.number}

@@ -1,0 +1,144 @@
+"""Whether the embeddings still look like those that the codebooks were made for.
+
+Codes keep coming out when embeddings have drifted, but fewer of them are used and what the layers
+leave grows. Both are watched over a sliding window, beside serving: counting codes costs a pass
+over them, and the error is taken of a few rows of each batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from semid_server.model import NORM_EPS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+
+WINDOW_ROWS = 1 << 17
+"""Rows that the figures speak of: the last so many, or up to a sixteenth more."""
+
+SAMPLED_ROWS = 16
+"""Rows of each batch whose error is taken."""
+
+_PARTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDrift:
+    """What a window tells of one layer.
+
+    Attributes
+    ----------
+    perplexity : float
+        ``exp`` of the entropy of its codes: as many codes, used equally, would be as unpredictable.
+    dead_codes : int
+        Centroids that no row of the window chose.
+    error : float
+        ``sum ||r - c||^2 / sum ||r||^2`` over sampled rows: what the layer leaves of the squared
+        length of what it gets.
+    """
+
+    perplexity: float
+    dead_codes: int
+    error: float
+
+
+@dataclass(slots=True)
+class _Part:
+    rows: int
+    counts: list[npt.NDArray[np.int64]]
+    entering: npt.NDArray[np.float64]
+    left: npt.NDArray[np.float64]
+
+
+class DriftWatch:
+    """Code usage and quantisation error of one model, by layer, over the last rows served.
+
+    `observe` is called by the thread that encodes, `summary` by any.
+
+    Parameters
+    ----------
+    codebooks : sequence of numpy.ndarray
+        float32 ``(K_l, E)`` of each layer.
+    normalize_residuals : bool
+        As in the model.
+    features : callable
+        From rows ``(n, D)`` to float64 ``(n, E)``: what the first layer gets.
+    window_rows : int
+        See `WINDOW_ROWS`.
+    """
+
+    def __init__(
+        self,
+        codebooks: Sequence[npt.NDArray[np.float32]],
+        *,
+        normalize_residuals: bool,
+        features: Callable[[Any], npt.NDArray[np.float64]],
+        window_rows: int = WINDOW_ROWS,
+    ) -> None:
+        self._codebooks, self._normalize = codebooks, normalize_residuals
+        self._features = features
+        self._part_rows = max(1, window_rows // _PARTS)
+        self._parts: deque[_Part] = deque(maxlen=_PARTS + 1)
+        self._lock = threading.Lock()
+
+    def observe(self, codes: npt.NDArray[Any], sample: Any, sample_codes: npt.NDArray[Any]) -> None:
+        """Count ``codes`` (n, L) of a batch, and take the error of ``sample`` rows with theirs."""
+        entering, left = self._squared_lengths(sample, sample_codes)
+        counts = [
+            np.bincount(codes[:, layer], minlength=len(codebook))
+            for layer, codebook in enumerate(self._codebooks)
+        ]
+        with self._lock:
+            if not self._parts or self._parts[-1].rows >= self._part_rows:
+                nothing = np.zeros(len(counts))
+                empty = [np.zeros_like(count) for count in counts]
+                self._parts.append(_Part(0, empty, nothing, nothing))
+            part = self._parts[-1]
+            part.rows += len(codes)
+            part.counts = [a + b for a, b in zip(part.counts, counts, strict=True)]
+            part.entering = part.entering + entering
+            part.left = part.left + left
+
+    def summary(self) -> list[LayerDrift]:
+        """Return the figures of each layer, or nothing while no row was seen."""
+        with self._lock:
+            if not self._parts:
+                return []
+            by_layer = zip(*(part.counts for part in self._parts), strict=True)
+            counts = [np.sum(layer, axis=0) for layer in by_layer]
+            entering = np.sum([part.entering for part in self._parts], axis=0)
+            left = np.sum([part.left for part in self._parts], axis=0)
+        # Rows of zeros alone leave nothing of nothing.
+        errors = np.divide(left, entering, out=np.zeros_like(left), where=entering > 0)
+        return [
+            LayerDrift(_perplexity(count), int((count == 0).sum()), float(error))
+            for count, error in zip(counts, errors, strict=True)
+        ]
+
+    def _squared_lengths(
+        self, rows: Any, codes: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Sums over ``rows`` of the squared length of what each layer gets and leaves."""
+        residual = self._features(rows)
+        entering, left = np.zeros(len(self._codebooks)), np.zeros(len(self._codebooks))
+        for layer, codebook in enumerate(self._codebooks):
+            if self._normalize:
+                length = np.linalg.norm(residual, axis=1, keepdims=True)
+                residual = residual / np.maximum(length, NORM_EPS)
+            entering[layer] = np.vdot(residual, residual)
+            residual = residual - codebook[codes[:, layer]]
+            left[layer] = np.vdot(residual, residual)
+        return entering, left
+
+
+def _perplexity(counts: npt.NDArray[np.int64]) -> float:
+    shares = counts[counts > 0] / counts.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
