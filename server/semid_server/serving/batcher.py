@@ -1,10 +1,14 @@
 """Requests in, batches out: admission, batches across callers, exactly one answer to each.
 
 A request that is admitted waits in a queue of its key (what can run together shares a key). One
-thread, the worker, owns whatever runs the batches. Whenever it is free it takes the oldest
-request and all others of the same key that fit, runs them, and hands the answers back to the
-event loop. So a lone request never waits for company, and a batch grows by itself while the
-worker is busy. Nothing polls.
+thread, the worker, owns whatever runs the batches. Whenever it is free it takes the request whose
+turn it is and all others of the same key that fit beside it, runs them, and hands the answers back
+to the event loop. So a lone request never waits for company, and a batch grows by itself while
+the worker is busy. Nothing polls.
+
+Whose turn it is: requests are ordered by the time at which each would have been done had it come
+to an idle worker. A small one thereby goes ahead of a large one that came a little before it, and
+nobody starves: whatever comes later than that time goes behind.
 
 The life of a request::
 
@@ -26,7 +30,8 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
+from bisect import bisect_left, insort
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -114,7 +119,7 @@ class QueueState:
 class _Entry(Generic[Key, Payload, Answer]):
     """One admitted request."""
 
-    __slots__ = ("admitted", "deadline", "future", "key", "nbytes", "payload", "rows")
+    __slots__ = ("admitted", "deadline", "future", "key", "nbytes", "payload", "rows", "turn")
 
     def __init__(
         self,
@@ -125,11 +130,12 @@ class _Entry(Generic[Key, Payload, Answer]):
         nbytes: int,
         deadline: float | None,
         admitted: float,
+        turn: tuple[float, int],
         future: asyncio.Future[Answer],
     ) -> None:
         self.key, self.payload = key, payload
         self.rows, self.nbytes = rows, nbytes
-        self.deadline, self.admitted = deadline, admitted
+        self.deadline, self.admitted, self.turn = deadline, admitted, turn
         self.future = future
 
 
@@ -155,8 +161,8 @@ class Batcher(Generic[Key, Payload, Answer]):
     ) -> None:
         self._limits, self._observer, self._clock = limits, observer, clock
         self._changed = threading.Condition()
-        # Ordered so that both the oldest entry and any withdrawn one leave in constant time.
-        self._queues: dict[Key, OrderedDict[int, _Entry[Key, Payload, Answer]]] = {}
+        # Each in the order of turns.
+        self._queues: dict[Key, list[_Entry[Key, Payload, Answer]]] = {}
         self._next_ticket = 0
         self._requests = self._rows = self._nbytes = 0
         self._stopped = False
@@ -226,7 +232,8 @@ class Batcher(Generic[Key, Payload, Answer]):
                     f"{self._limits.max_queue_bytes} bytes)",
                     retry_after=self._time_to_clear(),
                 )
-            ticket = self._next_ticket
+            now = self._clock()
+            alone = rows / self._rows_per_second if self._rows_per_second else 0.0
             self._next_ticket += 1
             entry = _Entry(
                 key,
@@ -234,14 +241,15 @@ class Batcher(Generic[Key, Payload, Answer]):
                 rows=rows,
                 nbytes=nbytes,
                 deadline=deadline,
-                admitted=self._clock(),
+                admitted=now,
+                turn=(now + alone, self._next_ticket),
                 future=self._loop.create_future(),
             )
-            self._queues.setdefault(key, OrderedDict())[ticket] = entry
+            insort(self._queues.setdefault(key, []), entry, key=_turn)
             self._count(entry, +1)
             self._changed.notify()
         entry.future.add_done_callback(
-            lambda future: self._withdraw(key, ticket) if future.cancelled() else None
+            lambda future: self._withdraw(entry) if future.cancelled() else None
         )
         return entry.future
 
@@ -280,7 +288,7 @@ class Batcher(Generic[Key, Payload, Answer]):
         with self._changed:
             self._stopped = True
             for queue in self._queues.values():
-                for entry in queue.values():
+                for entry in queue:
                     self._count(entry, -1)
                     if not entry.future.done():
                         entry.future.set_exception(
@@ -297,16 +305,17 @@ class Batcher(Generic[Key, Payload, Answer]):
         with self._changed:
             return QueueState(self._requests, self._rows, self._nbytes)
 
-    def _withdraw(self, key: Key, ticket: int) -> None:
+    def _withdraw(self, entry: _Entry[Key, Payload, Answer]) -> None:
         with self._changed:
-            queue = self._queues.get(key)
-            entry = queue.pop(ticket, None) if queue is not None else None
-            if entry is None:  # a batch has taken it; its answer will find nobody
-                return
+            queue = self._queues.get(entry.key, [])
+            place = bisect_left(queue, entry.turn, key=_turn)
+            if place == len(queue) or queue[place] is not entry:
+                return  # a batch has taken it; its answer will find nobody
+            del queue[place]
             if not queue:
-                del self._queues[key]
+                del self._queues[entry.key]
             self._count(entry, -1)
-        self._observer.withdrawn(key)
+        self._observer.withdrawn(entry.key)
         self._wake_next_waiter()
 
     def _deliver(
@@ -385,27 +394,27 @@ class Batcher(Generic[Key, Payload, Answer]):
     def _form_batch(
         self, expired: list[_Entry[Key, Payload, Answer]]
     ) -> list[_Entry[Key, Payload, Answer]]:
-        """Take the oldest live request and those of its key, in order, that fit beside it."""
+        """Take the live request whose turn it is, and those of its key that fit beside it."""
         now = self._clock()
         batch: list[_Entry[Key, Payload, Answer]] = []
         while self._queues and not batch:
-            key = min(self._queues, key=lambda key: next(iter(self._queues[key])))
-            queue = self._queues[key]
+            key = min(self._queues, key=lambda key: self._queues[key][0].turn)
+            left: list[_Entry[Key, Payload, Answer]] = []
             rows = nbytes = 0
-            while queue:
-                ticket, entry = next(iter(queue.items()))
-                alive = entry.deadline is None or now < entry.deadline
-                if alive and batch and not self._fits(rows + entry.rows, nbytes + entry.nbytes):
-                    break
-                del queue[ticket]
-                self._count(entry, -1)
-                if not alive:
+            for entry in self._queues[key]:
+                if entry.deadline is not None and entry.deadline <= now:
                     expired.append(entry)
+                elif not batch or self._fits(rows + entry.rows, nbytes + entry.nbytes):
+                    batch.append(entry)
+                    rows += entry.rows
+                    nbytes += entry.nbytes
+                else:  # those behind it may be small enough
+                    left.append(entry)
                     continue
-                batch.append(entry)
-                rows += entry.rows
-                nbytes += entry.nbytes
-            if not queue:
+                self._count(entry, -1)
+            if left:
+                self._queues[key] = left
+            else:
                 del self._queues[key]
         return batch
 
@@ -447,6 +456,10 @@ class Batcher(Generic[Key, Payload, Answer]):
         assert self._loop is not None, "start() comes first"  # noqa: S101 - a bug of ours
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *args)
+
+
+def _turn(entry: _Entry[Any, Any, Any]) -> tuple[float, int]:
+    return entry.turn
 
 
 def _fulfil(future: asyncio.Future[T], result: T) -> None:

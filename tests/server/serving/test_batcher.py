@@ -83,6 +83,62 @@ async def test_only_requests_of_one_key_share_a_batch_and_the_oldest_goes_first(
     assert device.batches[1:] == [("x", ["a", "c"]), ("y", ["b", "e"]), ("z", ["d"])]
 
 
+async def test_a_small_request_fits_beside_a_large_one_whatever_waits_between_them(
+    make_batcher, device
+):
+    batcher = await make_batcher(max_batch_rows=10)
+    await occupy(batcher, device)
+    futures = [admit(batcher, name, rows=rows) for name, rows in [("a", 8), ("b", 8), ("c", 2)]]
+    device.free()
+    await asyncio.gather(*futures)
+    assert [payloads for _, payloads in device.batches[1:]] == [["a", "c"], ["b"]]
+
+
+async def measured(batcher, device, clock, *, rows, seconds):
+    """Have the batcher learn that so many rows take so long."""
+    future = admit(batcher, "measure", rows=rows)
+    await next_batch(device)
+    clock.now += seconds
+    device.outcomes.put(lambda payloads: payloads)
+    await future
+    device.batches.clear()
+
+
+async def test_a_small_request_goes_ahead_of_large_ones_that_would_not_be_done_yet(
+    make_batcher, device, clock
+):
+    batcher = await make_batcher(max_batch_rows=10)
+    await measured(batcher, device, clock, rows=10, seconds=1.0)
+    await occupy(batcher, device)
+    large = [admit(batcher, f"large {number}", rows=10) for number in range(3)]
+    clock.now += 0.5
+    small = admit(batcher, "small", rows=1)
+    device.free()
+    await asyncio.gather(small, *large)
+    order = [payload for _, payloads in device.batches for payload in payloads]
+    assert order == ["first", "small", "large 0", "large 1", "large 2"]
+
+
+async def test_small_requests_that_keep_coming_do_not_starve_a_large_one(
+    make_batcher, device, clock
+):
+    batcher = await make_batcher(max_batch_rows=10)
+    await measured(batcher, device, clock, rows=10, seconds=1.0)
+    await occupy(batcher, device)
+    early = [admit(batcher, "small", rows=5)]
+    large = admit(batcher, "large", rows=10)
+    late = []
+    for _ in range(20):
+        clock.now += 0.25
+        late.append(admit(batcher, "small", rows=5))
+    device.free()
+    await asyncio.gather(large, *early, *late)
+    order = [payload for _, payloads in device.batches for payload in payloads]
+    # Ahead of it: the one before it, and the one that came within half a second, its own time less
+    # theirs.
+    assert order.index("large") == len(["first", "small", "small"])
+
+
 async def test_one_thread_makes_the_runner_and_runs_every_batch(observer):
     threads = set()
 
@@ -383,7 +439,6 @@ def test_every_admitted_request_gets_exactly_its_own_answer(requests, observer):
         for key, payloads in device.batches:
             assert sum(rows for _, rows, _ in payloads) <= 10
             assert sum(nbytes for _, _, nbytes in payloads) <= 100
-            assert [number for number, _, _ in payloads] == sorted(n for n, _, _ in payloads)
             assert {requests[number][0] for number, _, _ in payloads} == {key}
         await asyncio.sleep(0)
         assert batcher.queue == QueueState(0, 0, 0)
