@@ -23,6 +23,7 @@ from semid_server.errors import (
 from semid_server.model import DecodeMode
 from semid_server.serving.batcher import Runner
 from semid_server.serving.drift import SAMPLED_ROWS, DriftWatch, LayerDrift
+from semid_server.serving.fill import copy_finite
 from semid_server.serving.types import (
     HOST_TYPES,
     DecodeKey,
@@ -245,14 +246,14 @@ class Backend:
         self, dtype: EmbeddingType, payloads: Sequence[npt.NDArray[Any]]
     ) -> list[npt.NDArray[Any] | SemidError]:
         answers: list[npt.NDArray[Any] | SemidError] = [_PENDING] * len(payloads)
-        rows = self._fill(dtype, payloads)
-        if not _all_finite(rows):
+        rows, finite = self._fill(dtype, payloads)
+        if not finite:
             for index, payload in enumerate(payloads):
                 error = _describe_bad_rows(_as_torch(dtype, payload))
                 if error is not None:
                     answers[index] = error
             good = [index for index, answer in enumerate(answers) if answer is _PENDING]
-            rows = self._fill(dtype, [payloads[index] for index in good])
+            rows, _ = self._fill(dtype, [payloads[index] for index in good])
         else:
             good = list(range(len(payloads)))
         codes = self._encoder.encode(rows)
@@ -265,8 +266,13 @@ class Backend:
             start = stop
         return answers
 
-    def _fill(self, dtype: EmbeddingType, payloads: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
-        """Copy the payloads one after another into the batch buffer: the one copy on the way."""
+    def _fill(
+        self, dtype: EmbeddingType, payloads: Sequence[npt.NDArray[Any]]
+    ) -> tuple[torch.Tensor, bool]:
+        """Copy the payloads one after another into the batch buffer: the one copy on the way.
+
+        Returns the rows of the batch, and whether all of their numbers are finite.
+        """
         total = sum(len(payload) for payload in payloads)
         buffer = self._buffers.get(dtype)
         if buffer is None or len(buffer) < total:
@@ -279,11 +285,11 @@ class Backend:
             )
             self._buffers[dtype] = buffer
         host = buffer.view(FILL_TYPES[dtype]).numpy()
-        start = 0
+        start, finite = 0, True
         for payload in payloads:
-            host[start : start + len(payload)] = payload
+            finite &= copy_finite(host[start : start + len(payload)], payload, dtype)
             start += len(payload)
-        return buffer[:total]
+        return buffer[:total], finite
 
     def _decode(
         self, mode: DecodeMode, payloads: Sequence[npt.NDArray[Any]]
@@ -338,16 +344,6 @@ def choose_device(device: str) -> torch.device:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _all_finite(rows: torch.Tensor) -> bool:
-    """Whether every number is finite: a sum meets NaN or Inf if any addend is."""
-    if not rows.numel():
-        return True
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    total = rows.sum(dtype=wide)
-    # A sum of finite numbers may overflow; only then is every number looked at.
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(rows).all())
 
 
 def _as_torch(dtype: EmbeddingType, payload: npt.NDArray[Any]) -> torch.Tensor:
