@@ -103,7 +103,7 @@ def near_ties(
     moved = low.clone()
     place = torch.randint(spec.input_dim, (n, 1), generator=generator)
     picked = moved.gather(1, place)
-    upwards = torch.rand(n, 1, generator=generator) < 0.5  # noqa: PLR2004 - half of them
+    upwards = torch.rand(n, 1, generator=generator) < 0.5
     towards = torch.where(upwards, torch.inf, -torch.inf).to(dtype)
     moved.scatter_(1, place, torch.nextafter(picked, towards))
     return torch.cat([low, high, moved])
@@ -122,7 +122,16 @@ def hard_rows(model: ResidualQuantization, spec: ModelSpec, *, seed: int = 0) ->
     subnormal = torch.randn(10, dim, generator=generator) * 1e-41
     spike = torch.zeros(dim, dim)[: min(dim, 20)]
     spike[torch.arange(len(spike)), torch.randperm(dim, generator=generator)[: len(spike)]] = 3.0
-    rows = [normal, wild, uneven, subnormal, spike, -spike, torch.zeros(3, dim), -torch.zeros(1, dim)]
+    rows = [
+        normal,
+        wild,
+        uneven,
+        subnormal,
+        spike,
+        -spike,
+        torch.zeros(3, dim),
+        -torch.zeros(1, dim),
+    ]
     if spec.encoder_hidden_dims is None:
         first = model.layers[0].centroids.detach()
         chosen = first[torch.randint(len(first), (40,), generator=generator)]

@@ -1,0 +1,233 @@
+"""The CPU path gives the codes of the reference, whatever the rows and however they come."""
+
+from __future__ import annotations
+
+import encode_cases as cases
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semid_server.encoding import EncodeCounts, ReferenceEncoder, make_encoder
+from semid_server.encoding.cpu import CpuEncoder, has_integer_product
+from semid_server.errors import InvalidInputError
+from semid_server.model import Activation, ModelKind, ModelSpec
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PRODUCTS = [
+    pytest.param(
+        True,
+        id="int16",
+        marks=pytest.mark.skipif(not has_integer_product(), reason="needs AVX512-VNNI"),
+    ),
+    pytest.param(False, id="float32"),
+]
+
+
+def expected(model, spec, rows):
+    return ReferenceEncoder(model, spec, device=CPU).encode(rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("integer_product", PRODUCTS)
+def test_near_ties_have_the_codes_of_the_reference(model_and_spec, dtype, integer_product):
+    model, spec = model_and_spec
+    encoder = CpuEncoder(model, spec, threads=1, integer_product=integer_product)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.cat(
+        [
+            cases.near_ties(model, spec, 20, dtype=dtype),
+            torch.randn(300, spec.input_dim, generator=generator).to(dtype),
+        ]
+    )
+    assert torch.equal(encoder.encode(rows), expected(model, spec, rows))
+    assert encoder.counts().rows == len(rows)
+
+
+@pytest.mark.parametrize("integer_product", PRODUCTS)
+def test_hard_rows_have_the_codes_of_the_reference(model_and_spec, integer_product):
+    model, spec = model_and_spec
+    encoder = CpuEncoder(model, spec, threads=1, integer_product=integer_product)
+    rows = cases.hard_rows(model, spec)
+    for dtype in (torch.float32, torch.float64):
+        typed = rows.to(dtype)
+        assert torch.equal(encoder.encode(typed), expected(model, spec, typed))
+    wide = rows.double() * 2.0**700
+    assert torch.equal(encoder.encode(wide), expected(model, spec, wide))
+
+
+@pytest.mark.parametrize("integer_product", PRODUCTS)
+def test_a_row_has_the_same_codes_alone_in_any_batch_and_on_any_number_of_threads(
+    model_and_spec, integer_product
+):
+    model, spec = model_and_spec
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.cat(
+        [
+            cases.near_ties(model, spec, 30, dtype=torch.float32),
+            torch.randn(1500, spec.input_dim, generator=generator),
+        ]
+    )
+    want = expected(model, spec, rows)
+    order = torch.randperm(len(rows), generator=generator)
+    for threads in (1, 2):
+        encoder = CpuEncoder(model, spec, threads=threads, integer_product=integer_product)
+        assert torch.equal(encoder.encode(rows), want)
+        assert torch.equal(encoder.encode(rows[order]), want[order])
+        alone = [encoder.encode(rows[i : i + 1]) for i in range(90)]
+        assert torch.equal(torch.cat(alone), want[:90])
+        start = 0
+        for size in (2, 3, 5, 6, 7, 12, 31, 96, 97, 255, 400):
+            part = slice(start, start + size)
+            assert torch.equal(encoder.encode(rows[part]), want[part])
+            start += size
+
+
+@pytest.mark.parametrize("integer_product", PRODUCTS)
+def test_reference_sets_are_reproduced(reference_set, checkpoint_of, integer_product):
+    model, spec = checkpoint_of(reference_set)
+    rows = torch.tensor(reference_set.embeddings)
+    encoder = CpuEncoder(model, spec, threads=2, integer_product=integer_product)
+    codes = encoder.encode(rows)
+    assert torch.equal(codes, expected(model, spec, rows))
+    recorded = torch.tensor(reference_set.codes)
+    certain = ~torch.tensor(reference_set.vanishing)
+    assert torch.equal(codes.long()[certain], recorded.long()[certain])
+
+
+@pytest.mark.parametrize("integer_product", PRODUCTS)
+def test_equal_centroids_give_the_lowest_index(integer_product):
+    generator = torch.Generator().manual_seed(3)
+    few = torch.randn(4, 10, generator=generator)
+    few[2, 3] = 0.0
+    other = few.clone()
+    other[2, 3] = -0.0  # the same number
+    model, spec = cases.model_of([torch.cat([few, other, few]), torch.cat([few, few[:1]])])
+    rows = torch.cat([torch.randn(200, 10, generator=generator), few])
+    encoder = CpuEncoder(model, spec, threads=1, integer_product=integer_product)
+    codes = encoder.encode(rows)
+    assert codes.max() < 4
+    assert torch.equal(codes, expected(model, spec, rows))
+
+
+@pytest.mark.parametrize("integer_product", PRODUCTS)
+def test_exact_ties_give_the_lowest_index(integer_product):
+    # rows half way between centroids of small integers: every arithmetic sees a tie
+    corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
+    model, spec = cases.model_of([corners, corners / 2], normalize=False)
+    rows = torch.tensor([[0.0, 0], [1, 0], [0, 1], [-1, 0], [0, -1], [-0.0, -1]])
+    encoder = CpuEncoder(model, spec, threads=1, integer_product=integer_product)
+    assert encoder.encode(rows)[:, 0].tolist() == [0, 0, 0, 2, 1, 1]
+    assert torch.equal(encoder.encode(rows), expected(model, spec, rows))
+    assert encoder.counts().reference == 12
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_every_activation_of_the_network_keeps_the_promise(activation):
+    model, spec = cases.random_network_model(
+        12, (24,), 8, [30, 20], activation=activation, normalize_input=False
+    )
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.cat(
+        [
+            cases.near_ties(model, spec, 15, dtype=torch.float32),
+            torch.randn(500, 12, generator=generator),
+        ]
+    )
+    encoder = CpuEncoder(model, spec, threads=1)
+    assert torch.equal(encoder.encode(rows), expected(model, spec, rows))
+    assert encoder.counts().fast + encoder.counts().float64 > 500
+
+
+@pytest.mark.parametrize(("dim", "widths"), [(8192, [20, 3]), (6, [8192, 2100])])
+def test_wide_shapes_have_the_codes_of_the_reference(dim, widths):
+    model, spec = cases.random_model(dim, widths)
+    rows = torch.randn(40, dim, generator=torch.Generator().manual_seed(5))
+    encoder = make_encoder(model, spec, device=CPU, threads=2)
+    assert torch.equal(encoder.encode(rows), expected(model, spec, rows))
+    assert encoder.code_dtype == (torch.uint8 if max(widths) <= 256 else torch.uint16)
+
+
+def test_lengths_far_from_one_are_left_to_the_reference_and_no_others():
+    model, spec = cases.random_model(32, [16, 16])
+    rows = torch.randn(100, 32, generator=torch.Generator().manual_seed(6))
+    encoder = CpuEncoder(model, spec, threads=1)
+    encoder.encode(rows)
+    assert encoder.counts().reference == 0
+    encoder.encode(rows * 1e30)
+    assert encoder.counts().reference == 100
+
+
+def test_a_codebook_of_extreme_length_is_left_to_the_reference():
+    model, spec = cases.random_model(8, [16, 16], length=1e20)
+    rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(7))
+    encoder = CpuEncoder(model, spec, threads=1)
+    assert torch.equal(encoder.encode(rows), expected(model, spec, rows))
+    assert encoder.counts() == EncodeCounts(reference=50)
+
+
+def test_most_rows_are_proved_by_the_fast_product():
+    model, spec = cases.random_model(384, [256, 256, 256])
+    rows = torch.randn(500, 384, generator=torch.Generator().manual_seed(8))
+    encoder = CpuEncoder(model, spec, threads=1)
+    encoder.encode(rows)
+    assert encoder.counts().fast > 350
+    assert encoder.counts().reference == 0
+
+
+def test_an_empty_batch_has_no_codes():
+    model, spec = cases.random_model(4, [300, 3])
+    for reference in (True, False):
+        encoder = make_encoder(model, spec, device=CPU, reference=reference)
+        codes = encoder.encode(torch.empty(0, 4))
+        assert codes.shape == (0, 2)
+        assert codes.dtype == torch.uint16
+
+
+def test_rows_of_another_shape_or_type_are_refused_with_both_values():
+    model, spec = cases.random_model(4, [3, 3])
+    encoder = make_encoder(model, spec, device=CPU)
+    with pytest.raises(InvalidInputError, match=r"shape \(2, 5\); expected \(n, 4\)"):
+        encoder.encode(torch.zeros(2, 5))
+    with pytest.raises(InvalidInputError, match=r"dtype torch\.int64"):
+        encoder.encode(torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_warming_up_counts_no_rows():
+    model, spec = cases.random_model(4, [3, 3])
+    for reference in (True, False):
+        encoder = make_encoder(model, spec, device=CPU, reference=reference)
+        encoder.warm_up()
+        assert encoder.counts() == EncodeCounts()
+
+
+@given(
+    st.integers(1, 40),
+    st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    st.booleans(),
+    st.integers(0, 20),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_shape_has_the_codes_of_the_reference(  # noqa: PLR0917 - hypothesis fills them in order
+    dim, widths, normalize, n, dtype, seed
+):
+    model, spec = cases.random_model(dim, widths, normalize=normalize, seed=seed)
+    rows = torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    encoder = make_encoder(model, spec, device=CPU, threads=1)
+    assert torch.equal(encoder.encode(rows), expected(model, spec, rows))
+
+
+def test_gram_tables_that_would_not_fit_leave_the_definition_to_serve():
+    # 2 x 100,000 centroids need 40 GB of tables
+    spec = ModelSpec(
+        kind=ModelKind.RQ_KMEANS,
+        input_dim=1,
+        codebook_widths=(400_000, 400_000),
+        embedding_dim=1,
+        normalize_residuals=True,
+    )
+    model, _ = cases.model_of([torch.randn(400_000, 1), torch.randn(400_000, 1)])
+    assert isinstance(make_encoder(model, spec, device=CPU), ReferenceEncoder)
