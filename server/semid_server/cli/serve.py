@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import click
 from semid_server.cli import errors_as_sentences
 from semid_server.cli.checkpoint_options import override_options
 from semid_server.errors import ConfigurationError
+from semid_server.serving import logs
 from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.server import Server
 from semid_server.serving.tls import TlsFiles
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from semid_server.checkpoint import Overrides
 
 F = TypeVar("F", bound="Callable[..., Any] | click.Command")
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def _read_config(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
@@ -276,12 +274,20 @@ def _default(name: str) -> dict[str, Any]:
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
     show_default=True,
-    help="Least severity of what is logged to stderr.",
+    help="Least severity of what is logged to stderr; debug has a line for every call.",
+)
+@_option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Lines for people, or one JSON object a line for what collects them.",
 )
 def serve(
     *,
     checkpoint: tuple[ModelSource, ...],
     log_level: str,
+    log_format: str,
     overrides: Overrides,
     allow_degenerate: bool,
     tls_cert: Path | None,
@@ -294,7 +300,7 @@ def serve(
     Prints where it listens, serves until SIGTERM or Ctrl-C, then finishes what was admitted.
     SIGHUP loads new versions of the checkpoints beside the old ones and switches to them.
     """
-    logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT)
+    logs.configure(level=log_level, as_json=log_format == "json")
     with errors_as_sentences():
         overrides = replace(overrides, allow_degenerate=allow_degenerate)
         tls = _tls_files(tls_cert, tls_key, tls_client_ca)

@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 
 from semid_server.errors import SemidError
+from semid_server.serving.logs import REQUEST_ID_KEY, begin_request
 from semid_server.serving.status import status_of
 
 if TYPE_CHECKING:
@@ -68,18 +69,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
             handler.response_serializer,
         )
 
-    def _authorise(self, call: tuple[str, str, str], context: Context) -> None:
-        if self._tokens is not None:
-            metadata = dict(context.invocation_metadata() or ())
-            authorization = metadata.get("authorization")
-            text = authorization.decode() if isinstance(authorization, bytes) else authorization
-            self._tokens.check(text, call[-1])
-
     def _unary(self, behaviour: Any, call: tuple[str, str, str]) -> Any:
         async def answer(request: Any, context: Context) -> Any:
-            with _Call(self._metrics, call, context) as this:
+            with _Call(self._metrics, self._tokens, call, context) as this:
                 try:
-                    self._authorise(call, context)
+                    this.authorise()
                     return await behaviour(request, context)
                 except Exception as error:  # noqa: BLE001 - told apart there
                     await this.fail(error)
@@ -88,9 +82,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
     def _stream(self, behaviour: Any, call: tuple[str, str, str]) -> Any:
         async def answer(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-            with _Call(self._metrics, call, context) as this:
+            with _Call(self._metrics, self._tokens, call, context) as this:
                 try:
-                    self._authorise(call, context)
+                    this.authorise()
                     async for response in behaviour(requests, context):
                         yield response
                 except Exception as error:  # noqa: BLE001 - told apart there
@@ -102,10 +96,25 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 class _Call:
     """One call, from its start to its status."""
 
-    def __init__(self, metrics: Metrics, call: tuple[str, str, str], context: Context) -> None:
-        self._metrics, self._call, self._context = metrics, call, context
+    def __init__(
+        self,
+        metrics: Metrics,
+        tokens: TokenFile | None,
+        call: tuple[str, str, str],
+        context: Context,
+    ) -> None:
+        self._metrics, self._tokens, self._call, self._context = metrics, tokens, call, context
+        self._metadata = dict(context.invocation_metadata() or ())
+        self._trailing = ((REQUEST_ID_KEY, begin_request(self._metadata)),)
+        context.set_trailing_metadata(self._trailing)
         self._code = grpc.StatusCode.OK
         self._started = time.perf_counter()
+
+    def authorise(self) -> None:
+        """Raise unless the caller may make this call."""
+        if self._tokens is not None:
+            sent = self._metadata.get("authorization")
+            self._tokens.check(sent if isinstance(sent, str) else None, self._call[-1])
 
     def __enter__(self) -> Self:
         self._metrics.started.labels(*self._call).inc()
@@ -119,14 +128,16 @@ class _Call:
         seconds = time.perf_counter() - self._started
         self._metrics.handling.labels(*self._call).observe(seconds)
         self._metrics.handled.labels(*self._call, self._code.name).inc()
+        logger.debug("%s: %s after %.1f ms", self._call[-1], self._code.name, 1e3 * seconds)
 
     async def fail(self, error: Exception) -> NoReturn:
         """End the call with the status of ``error``."""
         if isinstance(error, SemidError):
             status = status_of(error)
             self._code = status.code
-            await self._context.abort(status.code, status.message, status.trailing_metadata)
+            trailing = self._trailing + status.trailing_metadata
+            await self._context.abort(status.code, status.message, trailing)
         logger.error("%s failed", "/".join(self._call[1:]), exc_info=error)
         self._code = grpc.StatusCode.INTERNAL
-        await self._context.abort(self._code, INTERNAL_MESSAGE)
+        await self._context.abort(self._code, INTERNAL_MESSAGE, self._trailing)
         raise AssertionError("abort() raises")  # pragma: no cover
