@@ -61,7 +61,8 @@ INTERRUPTED = 130
     is_flag=True,
     help="The recommended recipe for unique IDs: codebooks are fitted to the whole set (spherical "
     "then plain Lloyd iterations, relocated centroids, equal IDs drawn apart) instead of "
-    "mini-batches. Takes some 150 passes over the embeddings a layer. For rq-kmeans.",
+    "mini-batches. Fits a sample of 256 rows a centroid, then goes over the whole up to ten times "
+    "a layer. For rq-kmeans.",
 )
 @_option(
     "--refine",

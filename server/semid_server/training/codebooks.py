@@ -18,7 +18,7 @@ from semid_server.model import NORM_EPS, KMeansPlusPlusInitInitializer
 from semid_server.model.layers import sums_by_code
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
@@ -32,7 +32,7 @@ MEMORY_BYTES = 4 << 30
 """Residuals of a set up to this size are kept; those of a larger one are made anew each pass."""
 
 SAMPLE_ROWS_PER_CENTROID = 256
-"""Rows from which k-means++ draws; more of them do not make its draws better."""
+"""Rows to which centroids are fitted first: more of them do not move means any further."""
 
 SEPARATED_ROWS = 1 << 16
 """Sets up to this size have their equal IDs separated: it takes a pass for each, in memory."""
@@ -50,7 +50,7 @@ class Pass:
     layer : int
         The layer that is fitted.
     stage : str
-        What the pass is part of: ``spherical``, ``lloyd`` or ``relocate``.
+        What the pass is part of: ``spherical``, ``lloyd``, ``relocate`` or ``whole``.
     number : int
         Passes of this stage so far.
     error : float
@@ -167,7 +167,7 @@ class _Moments(NamedTuple):
 
 
 @torch.no_grad()
-def _moments(residuals: Residuals, centroids: Tensor) -> _Moments:
+def _moments(residuals: Iterable[Tensor], centroids: Tensor) -> _Moments:
     width = len(centroids)
     sums = torch.zeros_like(centroids, dtype=torch.float64)
     figures = centroids.new_zeros(width, 3, dtype=torch.float64)
@@ -188,7 +188,7 @@ def _moments(residuals: Residuals, centroids: Tensor) -> _Moments:
 
 
 def lloyd(
-    residuals: Residuals,
+    residuals: Iterable[Tensor],
     centroids: Tensor,
     iterations: int,
     *,
@@ -196,6 +196,8 @@ def lloyd(
     on_pass: Callable[[int, float], None] = lambda _number, _error: None,
 ) -> Tensor:
     """Move ``centroids`` (K, E) to the means of their rows, up to ``iterations`` times.
+
+    ``residuals`` are the rows in chunks ``(m, E)``, iterated once for each pass.
 
     A centroid without rows goes beside the one whose rows are farthest from it. ``spherical``
     brings the means to length 1 (Dhillon and Modha, 2001): no centroid can then win rows by
@@ -217,7 +219,7 @@ def lloyd(
 
 
 def relocate(
-    residuals: Residuals,
+    residuals: Iterable[Tensor],
     centroids: Tensor,
     *,
     rounds: int = 10,
@@ -375,10 +377,13 @@ def fit_distinct(
         report = _reporter(on_pass, index)
         residuals = Residuals(model, rows, index)
         sample = residuals.sample(SAMPLE_ROWS_PER_CENTROID * layer.n_clusters, seed)
+        part = torch.split(sample, CHUNK_ROWS)
         centroids = KMeansPlusPlusInitInitializer()(sample, layer.n_clusters)
-        centroids = lloyd(residuals, centroids, 30, spherical=True, on_pass=report("spherical"))
-        centroids = lloyd(residuals, centroids, 100, on_pass=report("lloyd"))
-        centroids = relocate(residuals, centroids, on_pass=report("relocate"))
+        centroids = lloyd(part, centroids, 30, spherical=True, on_pass=report("spherical"))
+        centroids = lloyd(part, centroids, 100, on_pass=report("lloyd"))
+        centroids = relocate(part, centroids, on_pass=report("relocate"))
+        if len(sample) < rows.n_rows:
+            centroids = lloyd(residuals, centroids, 10, on_pass=report("whole"))
         if index == model.n_layers - 1 and rows.n_rows <= SEPARATED_ROWS:
             whole = torch.cat(list(residuals))
             centroids = separate(residuals.prefixes(), whole, centroids)
