@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from semid_server.serving.config import ServeConfig
+from semid_server.cli.serve import serve as serve_command
 
 BIN = Path(sys.executable).parent
 
@@ -64,9 +64,14 @@ def test_it_runs_as_nobody_special_and_takes_signals_itself(runtime):
     assert json.loads(runtime["ENTRYPOINT"]) == ["semid", "serve"]
 
 
+def _default(name: str) -> str:
+    """Default of a flag of `semid serve`."""
+    (option,) = (option for option in serve_command.params if option.name == name)
+    return str(option.default)
+
+
 def test_it_exposes_the_default_ports(runtime):
-    defaults = ServeConfig(checkpoint=Path())
-    assert runtime["EXPOSE"].split() == [str(defaults.port), str(defaults.metrics_port)]
+    assert runtime["EXPOSE"].split() == [_default("port"), _default("metrics_port")]
 
 
 def test_everything_that_is_installed_reaches_the_build(docker):
@@ -95,7 +100,7 @@ def test_its_health_check_tells_a_healthy_server_from_none(runtime, digits_serve
     options, _, words = runtime["HEALTHCHECK"].partition("CMD ")
     assert "--interval=" in options
     command = json.loads(words)
-    assert command[-1] == f"127.0.0.1:{ServeConfig(checkpoint=Path()).port}"
+    assert command[-1] == f"127.0.0.1:{_default('port')}"
 
     def check(target: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

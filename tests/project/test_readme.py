@@ -139,6 +139,7 @@ def server(checkout, ports, tmp_path_factory):
             process.kill()
 
 
+@pytest.mark.timeout(300)  # one of them trains a model
 @pytest.mark.parametrize("block", SESSION, ids=lambda block: block.text.split("\n")[0][:40])
 def test_a_block_runs_as_written_and_prints_what_it_says(block, checkout, server, ports):
     assert server.poll() is None

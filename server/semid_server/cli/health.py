@@ -6,30 +6,34 @@ import click
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from semid_client import TLS
+from semid_client.cli._options import PEM, option
+
 
 @click.command()
-@click.option(
-    "--target",
-    default="127.0.0.1:50051",
-    show_default=True,
-    envvar="SEMID_TARGET",
-    show_envvar=True,
-    help="HOST:PORT of the server.",
-)
-@click.option(
+@option("--target", default="127.0.0.1:50051", show_default=True, help="HOST:PORT of the server.")
+@option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(0, min_open=True),
     default=3.0,
     show_default=True,
-    help="Seconds to wait for an answer.",
+    env="SEMID_HEALTH",
+    help="Seconds to wait for an answer. Keep it under the interval of the check.",
 )
-def health(target: str, timeout: float) -> None:
+@option("--tls", is_flag=True, help="Encrypt; for a server that was given --tls-cert.")
+@option("--ca", type=PEM, help="PEM file of the server's authorities. Implies --tls.")
+@option("--cert", type=PEM, help="PEM file of a client certificate. Implies --tls.")
+@option("--key", type=PEM, help="PEM file of its private key.")
+def health(
+    target: str, timeout: float, *, tls: bool, ca: str | None, cert: str | None, key: str | None
+) -> None:
     """Exit with 0 if the server at TARGET is ready for requests, else with 1.
 
     It asks the standard gRPC health service, as an orchestrator would: the health check of the
     container image, and a way to wait for a server in a script.
     """
-    with grpc.insecure_channel(target) as channel:
+    encrypted = TLS.from_files(ca, cert, key) if tls or ca or cert or key else None
+    with _channel(target, encrypted) as channel:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=timeout
@@ -37,8 +41,17 @@ def health(target: str, timeout: float) -> None:
         except grpc.RpcError as error:
             raise click.ClickException(
                 f"{target}: {error.code().name}: {error.details()}"
-            ) from None
+            ) from error
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
     if reply.status != health_pb2.HealthCheckResponse.SERVING:
         raise click.ClickException(f"{target}: {status}")
     click.echo(f"{target}: {status}")
+
+
+def _channel(target: str, tls: TLS | None) -> grpc.Channel:
+    if tls is None:
+        return grpc.insecure_channel(target)
+    return grpc.secure_channel(
+        target,
+        grpc.ssl_channel_credentials(tls.root_certificates, tls.private_key, tls.certificate_chain),
+    )
