@@ -16,13 +16,15 @@ from semid_server.checkpoint import load_checkpoint
 from semid_server.encoding import EncodeCounts, make_encoder
 from semid_server.errors import (
     ConfigurationError,
+    DeviceError,
+    DeviceLostError,
     FieldViolation,
     InvalidInputError,
     SemidError,
 )
 from semid_server.model import DecodeMode
 from semid_server.serving.batcher import Runner
-from semid_server.serving.drift import SAMPLED_ROWS, DriftWatch, LayerDrift
+from semid_server.serving.drift import SAMPLED_ROWS, SAMPLED_SHARE, DriftWatch, LayerDrift
 from semid_server.serving.fill import copy_finite
 from semid_server.serving.types import (
     HOST_TYPES,
@@ -70,10 +72,40 @@ class Device(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
     def run(
         self, key: WorkKey, payloads: Sequence[npt.NDArray[Any]]
     ) -> Sequence[npt.NDArray[Any] | SemidError]:
-        """Answer each payload; see `Backend.run`."""
+        """Answer each payload; see `Backend.run`.
+
+        A batch that the device has no memory for is tried again in halves, down to single
+        requests; one that still has none fails alone.
+
+        Raises
+        ------
+        DeviceLostError
+            The device can do nothing more for this process.
+        """
         backend: Backend = key.model.backend
         self._last = backend
-        return backend.run(key, payloads)
+        try:
+            return backend.run(key, payloads)
+        except torch.cuda.OutOfMemoryError as error:
+            backend.release_memory()
+            if len(payloads) == 1:
+                logger.warning("no device memory for %d rows: %s", len(payloads[0]), error)
+                return [
+                    DeviceError(
+                        f"the device has no memory for this request of {len(payloads[0])} rows; "
+                        "send fewer at once"
+                    )
+                ]
+            logger.warning("no device memory for %d requests at once; halving", len(payloads))
+            middle = len(payloads) // 2
+            return [*self.run(key, payloads[:middle]), *self.run(key, payloads[middle:])]
+        except RuntimeError as error:
+            if backend.device_works():
+                raise
+            logger.exception("the device failed")
+            raise DeviceLostError(
+                "the device has failed and can do nothing more for this process"
+            ) from error
 
     def after(self) -> None:
         """Do what its model does after a batch, and let go of it."""
@@ -150,6 +182,7 @@ class Backend:
             normalize_residuals=spec.normalize_residuals,
             features=self._features,
         )
+        self._to_sample: float = SAMPLED_ROWS
         self._code_type = np.dtype(f"<u{spec.code_bits // 8}")
         self._buffers: dict[EmbeddingType, torch.Tensor] = {}
         modes: tuple[DecodeModeName, ...] = ("sum",)
@@ -187,6 +220,21 @@ class Backend:
         counts = asdict(self._encoder.counts())
         return {level: rows - warm_up[level] for level, rows in counts.items()}
 
+    def release_memory(self) -> None:
+        """Give memory that nothing uses back to the device."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def device_works(self) -> bool:
+        """Whether the device still does what it is asked: some errors end that for the process."""
+        if self._device.type != "cuda":
+            return True
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            return False
+        return True
+
     def drift(self) -> Sequence[LayerDrift]:
         """Code usage and quantisation error of the last rows, by layer."""
         return self._drift.summary()
@@ -212,8 +260,11 @@ class Backend:
         (rows, codes), self._encoded = self._encoded, None
         if not len(codes):
             return
+        self._to_sample = min(self._to_sample + len(codes) * SAMPLED_SHARE, SAMPLED_ROWS)
+        count = min(int(self._to_sample), len(codes))
+        self._to_sample -= count
         # Spread over the batch: its requests may differ.
-        sample = np.linspace(0, len(codes) - 1, min(SAMPLED_ROWS, len(codes))).astype(np.int64)
+        sample = np.linspace(0, len(codes) - 1, count).astype(np.int64)
         self._drift.observe(codes, rows[torch.from_numpy(sample)], codes[sample])
         if self._verifier is not None:
             self._verify(self._verifier, rows, codes)
