@@ -15,6 +15,7 @@ them to gRPC status codes, and the commands print their message as it is.
     ├── DeadlineExpiredError       dropped before it was computed
     ├── NotServingError            loading or draining
     ├── DeviceError                the device failed while it worked
+    │   └── DeviceLostError            and will not work again in this process
     ├── ConfigurationError         a setting, flag or file that cannot be used
     └── CheckpointError            a checkpoint that cannot be used
         ├── MalformedCheckpointError   damaged, truncated, or not what it says
@@ -119,6 +120,10 @@ class NotServingError(SemidError):
 
 class DeviceError(SemidError):
     """The device failed while it computed a batch."""
+
+
+class DeviceLostError(DeviceError):
+    """The device failed in a way that this process cannot recover from."""
 
 
 class ConfigurationError(SemidError):

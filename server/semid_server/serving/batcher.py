@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from semid_server.errors import (
     DeadlineExpiredError,
     DeviceError,
+    DeviceLostError,
     NotServingError,
     OverloadedError,
     SemidError,
@@ -169,6 +170,7 @@ class Batcher(Generic[Key, Payload, Answer]):
         self._rows_per_second = 0.0
         self._waiting_for_room: deque[asyncio.Future[None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._lost: asyncio.Future[DeviceLostError]
 
     # -- the event loop's side ---------------------------------------------------------------
 
@@ -179,6 +181,7 @@ class Batcher(Generic[Key, Payload, Answer]):
         raises is raised here, and the worker has ended.
         """
         self._loop = asyncio.get_running_loop()
+        self._lost = self._loop.create_future()
         made: asyncio.Future[RunnerT] = self._loop.create_future()
         # A daemon: a process told to end while the device hangs must be able to.
         threading.Thread(
@@ -298,6 +301,15 @@ class Batcher(Generic[Key, Payload, Answer]):
             self._changed.notify()
         while self._waiting_for_room:
             self._wake_next_waiter()
+
+    async def lost(self) -> DeviceLostError:
+        """Wait until the device is lost, if ever it is; nothing is admitted from then on."""
+        return await asyncio.shield(self._lost)
+
+    def _lose(self, error: DeviceLostError) -> None:
+        if not self._lost.done():
+            self._lost.set_result(error)
+        self.stop()
 
     @property
     def queue(self) -> QueueState:
@@ -433,6 +445,11 @@ class Batcher(Generic[Key, Payload, Answer]):
             answers = runner.run(key, [entry.payload for entry in batch])
         except SemidError as error:
             failed, answers = True, [error] * len(batch)
+            if isinstance(error, DeviceLostError):
+                logger.critical("%s", error)
+                with self._changed:
+                    self._stopped = True  # at once: the loop answers those that wait
+                self._in_loop(self._lose, error)
         except Exception:
             # The text stays in the log: it may hold what is no caller's business.
             logger.exception("a batch of %d requests with %d rows failed", len(batch), rows)
@@ -447,6 +464,8 @@ class Batcher(Generic[Key, Payload, Answer]):
         waits = [started - entry.admitted for entry in batch]
         self._observer.ran(key, rows=rows, waits=waits, seconds=seconds, failed=failed)
         self._in_loop(self._deliver, batch, answers)
+        if failed:
+            return
         try:
             runner.after()
         except Exception:

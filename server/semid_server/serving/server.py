@@ -112,6 +112,8 @@ class Server:
             A port cannot be had, or the device asked for is not there.
         CheckpointError
             The checkpoint cannot be used.
+        DeviceLostError
+            The device has failed for good; calls in progress were told so.
         """
         with self._signals():
             self._check_address()
@@ -202,11 +204,16 @@ class Server:
                 asyncio.create_task(self._reload_on_change(source, loaded))
                 for source, loaded in zip(sources, self._stamps, strict=True)
             ]
+        stopping = asyncio.create_task(self._stop.wait())
+        lost = asyncio.create_task(self._batcher.lost())
         try:
-            await self._stop.wait()
+            await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():
+                # A supervisor starts another process; this one has nothing left to serve with.
+                raise lost.result()
         finally:
-            for watcher in watchers:
-                watcher.cancel()
+            for task in (*watchers, stopping, lost):
+                task.cancel()
 
     async def _reload_when_told(self, sources: list[ModelSource]) -> None:
         while True:

@@ -26,6 +26,8 @@ CODES: dict[type[errors.SemidError], grpc.StatusCode] = {
     errors.DeadlineExpiredError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.NotServingError: grpc.StatusCode.UNAVAILABLE,
     errors.DeviceError: grpc.StatusCode.INTERNAL,
+    # Another server can answer what this one no longer can.
+    errors.DeviceLostError: grpc.StatusCode.UNAVAILABLE,
     # These end the command before a call can meet them; reached by a call, they are our bug.
     errors.ConfigurationError: grpc.StatusCode.INTERNAL,
     errors.CheckpointError: grpc.StatusCode.INTERNAL,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from semid_server.errors import (
     DeadlineExpiredError,
     DeviceError,
+    DeviceLostError,
     InvalidInputError,
     NotServingError,
     OverloadedError,
@@ -300,6 +301,23 @@ async def test_a_batch_that_fails_fails_its_requests_and_the_next_one_runs(
     device.free()
     assert await admit(batcher, "a") == ("answer to", "a")
     assert [run[-1] for run in observer.runs] == [True, False]
+
+
+async def test_when_the_device_is_lost_all_are_told_and_nothing_more_is_admitted(
+    make_batcher, device
+):
+    batcher = await make_batcher()
+    running = await occupy(batcher, device)
+    queued = admit(batcher, "queued")
+    lost = asyncio.create_task(batcher.lost())
+    device.outcomes.put(DeviceLostError("gone"))
+    with pytest.raises(DeviceLostError, match="gone"):
+        await running
+    with pytest.raises(NotServingError):
+        await queued
+    assert str(await lost) == "gone"
+    with pytest.raises(NotServingError):
+        admit(batcher, "late")
 
 
 async def test_stop_answers_what_is_queued_and_admits_no_more(make_batcher, device):

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
-from semid_server.errors import ConfigurationError, MalformedCheckpointError
+from semid_server.errors import ConfigurationError, DeviceLostError, MalformedCheckpointError
 from semid_server.serving.server import SERVICE
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -126,6 +126,23 @@ async def test_what_is_still_queued_when_the_grace_period_ends_is_told_so(
     device.free()
     assert (await running).fingerprint == "f" * 64
     await server.task
+
+
+async def test_a_lost_device_ends_the_server_with_its_error_and_calls_with_unavailable(
+    run_server, backend, device, connect
+):
+    backend.may_load.set()
+    server = run_server(backend)
+    channel = await connect(await server.address())
+    stub = pb_grpc.SemanticIdServiceStub(channel)
+    call = stub.Encode(REQUEST)
+    await asyncio.to_thread(device.began.get, timeout=30)
+    device.outcomes.put(DeviceLostError("the device has failed"))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    with pytest.raises(DeviceLostError):
+        await server.task
 
 
 async def test_signal_handlers_are_given_back(run_server, backend):
