@@ -156,10 +156,10 @@ def _as_text(checkpoint: Checkpoint, measured: Report) -> str:
     share = measured.unique_items / measured.n_items
     model = f"{checkpoint.path}: {checkpoint.spec.kind}, {widths} centroids"
     items = f"{measured.n_items:,} items: {measured.unique_items:,} ({share:.2%}) have an ID of"
-    ids = f"{measured.distinct_ids:,} distinct IDs, at most {measured.largest_group:,} items share"
+    ids = f"{measured.distinct_ids:,} distinct IDs, the largest group of items with one ID"
     lines = [
         model,
-        f"{items} their own; {ids} one",
+        f"{items} their own; {ids}: {measured.largest_group:,}",
         "",
         "layer  codes used  dead  perplexity  entropy (bits)  items with the most frequent",
     ]

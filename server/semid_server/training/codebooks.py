@@ -290,44 +290,84 @@ def separate(
     attempts : int
         Nudges tried in all: where most IDs are shared, a wider or a further layer is what helps.
     """
-    width = len(centroids)
     centroids = centroids.clone()
-    distances = torch.cdist(rows, centroids, compute_mode="donot_use_mm_for_euclid_dist")
-    codes = distances.argmin(dim=1)
-    sharing = _sharing(prefixes * width + codes)
+    state = _Collisions(prefixes, rows, centroids)
     for _ in range(passes):
-        before = int((sharing == 1).sum())
-        for row in (sharing > 1).nonzero().squeeze(1).tolist():
-            if sharing[row] == 1:  # an earlier nudge has helped this row too
+        before = state.unique
+        for row in state.sharing().tolist():
+            if not state.shares(row):  # an earlier nudge has helped this row too
                 continue
-            candidates = distances[row].topk(min(neighbours + 1, width), largest=False).indices
-            for index in candidates[1:].tolist():
+            for index in state.others_near(row, neighbours):
                 if attempts == 0:
                     return centroids
                 attempts -= 1
-                own, other = distances[row, codes[row]], distances[row, index]
-                # Half a per cent nearer than the centroid that wins now: clear of rounding.
-                share = (1 - 0.995 * own / other).clamp(0, 1)
-                moved = torch.lerp(centroids[index], rows[row], share)
-                column = distances[:, index].clone()
-                distances[:, index] = (rows - moved).norm(dim=1)
-                new_codes = distances.argmin(dim=1)
-                new_sharing = _sharing(prefixes * width + new_codes)
-                if (new_sharing == 1).sum() > (sharing == 1).sum():
+                moved = state.towards(row, index, centroids[index])
+                if state.try_moving(index, moved):
                     centroids[index] = moved
-                    codes, sharing = new_codes, new_sharing
                     break
-                distances[:, index] = column
-        if int((sharing == 1).sum()) == before:
+        if state.unique == before:
             break
     return centroids
 
 
-def _sharing(ids: Tensor) -> Tensor:
-    """How many rows have each row's ID."""
-    _, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
-    sharing: Tensor = counts[inverse]
-    return sharing
+class _Collisions:
+    """IDs as they are under centroids that move one at a time, kept up to date by the changes."""
+
+    def __init__(self, prefixes: Tensor, rows: Tensor, centroids: Tensor) -> None:
+        self._rows = rows
+        self._squares = rows.square().sum(dim=1)
+        self._width = len(centroids)
+        self._distances = torch.stack([self._squared_distances(c) for c in centroids], dim=1)
+        self._nearest, self._codes = self._distances.min(dim=1)
+        self._first_id = prefixes * self._width
+        sizes = (int(prefixes.max()) + 1) * self._width
+        self._sizes = torch.bincount(self._first_id + self._codes, minlength=sizes)
+        self.unique = int((self._sizes == 1).sum())
+
+    def sharing(self) -> Tensor:
+        """Rows whose ID another row has too."""
+        return (self._sizes[self._first_id + self._codes] > 1).nonzero().squeeze(1)
+
+    def shares(self, row: int) -> bool:
+        """Whether another row has the ID of this one."""
+        return bool(self._sizes[self._first_id[row] + self._codes[row]] > 1)
+
+    def others_near(self, row: int, count: int) -> list[int]:
+        """The centroids nearest to a row but for its own."""
+        near = self._distances[row].topk(min(count + 1, self._width), largest=False).indices
+        indices: list[int] = near[1:].tolist()
+        return indices
+
+    def towards(self, row: int, index: int, centroid: Tensor) -> Tensor:
+        """Draw a centroid towards a row until it is the nearest, clear of rounding: by 0.5 %."""
+        own, other = self._nearest[row].sqrt(), self._distances[row, index].sqrt()
+        return torch.lerp(centroid, self._rows[row], (1 - 0.995 * own / other).clamp(0, 1))
+
+    def try_moving(self, index: int, moved: Tensor) -> bool:
+        """Move centroid ``index`` if more IDs are then unique; says whether it was moved."""
+        column = self._squared_distances(moved)
+        changed = ((self._codes == index) | (column < self._nearest)).nonzero().squeeze(1)
+        distances = self._distances[changed]
+        distances[:, index] = column[changed]
+        nearest_now, codes = distances.min(dim=1)
+        old = self._first_id[changed] + self._codes[changed]
+        new = self._first_id[changed] + codes
+        touched = torch.unique(torch.cat([old, new]))
+        before = int((self._sizes[touched] == 1).sum())
+        ones = torch.ones_like(old)
+        self._sizes.index_add_(0, old, ones, alpha=-1).index_add_(0, new, ones)
+        gained = int((self._sizes[touched] == 1).sum()) - before
+        if gained <= 0:
+            self._sizes.index_add_(0, new, ones, alpha=-1).index_add_(0, old, ones)
+            return False
+        self._distances[:, index] = column
+        self._nearest[changed], self._codes[changed] = nearest_now, codes
+        self.unique += gained
+        return True
+
+    def _squared_distances(self, centroid: Tensor) -> Tensor:
+        product = torch.addmv(self._squares, self._rows, centroid, alpha=-2)
+        return (product + centroid.square().sum()).clamp_min(0)
 
 
 @torch.no_grad()

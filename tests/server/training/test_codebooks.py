@@ -15,7 +15,7 @@ from semid_server.training import ArrayRows, calibrate, fit_distinct, refine
 from semid_server.training.codebooks import Residuals, lloyd, nearest, relocate, separate
 from semid_server.training.report import LayerUse, report
 
-unhurried = settings(deadline=None, max_examples=25)
+unhurried = settings(deadline=None, max_examples=8)
 """Examples of fitting take as long as they take."""
 
 
@@ -211,8 +211,8 @@ def test_calibration_measures_mean_lengths_by_layer_and_code():
 
 def test_calibrated_decoding_comes_closer_than_the_sum_on_the_scale_of_the_input():
     array = embeddings() * 3
-    model = fresh_model()
-    for _ in fit_distinct(model, ArrayRows(array)):
+    model = drawn_model(array, widths=(16, 16))
+    for _ in refine(model, ArrayRows(array), iterations=20):
         pass
     rows = torch.from_numpy(array)
     codes = model.predict_step(rows).codes
