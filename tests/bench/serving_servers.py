@@ -29,7 +29,7 @@ from semid.v1 import semid_pb2_grpc as pb_grpc
 from semid_server.checkpoint import load_checkpoint
 from semid_server.encoding import EncodeCounts
 from semid_server.serving.backend import Backend
-from semid_server.serving.config import ServeConfig
+from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.server import Server
 
 MAX_MESSAGE = 32 << 20
@@ -88,7 +88,7 @@ async def instant(checkpoint: Path) -> None:
             print(f"ready {line.rpartition(' ')[2]}", flush=True)
 
     config = ServeConfig(
-        checkpoint=checkpoint,
+        models=(ModelSource(checkpoint),),
         host="127.0.0.1",
         port=0,
         metrics_port=0,

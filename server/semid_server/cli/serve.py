@@ -14,6 +14,7 @@ from semid_server.cli import errors_as_sentences
 from semid_server.cli.checkpoint_options import override_options
 from semid_server.errors import ConfigurationError
 from semid_server.serving import logs
+from semid_server.serving.allocator import keep_large_buffers
 from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.server import Server
 from semid_server.serving.tls import TlsFiles
@@ -270,6 +271,13 @@ def _default(name: str) -> dict[str, Any]:
     "codebook), with a warning in place of the refusal.",
 )
 @_option(
+    "--keep-buffers/--no-keep-buffers",
+    default=True,
+    show_default=True,
+    help="Whether glibc keeps the memory of large messages: 2 to 3 times their throughput, while "
+    "resident memory stays at its highest. MALLOC_ settings in the environment win.",
+)
+@_option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
@@ -286,6 +294,7 @@ def _default(name: str) -> dict[str, Any]:
 def serve(
     *,
     checkpoint: tuple[ModelSource, ...],
+    keep_buffers: bool,
     log_level: str,
     log_format: str,
     overrides: Overrides,
@@ -305,6 +314,9 @@ def serve(
         overrides = replace(overrides, allow_degenerate=allow_degenerate)
         tls = _tls_files(tls_cert, tls_key, tls_client_ca)
         config = ServeConfig(models=checkpoint, overrides=overrides, tls=tls, **settings)
+
+        if keep_buffers:
+            keep_large_buffers()
 
         async def run() -> None:
             await Server(config, announce=lambda line: click.echo(f"semid: {line}")).run()
