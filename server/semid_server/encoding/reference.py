@@ -68,6 +68,7 @@ class ReferenceEncoder:
         self._spec = spec
         self._device = device
         self._threads = threads or default_threads()
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="semid-reference")
         self._network = Network.of(spec, state, device)
         # transposed: a feature of all centroids lies together
         self._codebooks = tuple(
@@ -125,7 +126,7 @@ class ReferenceEncoder:
             return max(1, _DEVICE_CHUNK // max(*widths, self.input_dim))
         if self._network is not None:
             return max(1, _CPU_CHUNK // max(*widths, self.input_dim))
-        return 1024
+        return 1024 * self._threads
 
     def _quantize(self, residual: Tensor) -> Tensor:
         """Codes int64 ``(n, L)`` of float64 ``residual`` (n, E), by torch operations."""
@@ -167,8 +168,7 @@ class ReferenceEncoder:
         if len(parts) == 1:
             work(parts[0])
         else:
-            with ThreadPoolExecutor(self._threads) as pool:
-                list(pool.map(work, parts))
+            list(self._pool.map(work, parts))
         return torch.from_numpy(codes)
 
 

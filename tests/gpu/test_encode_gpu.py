@@ -1,0 +1,94 @@
+"""The GPU's encoder on a real device; `encode_sweep.py` beside this does it at length."""
+
+from __future__ import annotations
+
+import encode_cases as cases
+import pytest
+import torch
+
+from semid_server.encoding import EncodeCounts, ReferenceEncoder, make_encoder
+from semid_server.encoding.plan import TENSOR_CORE_UNIT
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_codes_are_those_of_the_reference_in_any_batch_and_from_either_memory(dtype, normalize):
+    model, spec = cases.random_model(96, [256, 33, 70], normalize=normalize)
+    rows = torch.cat(
+        [
+            cases.near_ties(model, spec, 100, dtype=dtype),
+            torch.randn(5000, 96).to(dtype),
+        ]
+    )
+    want = ReferenceEncoder(model, spec, device=CPU).encode(rows)
+    encoder = make_encoder(model, spec, device=GPU)
+    assert torch.equal(encoder.encode(rows.to(GPU)).cpu(), want)
+    assert torch.equal(encoder.encode(rows), want)
+    assert torch.equal(encoder.encode(rows.pin_memory()), want)
+    order = torch.randperm(len(rows))
+    assert torch.equal(encoder.encode(rows[order].to(GPU)).cpu(), want[order])
+    for size in (1, 2, 16, 17, 255, 256, 257, 1000):
+        assert torch.equal(encoder.encode(rows[:size].to(GPU)).cpu(), want[:size])
+        assert torch.equal(encoder.encode(rows[:size]), want[:size])
+    assert encoder.encode(rows[:0]).shape == (0, 3)
+
+
+def test_a_network_before_the_codebooks_keeps_the_promise():
+    model, spec = cases.random_network_model(64, (128, 64), 32, [256, 100])
+    rows = torch.cat([cases.near_ties(model, spec, 50, dtype=torch.float64), torch.zeros(3, 64)])
+    want = ReferenceEncoder(model, spec, device=CPU).encode(rows)
+    encoder = make_encoder(model, spec, device=GPU)
+    assert torch.equal(encoder.encode(rows.to(GPU)).cpu(), want)
+    assert torch.equal(encoder.encode(rows), want)
+
+
+def test_the_reference_is_the_same_bits_on_the_device():
+    model, spec = cases.random_network_model(32, (48,), 24, [40, 30])
+    rows = cases.near_ties(model, spec, 50, dtype=torch.float64)
+    on_host = ReferenceEncoder(model, spec, device=CPU)
+    on_device = ReferenceEncoder(model, spec, device=GPU)
+    assert torch.equal(on_host.encode(rows), on_device.encode(rows))
+    features = on_host._network.in_order(rows)
+    assert torch.equal(features, on_device._network.in_order(rows.to(GPU)).cpu())
+
+
+def test_every_row_is_counted_once_and_warming_up_counts_none():
+    model, spec = cases.random_model(32, [16, 16])
+    encoder = make_encoder(model, spec, device=GPU)
+    encoder.warm_up()
+    assert encoder.counts() == EncodeCounts()
+    for n in (1, 3, 300):
+        encoder.encode(torch.randn(n, 32))
+    assert encoder.counts().rows == 304
+
+
+@pytest.mark.parametrize("dim", [16, 384, 2048, 8192])
+def test_tensor_cores_lose_no_more_than_the_certificate_allows(dim):
+    # all terms positive: nothing cancels, and what is cut off adds up
+    generator = torch.Generator(GPU).manual_seed(dim)
+    a = torch.rand(512, dim, generator=generator, device=GPU).half()
+    b = torch.rand(256, dim, generator=generator, device=GPU).half()
+    got = torch.mm(a, b.T, out_dtype=torch.float32).double()
+    exact = a.double() @ b.double().T
+    assert ((got - exact).abs() <= dim * TENSOR_CORE_UNIT * exact).all()
+
+
+@pytest.mark.parametrize("terms", [16, 32, 64])
+def test_tensor_cores_keep_two_bits_below_the_last_place_of_the_largest_term(terms):
+    # 1 and many numbers of 2^-25, of which float32 alone would keep none
+    a = torch.zeros(64, terms, dtype=torch.float16, device=GPU)
+    b = torch.zeros(64, terms, dtype=torch.float16, device=GPU)
+    a[:, 0] = b[:, 0] = 1
+    a[:, 1:], b[:, 1:] = 2.0**-12, 2.0**-13
+    got = torch.mm(a, b.T, out_dtype=torch.float32)[0, 0].item() - 1
+    assert got >= ((terms - 1) * 2.0**-25) - (terms // 16) * 2.0**-23
+    assert got > 0
