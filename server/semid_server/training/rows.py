@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 NPY_BLOCK_ROWS = 4096
 """Rows that are read at a time from an ``.npy`` file."""
 
-SHUFFLE_ROWS = 1 << 18
-"""Rows held in memory to be shuffled: a set no larger is shuffled whole."""
+SHUFFLE_BYTES = 1 << 28
+"""Rows held in memory to be shuffled, in bytes: a set no larger is shuffled whole."""
 
 
 class Rows(Protocol):
@@ -202,13 +202,13 @@ def batches(
     first: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    shuffle_rows: int = SHUFFLE_ROWS,
+    shuffle_bytes: int = SHUFFLE_BYTES,
 ) -> Iterator[Floats]:
     """Shuffled batches without end, from batch number ``first`` on; the same ones for a ``seed``.
 
     An epoch goes through all rows once. Its last batch may be short, and is left out where a rank
     would get a single row of it, of which batch norm can make no statistics. Blocks are shuffled,
-    and rows within groups of blocks of ``shuffle_rows`` in all, so memory stays bounded.
+    and rows within groups of blocks of ``shuffle_bytes`` in all, so memory stays bounded.
     Of several ranks each gets every ``world_size``-th row of a batch, all equally many.
 
     Raises
@@ -221,6 +221,7 @@ def batches(
             f"a batch has {min(batch_size, rows.n_rows)} rows for {world_size} processes; "
             "expected at least one for each: start fewer, or make batches larger"
         )
+    shuffle_rows = shuffle_bytes // (4 * rows.dim)
     whole, rest = divmod(rows.n_rows, batch_size)
     per_epoch = whole + (rest // world_size >= 2 or whole == 0)  # noqa: PLR2004 - no single row
     epoch, skipped = divmod(first, per_epoch)

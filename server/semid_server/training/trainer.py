@@ -22,7 +22,8 @@ class Trainer:
 
     Steps that initialise a layer are taken by a plain SGD(lr=0.5) and not counted; all others are
     taken by the model's optimizer and its scheduler. With `torch.distributed` set up, gradients
-    are averaged over the ranks, each of which calls `step` with rows of its own.
+    are averaged over the ranks, each of which calls `step` with rows of its own. Batches may come
+    from anywhere, a `torch.utils.data.DataLoader` as well as `semid_server.training.batches`.
 
     Parameters
     ----------

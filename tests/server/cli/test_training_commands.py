@@ -162,6 +162,21 @@ def test_an_interrupted_training_is_saved_and_the_same_command_goes_on(embedding
     assert whole.output.split()[-1] == result.output.split()[-1]
 
 
+def test_under_torchrun_processes_train_together_and_one_writes(embeddings, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--no-python"]
+    semid = [sys.executable, "-c", "from semid_server.cli.train import train; train()"]
+    ended = subprocess.run(
+        [*torchrun, *semid, embeddings, "-o", tmp_path / "items", *SMALL, "--steps", "20"],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
+    assert ended.stdout.decode().count("rq-kmeans") == 1
+    assert load_checkpoint(tmp_path / "items").calibration is not None
+
+
 def test_a_restart_throws_the_unfinished_run_away(embeddings, tmp_path):
     folder = tmp_path / "items.training"
     folder.mkdir()

@@ -41,7 +41,7 @@ def test_an_epoch_has_every_row_once_in_batches_of_one_size_but_the_last(
     whole, rest = divmod(source.n_rows, batch_size)
     left_out = rest == 1 and whole > 0
     expected = [batch_size] * whole + ([rest] if rest and not left_out else [])
-    stream = batches(source, batch_size=batch_size, seed=1, shuffle_rows=shuffle_rows)
+    stream = batches(source, batch_size=batch_size, seed=1, shuffle_bytes=4 * shuffle_rows)
     for _ in range(2):
         epoch = list(islice(stream, len(expected)))
         assert [len(batch) for batch in epoch] == expected
@@ -64,7 +64,7 @@ def test_more_ranks_than_rows_of_a_batch_are_refused():
 def test_batches_from_a_later_one_on_are_those_that_would_have_come(
     sizes, batch_size, first, shuffle_rows
 ):
-    settings = {"batch_size": batch_size, "seed": 5, "shuffle_rows": shuffle_rows}
+    settings = {"batch_size": batch_size, "seed": 5, "shuffle_bytes": 4 * shuffle_rows}
     whole = batches(Blocks(sizes), **settings)
     later = batches(Blocks(sizes), first=first, **settings)
     expected = islice(whole, first, first + 5)
@@ -99,7 +99,7 @@ def test_epochs_and_seeds_differ_in_their_order():
 
 def test_going_on_reads_no_group_that_lies_behind():
     source = Blocks([4] * 10)
-    next(batches(source, batch_size=4, seed=0, first=8, shuffle_rows=4))
+    next(batches(source, batch_size=4, seed=0, first=8, shuffle_bytes=16))
     assert len(source.was_read) == 1
 
 
