@@ -33,8 +33,8 @@ _PRODUCT_BYTES = 1 << 29
 _MOST_ROWS = 1 << 17
 """Rows in flight: their products take at most so many bytes, and so many rows fill any GPU."""
 
-_STAGE_BYTES = 1 << 25
-"""Host rows are copied in pieces of 32 MiB, one while another is computed."""
+_STAGE_BYTES = 1 << 26
+"""Host rows are copied in pieces of 64 MiB, one while another is computed."""
 
 _GRAPH_ROWS = (1, 16, 64, 256)
 """Batches up to the last are padded to one of these and replayed as a CUDA graph."""
