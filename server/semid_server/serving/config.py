@@ -23,6 +23,7 @@ MESSAGE_OVERHEAD = 64 * 1024
 RANGES = {
     "port": (0, 65535, ""),
     "metrics_port": (0, 65535, ""),
+    "processes": (1, math.inf, ""),
     "threads": (1, math.inf, ""),
     "verify_fraction": (0, 1, ""),
     "max_message_bytes": (1, math.inf, ""),
@@ -58,6 +59,7 @@ class ServeConfig:
     port: int = 50051
     metrics_host: str | None = None
     metrics_port: int = 9464
+    processes: int = 1
     device: str = "auto"
     threads: int | None = None
     reference: bool = False

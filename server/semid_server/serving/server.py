@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,16 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
 from semid_server.errors import ConfigurationError, SemidError
+from semid_server.serving.addresses import (
+    bracketed,
+    cannot_listen,
+    check_address,
+    open_metrics,
+)
 from semid_server.serving.backend import Backend, Device
 from semid_server.serving.batcher import Batcher, BatchLimits
 from semid_server.serving.catalogue import Catalogue
@@ -31,9 +35,9 @@ from semid_server.serving.tokens import TokenFile
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-    from wsgiref.simple_server import WSGIServer
 
     import numpy.typing as npt
+    from prometheus_client import CollectorRegistry
 
     from semid_server.serving.config import ModelSource, ServeConfig
     from semid_server.serving.types import WorkKey
@@ -116,11 +120,13 @@ class Server:
             The device has failed for good; calls in progress were told so.
         """
         with self._signals():
-            self._check_address()
+            if self._config.processes == 1:
+                check_address(self._config)
             if not self._config.metrics:
                 await self._serve()
                 return
-            metrics_server = self._open_metrics()
+            metrics_server, address = open_metrics(self._config, self.registry)
+            self._announce(f"metrics on {address}")
             try:
                 await self._serve()
             finally:
@@ -288,8 +294,8 @@ class Server:
             options=(
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
                 ("grpc.max_send_message_length", self._config.max_message_bytes),
-                # A second server on the same port is a mistake, not a share of the load.
-                ("grpc.so_reuseport", 0),
+                # Unless asked for, a second server on the same port is a mistake.
+                ("grpc.so_reuseport", int(self._config.processes > 1)),
                 # Clients may ping an idle connection every 30 s to keep it open.
                 ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -307,7 +313,7 @@ class Server:
             reflection.enable_server_reflection(
                 (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
             )
-        host = _bracketed(self._config.host)
+        host = bracketed(self._config.host)
         address = f"{host}:{self._config.port}"
         try:
             if self._config.tls is None:
@@ -316,41 +322,13 @@ class Server:
                 credentials = Certificates(self._config.tls).credentials()
                 port = server.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise self._cannot_listen("gRPC could not bind it") from error
+            raise cannot_listen(self._config, "gRPC could not bind it") from error
         return server, f"{host}:{port}"
 
-    def _check_address(self) -> None:
-        """Bind the address and let go of it: gRPC itself says why it cannot only to its own log."""
-        host, port = self._config.host.strip("[]"), self._config.port
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, kind, protocol, _, address = found[0]
-            with socket.socket(family, kind, protocol) as probe:
-                # As gRPC does: what a server before this one left in TIME_WAIT is no obstacle.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-        except OSError as error:
-            raise self._cannot_listen(error.strerror or str(error)) from error
-
-    def _cannot_listen(self, why: str) -> ConfigurationError:
-        return ConfigurationError(
-            f"cannot listen on {_bracketed(self._config.host)}:{self._config.port}: {why}; "
-            "choose another with --port or --host"
-        )
-
-    def _open_metrics(self) -> WSGIServer:
-        host = self._config.metrics_host or self._config.host
-        try:
-            server, _ = start_http_server(
-                self._config.metrics_port, addr=host, registry=self._metrics.registry
-            )
-        except OSError as error:
-            raise ConfigurationError(
-                f"cannot listen on {_bracketed(host)}:{self._config.metrics_port} for metrics: "
-                f"{error.strerror}; choose another with --metrics-port or --metrics-host"
-            ) from error
-        self._announce(f"metrics on {_bracketed(host)}:{server.server_port}")
-        return server
+    @property
+    def registry(self) -> CollectorRegistry:
+        """What the metrics endpoint shows."""
+        return self._metrics.registry
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -394,8 +372,3 @@ def stamp(path: Path) -> Stamp:
 async def _set_health(servicer: Any, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
     for name in ("", SERVICE):
         await servicer.set(name, status)
-
-
-def _bracketed(host: str) -> str:
-    """Write an IPv6 address as URLs do."""
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
