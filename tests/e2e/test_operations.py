@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+import time
 
 import grpc
 import pytest
@@ -35,16 +37,18 @@ def test_health_of_an_unknown_service_is_not_found(digits_channel):
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-def test_a_watcher_of_health_sees_the_drain_before_the_end(serve, reference_dir):
-    server = serve(reference_dir / "digits_rkmeans/model.ckpt")
+def test_a_watcher_of_health_sees_the_drain_and_does_not_hold_it_up(serve, reference_dir):
+    server = serve(reference_dir / "digits_rkmeans/model.ckpt", "--grace", 50)
     with server.channel() as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(
-            health_pb2.HealthCheckRequest(service=SERVICE), timeout=60
+            health_pb2.HealthCheckRequest(service=SERVICE), timeout=100
         )
         assert next(watch).status == SERVING
-        status = server.stop()
+        began = time.monotonic()
+        server.signal(signal.SIGTERM)
         assert next(watch).status == NOT_SERVING
-    assert status == 0
+        assert server.wait() == 0
+    assert time.monotonic() - began < 25, "a drain of nothing lasted for the grace period"
 
 
 def test_reflection_lists_the_services(digits_channel):

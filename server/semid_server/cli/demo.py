@@ -111,7 +111,11 @@ def demo(checkpoint: Path | None, device: str) -> None:
         )
         arguments = [*SERVE, *(() if device == "auto" else ("--device", device)), "--checkpoint"]
         click.echo()
-        _say("Server", f"$ semid {' '.join(arguments)} {checkpoint or 'checkpoints/movies'}")
+        _say(
+            "Server",
+            f"$ semid {' '.join(arguments)} {checkpoint or 'checkpoints/movies'}",
+            "(the first start in an environment compiles its kernels, which takes some seconds)",
+        )
         try:
             with _running([*arguments, str(checkpoint or data / "checkpoint")]) as server:
                 _say("", *server.said, f"ready after {server.startup_seconds:.1f} s")
