@@ -38,18 +38,18 @@ LAYERS, WIDTH = 3, 256
 def embeddings(rows, dim, seed=0):
     """Sums of a centre of 200, one of its 20 children, one of 5 of theirs, and noise; length 1."""
     random = np.random.default_rng(seed)
-    centres = [random.normal(size=(count, dim)) for count in (200, 4000, 20000)]
+    centres = [random.standard_normal((count, dim), np.float32) for count in (200, 4000, 20000)]
     array = np.empty((rows, dim), np.float32)
     for start in range(0, rows, 65536):
         part = array[start : start + 65536]
         first = random.integers(0, 200, len(part))
         second = first * 20 + random.integers(0, 20, len(part))
         third = second * 5 + random.integers(0, 5, len(part))
-        part[:] = random.normal(size=part.shape) * 0.5
+        part[:] = random.standard_normal(part.shape, np.float32) * np.float32(0.5)
         for scale, level, index in zip(
             (1.0, 0.7, 0.5), centres, (first, second, third), strict=True
         ):
-            part += scale * level[index]
+            part += np.float32(scale) * level[index]
         part /= np.linalg.norm(part, axis=1, keepdims=True)
     return array
 
