@@ -1,6 +1,6 @@
 """Many millions of rows through the GPU's encoder, against the definition on the CPU.
 
-    PYTHONPATH=server:client:proto:tests/bench python3 tests/gpu/encode_sweep.py [--share 1.0] [--only TEXT]
+    PYTHONPATH=server:client:proto:tests/bench python3 tests/gpu/encode_sweep.py [--only TEXT]
 
 Real rows with noise, random rows, and rows on the borders between codes, of several shapes and
 all four types, on the device and from host memory. Prints the share of rows that went beyond the
@@ -127,7 +127,7 @@ def sweep(case, generator, share) -> tuple[int, int]:
     counts = encoder.counts()
     print(
         f"{name:46s} {rows_done:9,d} rows, {differing} differ; decided in float64 "
-        f"{counts.float64 / counts.rows:.3%}, by the reference {counts.reference / counts.rows:.3%}",
+        f"{counts.float64 / counts.rows:.3%}, by reference {counts.reference / counts.rows:.3%}",
         flush=True,
     )
     return rows_done, differing

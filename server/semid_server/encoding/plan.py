@@ -33,11 +33,11 @@ LOOSEST = 0.1
 SHORTEST_RESIDUAL = 1e-9
 """A residual shorter than this is left to the reference: it may be clamped at 1e-12."""
 
-LEAST_LENGTH = 2.0**-39
+LEAST_LENGTH = 2.0**-24
 GREATEST_LENGTH = 2.0**40
-"""Rows and codebooks of lengths outside these are left to the reference arithmetic, so
-that no intermediate of the fast paths overflows, underflow is far below its bounds, and the
-clamp of `NORM_EPS` never acts on a row that they decide."""
+"""Rows and codebooks of lengths outside these are left to the reference arithmetic, so that no
+intermediate of the fast paths overflows, underflow is far below their bounds, and the clamp of
+`NORM_EPS` never acts on a row that they decide."""
 
 _GRAM_BLOCK = 1 << 22
 """Entries of a Gram table made at once in float64: 32 MiB."""

@@ -159,6 +159,19 @@ def test_lengths_far_from_one_are_left_to_the_reference_and_no_others():
     assert encoder.counts().reference == 100
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("integer_product", PRODUCTS)
+def test_lengths_about_the_limits_have_the_codes_of_the_reference(normalize, integer_product):
+    generator = torch.Generator().manual_seed(9)
+    exponents = torch.cat([torch.linspace(-45, -20, 300), torch.linspace(35, 45, 100)])
+    directions = torch.nn.functional.normalize(torch.randn(400, 16, generator=generator))
+    rows = directions * torch.exp2(exponents)[:, None]
+    for length in (1.0, 1e-7, 3e-13):
+        model, spec = cases.random_model(16, [1, 9, 30], normalize=normalize, length=length)
+        encoder = CpuEncoder(model, spec, threads=1, integer_product=integer_product)
+        assert torch.equal(encoder.encode(rows), expected(model, spec, rows))
+
+
 def test_a_codebook_of_extreme_length_is_left_to_the_reference():
     model, spec = cases.random_model(8, [16, 16], length=1e20)
     rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(7))

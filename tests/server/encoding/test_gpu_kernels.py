@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from semid_server.encoding import ReferenceEncoder
-from semid_server.encoding.plan import Plan
+from semid_server.encoding.plan import GREATEST_LENGTH, LEAST_LENGTH, Plan
 
 gpu = pytest.importorskip("semid_server.encoding.gpu", reason="needs Triton")
 kernels = gpu.kernels
@@ -89,7 +89,7 @@ def test_rounding_is_that_of_its_twin(dtype):
 def test_what_is_proved_is_what_its_twin_proves(case):
     _, _, tables, _, (_, facts, products, (codes, _, waiting), *_) = case
     twin_codes, twin_proved = twins.prove(products, facts, tables)
-    in_range = (facts[:, 0] >= 2.0**-40) & (facts[:, 0] <= 2.0**40)
+    in_range = (facts[:, 0] >= LEAST_LENGTH) & (facts[:, 0] <= GREATEST_LENGTH)
     proved = in_range.clone()
     proved[waiting[1 : 1 + int(waiting[0])].long()] = False
     # the twin has its bounds in float64: a row may stand on the edge
