@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tomllib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ from semid_server.errors import ConfigurationError
 from semid_server.serving import logs
 from semid_server.serving.allocator import keep_large_buffers
 from semid_server.serving.config import ModelSource, ServeConfig
+from semid_server.serving.processes import Processes
 from semid_server.serving.server import Server
 from semid_server.serving.tls import TlsFiles
 
@@ -156,10 +158,19 @@ def _default(name: str) -> dict[str, Any]:
     "to have the start fail where it is missing.",
 )
 @_option(
+    "--processes",
+    type=click.IntRange(1),
+    **_default("processes"),
+    help="Server processes that share the address; each loads the models and has queues and "
+    "limits of its own. A process moves about 1 GB/s: raise it on machines of many cores, for "
+    "many connections (each stays with one process).",
+)
+@_option(
     "--threads",
     type=click.IntRange(1),
     default=None,
-    help="CPU threads of the encoder. Default: all cores; lower it on a shared machine.",
+    help="CPU threads of the encoder, in each process. Default: all cores, divided by --processes; "
+    "lower it on a shared machine.",
 )
 @_option(
     "--max-message-bytes",
@@ -309,16 +320,29 @@ def serve(
     Prints where it listens, serves until SIGTERM or Ctrl-C, then finishes what was admitted.
     SIGHUP loads new versions of the checkpoints beside the old ones and switches to them.
     """
-    logs.configure(level=log_level, as_json=log_format == "json")
+    prepare = partial(
+        _prepare, keep_buffers=keep_buffers, log_level=log_level, log_format=log_format
+    )
+    prepare()
     with errors_as_sentences():
         overrides = replace(overrides, allow_degenerate=allow_degenerate)
         tls = _tls_files(tls_cert, tls_key, tls_client_ca)
         config = ServeConfig(models=checkpoint, overrides=overrides, tls=tls, **settings)
 
-        if keep_buffers:
-            keep_large_buffers()
+        def announce(line: str) -> None:
+            click.echo(f"semid: {line}")
 
         async def run() -> None:
-            await Server(config, announce=lambda line: click.echo(f"semid: {line}")).run()
+            if config.processes > 1:
+                await Processes(config, announce=announce, prepare=prepare).run()
+            else:
+                await Server(config, announce=announce).run()
 
         asyncio.run(run())
+
+
+def _prepare(*, keep_buffers: bool, log_level: str, log_format: str) -> None:
+    """Set up what a process has but one of."""
+    logs.configure(level=log_level, as_json=log_format == "json")
+    if keep_buffers:
+        keep_large_buffers()

@@ -12,7 +12,7 @@ from semid_server.errors import ConfigurationError
 if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
 
-    from prometheus_client.registry import Collector
+    from prometheus_client import CollectorRegistry
 
     from semid_server.serving.config import ServeConfig
 
@@ -64,7 +64,7 @@ def _bind(config: ServeConfig, port: int, *, shared: bool) -> socket.socket:
     return bound
 
 
-def open_metrics(config: ServeConfig, registry: Collector) -> tuple[WSGIServer, str]:
+def open_metrics(config: ServeConfig, registry: CollectorRegistry) -> tuple[WSGIServer, str]:
     """Start the metrics endpoint, and return it with its address.
 
     Raises

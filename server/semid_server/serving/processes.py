@@ -1,0 +1,381 @@
+"""Several server processes behind one address and one metrics endpoint.
+
+The parent loads no model and serves no call. It starts the children (afresh, not by fork: gRPC does
+not survive one), each a whole `Server` that binds the same port, among which the kernel divides the
+connections (SO_REUSEPORT). Over a pipe a child says that it serves, or why it cannot, and hands
+over its metrics when the parent's endpoint is asked for them; the parent adds them up.
+
+The life of a child::
+
+    started ── "failed", or it ends ──> on the first start: all end, and the command fails
+      │                                 later: started again, after a pause that doubles
+      ▼
+    "serving" ── it ends, untold ─────> started again
+      │
+      ▼
+    told to end, by a signal passed on or by the end of the pipe ──> drains, ends
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from semid_server.errors import ConfigurationError, SemidError
+from semid_server.serving.addresses import bracketed, open_metrics, share_address
+from semid_server.serving.server import Server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import SpawnProcess
+
+    from semid_server.serving.config import ServeConfig
+
+logger = logging.getLogger(__name__)
+
+PAUSES: Final = (0.5, 30.0)
+"""Seconds before a child that ended is started again: the first time, and at most."""
+
+STEADY: Final = 60.0
+"""Seconds of serving after which the pauses begin anew."""
+
+METRICS_PATIENCE: Final = 2.0
+"""Seconds that a scrape waits for a child; then that child's last figures have to do."""
+
+SUMMED: Final = frozenset(
+    {
+        "semid_queue_requests",
+        "semid_queue_rows",
+        "semid_queue_bytes",
+        "process_virtual_memory_bytes",
+        "process_resident_memory_bytes",
+        "process_open_fds",
+    }
+)
+"""Gauges of which all processes together have the sum. Counters and histograms are summed too."""
+
+LEAST: Final = frozenset(
+    {"semid_serving", "semid_dead_codes", "process_start_time_seconds", "process_max_fds"}
+)
+"""Gauges of which the least of any process is shown: of all others, the greatest."""
+
+
+class Processes:
+    """Keeps ``config.processes`` servers running.
+
+    Parameters
+    ----------
+    config : ServeConfig
+        What each server is told to be; without ``threads``, they share the processors.
+    announce : callable
+        Told, a line each, where metrics and service can be reached: once all of them serve.
+    prepare : callable
+        Called first in each child; must be picklable. Sets up its logging.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        announce: Callable[[str], None],
+        prepare: Callable[[], None],
+    ) -> None:
+        self._config, self._announce, self._prepare = config, announce, prepare
+        self._children: set[_Child] = set()
+        self._past: dict[str, Metric] = {}
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then have all children drain. SIGHUP goes to them too.
+
+        Raises
+        ------
+        ConfigurationError
+            An address cannot be had, or a child could not begin to serve; the message is its.
+        """
+        with self._signals(), share_address(self._config) as reserved:
+            port = reserved.getsockname()[1]
+            with self._metrics():
+                await self._keep_all(replace(self._config, port=port))
+
+    async def _keep_all(self, config: ServeConfig) -> None:
+        cores = len(os.sched_getaffinity(0))
+        config = replace(
+            config,
+            metrics=False,  # the parent's endpoint shows them
+            threads=config.threads or max(1, cores // config.processes),
+        )
+        loop = asyncio.get_running_loop()
+        begun: list[asyncio.Future[str]] = [loop.create_future() for _ in range(config.processes)]
+        keepers = [asyncio.create_task(self._keep(config, first)) for first in begun]
+        try:
+            names = await asyncio.gather(*begun)
+            if not self._stop.is_set():
+                address = f"{bracketed(config.host)}:{config.port}"
+                self._announce(f"serving {names[0]} on {address}")
+            await asyncio.gather(*keepers)
+        finally:
+            self._tell_to_end()
+            for first in begun:
+                first.cancel()
+            await asyncio.gather(*keepers)
+
+    async def _keep(self, config: ServeConfig, first: asyncio.Future[str]) -> None:
+        """Start a child, and start it again whenever it ends untold; `first` is its first word."""
+        shortest, longest = PAUSES
+        pause = shortest
+        while not self._stop.is_set():
+            child = _Child(config, self._prepare)
+            self._children.add(child)
+            started = time.monotonic()
+            try:
+                names = await child.serving
+                if not first.done():
+                    first.set_result(names)
+            except SemidError as error:
+                if not first.done() and not self._stop.is_set():
+                    self._stop.set()
+                    first.set_exception(error)
+                elif not self._stop.is_set():
+                    logger.error("a server process could not be started again: %s", error)  # noqa: TRY400 - no bug
+            await child.ended
+            self._children.discard(child)
+            merge(self._past, [metric for metric in child.metrics if metric.type != "gauge"])
+            if self._stop.is_set():
+                break
+            if time.monotonic() - started > STEADY:
+                pause = shortest
+            logger.error(
+                "server process %d ended with status %s; another is started in %g s",
+                child.pid,
+                child.status,
+                pause,
+            )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), pause)
+            pause = min(2 * pause, longest)
+        if not first.done():
+            first.set_result("")
+
+    @contextlib.contextmanager
+    def _metrics(self) -> Iterator[None]:
+        if not self._config.metrics:
+            yield
+            return
+        collector = _Together(self._collect, asyncio.get_running_loop())
+        registry = CollectorRegistry()
+        registry.register(collector)
+        server, address = open_metrics(self._config, registry)
+        self._announce(f"metrics on {address}")
+        try:
+            yield
+        finally:
+            collector.close()
+            server.shutdown()
+            server.server_close()
+
+    async def _collect(self) -> list[Metric]:
+        """Ask every child for its metrics, and add them up with those of children past."""
+        children = list(self._children)
+        answers = [child.ask_for_metrics() for child in children]
+        if answers:
+            await asyncio.wait(answers, timeout=METRICS_PATIENCE)
+        together: dict[str, Metric] = {}
+        merge(together, self._past.values())
+        for child in children:
+            merge(together, child.metrics)
+        return list(together.values())
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the children, SIGHUP goes on to them; give all back at last."""
+        loop = asyncio.get_running_loop()
+        taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {number: signal.getsignal(number) for number in taken}
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, number)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
+
+    def _end(self, number: signal.Signals) -> None:
+        logger.info("%s received", signal.Signals(number).name)
+        self._stop.set()
+        self._tell_to_end()
+
+    def _tell_to_end(self) -> None:
+        for child in self._children:
+            child.tell(signal.SIGTERM)
+
+    def _reload(self) -> None:
+        for child in self._children:
+            if child.serving.done():  # one that is starting reads the newest version anyway
+                child.tell(signal.SIGHUP)
+
+
+class _Child:
+    """One server process, seen from the parent's event loop."""
+
+    def __init__(self, config: ServeConfig, prepare: Callable[[], None]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._loop = asyncio.get_running_loop()
+        self._connection, theirs = context.Pipe()
+        self._process: SpawnProcess = context.Process(
+            target=_serve, args=(config, prepare, theirs), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.pid = self._process.pid
+        self.metrics: list[Metric] = []
+        self.serving: asyncio.Future[str] = self._loop.create_future()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self._asked: list[asyncio.Future[None]] = []
+        self._loop.add_reader(self._connection.fileno(), self._listen)
+
+    @property
+    def status(self) -> int | None:
+        """Exit status; negative, the signal that ended it."""
+        return self._process.exitcode
+
+    def tell(self, number: signal.Signals) -> None:
+        """Send it a signal, unless it has ended."""
+        if self._process.is_alive() and self.pid is not None:
+            os.kill(self.pid, number)
+
+    def ask_for_metrics(self) -> asyncio.Future[None]:
+        """Return a future that is done when `metrics` are fresh, or the child has ended."""
+        asked: asyncio.Future[None] = self._loop.create_future()
+        self._asked.append(asked)
+        try:
+            self._connection.send("metrics")
+        except OSError:  # it has ended; `_listen` is about to hear of it
+            asked.set_result(None)
+        return asked
+
+    def _listen(self) -> None:
+        try:
+            kind, what = self._connection.recv()
+        except (EOFError, OSError):
+            self._finish()
+            return
+        if kind == "metrics":
+            self.metrics = what
+            self._answer()
+        elif not self.serving.done():
+            if kind == "serving":
+                self.serving.set_result(what)
+            else:
+                self.serving.set_exception(ConfigurationError(what))
+
+    def _finish(self) -> None:
+        self._loop.remove_reader(self._connection.fileno())
+        self._connection.close()
+        self._process.join()  # the pipe's other end closes as the process ends
+        self._answer()
+        if not self.serving.done():
+            self.serving.set_exception(
+                ConfigurationError(
+                    f"a server process ended with status {self.status} before it served; "
+                    "its log is above"
+                )
+            )
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def _answer(self) -> None:
+        while self._asked:
+            if not (asked := self._asked.pop()).done():
+                asked.set_result(None)
+
+
+class _Together(Collector):
+    """The metrics of all processes, for the endpoint's threads."""
+
+    def __init__(self, collect: Callable[[], Any], loop: asyncio.AbstractEventLoop) -> None:
+        self._collect, self._loop = collect, loop
+        self._closed = False
+
+    def close(self) -> None:
+        """Answer nothing from now on: the loop is about to wait for the endpoint's end."""
+        self._closed = True
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield every family."""
+        if not self._closed:
+            future = asyncio.run_coroutine_threadsafe(self._collect(), self._loop)
+            yield from future.result(2 * METRICS_PATIENCE)
+
+
+def merge(into: dict[str, Metric], metrics: Iterable[Metric]) -> None:
+    """Add families to those of other processes, by name: sample by sample, as `SUMMED` says."""
+    for metric in metrics:
+        if metric.name not in into:
+            into[metric.name] = Metric(metric.name, metric.documentation, metric.type, metric.unit)
+        family = into[metric.name]
+        values = {_identity(sample): index for index, sample in enumerate(family.samples)}
+        for sample in metric.samples:
+            index = values.get(_identity(sample))
+            if index is None:
+                family.samples.append(sample)
+                continue
+            here = family.samples[index].value
+            if metric.type != "gauge" or metric.name in SUMMED:
+                value = here + sample.value
+            else:
+                value = (min if metric.name in LEAST else max)(here, sample.value)
+            family.samples[index] = family.samples[index]._replace(value=value)
+
+
+def _identity(sample: Any) -> tuple[Any, ...]:
+    return sample.name, *sorted(sample.labels.items())
+
+
+def _serve(config: ServeConfig, prepare: Callable[[], None], connection: Connection) -> None:
+    """Be a child: the target of its process."""
+    os.setpgid(0, 0)  # Ctrl-C is the parent's to hear; it passes it on
+    prepare()
+
+    async def run() -> None:
+        def announce(line: str) -> None:
+            connection.send(("serving", line.removeprefix("serving ").rpartition(" on ")[0]))
+
+        server = Server(config, announce=announce)
+
+        def send_metrics() -> None:
+            connection.send(("metrics", list(server.registry.collect())))
+
+        def listen() -> None:
+            try:
+                connection.recv()
+                send_metrics()
+            except (EOFError, OSError):  # the parent is gone, and nobody will start another
+                asyncio.get_running_loop().remove_reader(connection.fileno())
+                server.request_stop()
+
+        asyncio.get_running_loop().add_reader(connection.fileno(), listen)
+        await server.run()
+        with contextlib.suppress(OSError):
+            send_metrics()  # the last figures: counters do not go back when a process ends
+
+    try:
+        asyncio.run(run())
+    except (SemidError, OSError) as error:
+        with contextlib.suppress(OSError):
+            connection.send(("failed", str(error)))
+        raise SystemExit(1) from None
