@@ -123,7 +123,7 @@ def run_server(checkpoint, *arguments, log: Path, env=None, wait=True):
         ) as process,
     ):
         server = Server(process, file)
-        reader = threading.Thread(target=server.read_stdout)
+        reader = threading.Thread(target=server.read_stdout, daemon=True)
         reader.start()
         try:
             if wait:
