@@ -99,29 +99,30 @@ def round_rows(rows: Array, rounded: Array, facts: Array) -> None:
     for row in range(n):
         x = rows[row]
         out = rounded[row]
-        total, largest = 0.0, x.dtype.type(0.0)
+        squares = fourths = 0.0
         for i in range(dim):
-            value = np.float64(x[i])
-            total += value * value
-        for i in range(dim):
-            size = abs(x[i])
-            largest = size if size > largest else largest  # noqa: FURB136 - vectorised
-        norm = math.sqrt(total)
+            square = np.float64(x[i]) ** 2
+            squares += square
+            fourths += square * square
+        norm = math.sqrt(squares)
         facts[row, 0] = norm
         if not LEAST_LENGTH <= norm <= GREATEST_LENGTH:
             facts[row, 1] = facts[row, 2] = 0.0
             for i in range(dim):
                 out[i] = 0
             continue
-        step = max(norm / LONGEST, np.float64(largest) / LARGEST)
+        # no number is larger than the fourth root; a maximum would not be vectorised
+        step = max(norm / LONGEST, math.sqrt(math.sqrt(fourths)) / LARGEST)
         inverse = x.dtype.type(1.0 / step)
         errors = x.dtype.type(0.0)
         for i in range(dim):
             scaled = x[i] * inverse
-            # rounds to nearest by cutting off a positive number; which way is of no importance
-            nearest = np.int32(scaled + x.dtype.type(32768.5)) - np.int32(32768)
+            # cutting off a positive number rounds to nearest, but for ties and the last bit,
+            # which are of no importance: the error is measured
+            shifted = np.int32(scaled + x.dtype.type(32768.5))
+            nearest = x.dtype.type(shifted) - x.dtype.type(32768.0)
             out[i] = np.int16(nearest)
-            error = scaled - x.dtype.type(nearest)
+            error = scaled - nearest
             errors += error * error
         facts[row, 1] = step
         facts[row, 2] = step * math.sqrt(np.float64(errors)) * slack + 4.0 * UNIT32 * norm
@@ -256,11 +257,26 @@ def _distance(residual: Array, centroid: Array) -> float:
 
 
 @_any_order
+def _least(values: Array) -> float:
+    """Least of the values, which are overwritten: halves are folded, since that is vectorised."""
+    width = len(values)
+    while width > 1:
+        half = (width + 1) // 2
+        for k in range(width - half):
+            a, b = values[k], values[k + half]
+            values[k] = a if a < b else b  # noqa: FURB136 - as above
+        width = half
+    return values[0]  # type: ignore[no-any-return] # a float32
+
+
+@_any_order
 def _lowest_scores(  # noqa: PLR0917 - numba takes no keywords
     products: Array, factor: float, slope: float, lift: float, layer: int, chosen: Array,
-    weights: Array, tables: Tables, lows: Array,
+    weights: Array, tables: Tables, lows: Array, highs: Array,
 ) -> float:  # fmt: skip
     """Set ``lows`` to ``v_k - eps_k`` for a layer's centroids; return the least ``v_k + eps_k``.
+
+    ``highs`` is scratch memory.
 
     ``v_k = ||c_k||^2 / 2 - <u_l, c_k>`` in float32 and ``eps_k = slope ||c_k|| + lift kappa_k``.
     """
@@ -280,13 +296,11 @@ def _lowest_scores(  # noqa: PLR0917 - numba takes no keywords
         gram = tables.grams[place : place + width]
         for k in range(width):
             lows[k] += weight * gram[k]
-    least = np.float32(np.inf)
     for k in range(width):
         slack = slope32 * lengths[k] + lift32 * spreads[k]
-        high = lows[k] + slack
+        highs[k] = lows[k] + slack
         lows[k] -= slack
-        least = high if high < least else least  # noqa: FURB136 - this form is vectorised
-    return least  # type: ignore[return-value] # a float32
+    return _least(highs[:width])
 
 
 @_any_order
@@ -356,6 +370,7 @@ def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compile
     g = (rows.shape[1] + 16) * UNIT64
     widest = np.max(tables.offsets[1:] - tables.offsets[:-1])
     lows = np.empty(widest, np.float32)
+    highs = np.empty(widest, np.float32)
     candidates = np.empty(widest, np.int64)
     residual = np.empty(rows.shape[1])
     chosen = np.empty(n_layers, np.int64)  # columns, over all layers
@@ -394,7 +409,16 @@ def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compile
             norm = slip = least_norm = 0.0
             if slope < GREATEST_LENGTH and mass < GREATEST_LENGTH:
                 least = _lowest_scores(
-                    products[row], alpha * step, slope, lift, layer, chosen, weights, tables, lows
+                    products[row],
+                    alpha * step,
+                    slope,
+                    lift,
+                    layer,
+                    chosen,
+                    weights,
+                    tables,
+                    lows,
+                    highs,
                 )
                 cut = least + exact_bound
                 count, best = _within(lows[:width], cut)
