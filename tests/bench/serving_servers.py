@@ -13,6 +13,9 @@ Each prints ``ready HOST:PORT`` once it serves, and ends when its stdin does.
 
 from __future__ import annotations
 
+import semid_server.cli.quiet_threads  # noqa: F401 - before torch, as `semid serve` does
+
+# isort: split
 import argparse
 import asyncio
 import sys

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import semid_server.cli.quiet_threads  # noqa: F401 - before whatever imports torch
+
+# isort: split
 import asyncio
 import tomllib
 from dataclasses import replace

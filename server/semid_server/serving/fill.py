@@ -26,7 +26,10 @@ EXPONENTS: Final[dict[EmbeddingType, np.unsignedinteger[Any]]] = {
 """The bits of the exponent: NaN and the infinities alone have all of them set (IEEE 754, 3.4)."""
 
 _SIGNATURES = [
-    types.boolean(types.Array(bits, 1, "C"), types.Array(bits, 1, "C", readonly=True), bits)
+    # A message's numbers begin at any byte.
+    types.boolean(
+        types.Array(bits, 1, "C"), types.Array(bits, 1, "C", readonly=True, aligned=False), bits
+    )
     for bits in (types.uint16, types.uint32, types.uint64)
 ]
 

@@ -15,7 +15,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from semid.v1 import semid_pb2 as pb
-from semid.v1 import semid_pb2_grpc as pb_grpc
 from semid_server.errors import ConfigurationError, SemidError
 from semid_server.serving.addresses import (
     bracketed,
@@ -28,7 +27,7 @@ from semid_server.serving.batcher import Batcher, BatchLimits
 from semid_server.serving.catalogue import Catalogue
 from semid_server.serving.interceptors import CallInterceptor
 from semid_server.serving.metrics import Metrics
-from semid_server.serving.servicer import SemanticIdServicer
+from semid_server.serving.servicer import SemanticIdServicer, add_to_server
 from semid_server.serving.tls import Certificates
 from semid_server.serving.tokens import TokenFile
 
@@ -68,7 +67,8 @@ EXPECTED_CODES = (
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 
 LAST_WORDS = 1.0
-"""Seconds after the grace period for the answers of those whose turn never came."""
+"""Seconds for the last answers to leave, and after the grace period for those who are told that
+their turn never came."""
 
 
 class Server:
@@ -106,6 +106,7 @@ class Server:
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         self._stamps: list[Stamp] = []
+        self._calls: CallInterceptor
 
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `request_stop`, then drain; SIGHUP reloads the models.
@@ -265,19 +266,23 @@ class Server:
         )
 
     async def _drain(self, server: grpc.aio.Server, servicer: SemanticIdServicer) -> None:
-        """Refuse new calls, finish those that began, and end by the grace period.
+        """Turn new calls away, finish those that began, and end by the grace period.
 
         Streams are read no further. What is still queued when the period ends is told so, rather
-        than cut off.
+        than cut off. Only then does gRPC stop: it would cancel calls that it has received and not
+        handed over yet, and wait for those who watch the health of the server.
         """
+        self._calls.drain()
         servicer.drain()
-        stopping = asyncio.ensure_future(server.stop(self._config.grace + LAST_WORDS))
-        done, _ = await asyncio.wait({stopping}, timeout=self._config.grace)
-        left = self._batcher.queue.requests
-        self._batcher.stop()
-        if not done:
+        idle = asyncio.ensure_future(self._calls.idle())
+        await asyncio.wait({idle}, timeout=self._config.grace)
+        if not idle.done():
+            left = self._batcher.queue.requests
             logger.warning("the grace period ended with %d requests still queued", left)
-            await stopping
+        self._batcher.stop()
+        await asyncio.wait({idle}, timeout=LAST_WORDS)
+        idle.cancel()
+        await server.stop(LAST_WORDS)
 
     async def _open_grpc(
         self, servicer: SemanticIdServicer, health_servicer: Any
@@ -288,8 +293,9 @@ class Server:
             tokens = TokenFile(
                 self._config.token_file, frozenset(method.name for method in methods)
             )
+        self._calls = CallInterceptor(SERVICE, self._metrics, tokens)
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(SERVICE, self._metrics, tokens)],
+            interceptors=[self._calls],
             maximum_concurrent_rpcs=self._config.max_concurrent_rpcs,
             options=(
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
@@ -301,8 +307,7 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
             ),
         )
-        add: Any = pb_grpc.add_SemanticIdServiceServicer_to_server  # generated, not annotated
-        add(servicer, server)
+        add_to_server(servicer, server)
         for method in methods:
             kind = "bidi_stream" if method.client_streaming else "unary"
             self._metrics.expect_method((kind, SERVICE, method.name), EXPECTED_CODES)

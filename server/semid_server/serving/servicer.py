@@ -6,6 +6,8 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import grpc
+import grpc.aio
 import numpy as np
 
 from semid.v1 import semid_pb2 as pb
@@ -13,12 +15,16 @@ from semid.v1 import semid_pb2_grpc as pb_grpc
 from semid_server.errors import NotServingError, SemidError, UnsupportedDecodeModeError
 from semid_server.serving import wire
 from semid_server.serving.catalogue import Catalogue, PinnedCatalogue
+from semid_server.serving.received import (
+    ReceivedEncode,
+    read_encode_request,
+    read_encode_stream_request,
+)
 from semid_server.serving.types import DecodeKey, EncodeKey, ServedModel, WorkKey
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    import grpc.aio
     import numpy.typing as npt
 
     from semid_server.serving.batcher import Batcher
@@ -71,7 +77,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
 
     # -- methods -----------------------------------------------------------------------------
 
-    async def Encode(self, request: pb.EncodeRequest, context: Context) -> pb.EncodeResponse:
+    async def Encode(self, request: ReceivedEncode, context: Context) -> pb.EncodeResponse:
         """Codes of each embedding."""
         return await (await self._encode(request, context, self._catalogue, wait=False))
 
@@ -80,13 +86,13 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         return await (await self._decode(request, context, self._catalogue, wait=False))
 
     async def EncodeStream(
-        self, request_iterator: AsyncIterator[pb.EncodeStreamRequest], context: Context
+        self, request_iterator: AsyncIterator[ReceivedEncode], context: Context
     ) -> AsyncIterator[pb.EncodeStreamResponse]:
         """Encode, message by message, in order."""
         pinned = PinnedCatalogue(self._catalogue)
 
-        async def admit(message: pb.EncodeStreamRequest) -> Awaitable[pb.EncodeResponse]:
-            return await self._encode(message.request, context, pinned, wait=True)
+        async def admit(message: ReceivedEncode) -> Awaitable[pb.EncodeResponse]:
+            return await self._encode(message, context, pinned, wait=True)
 
         async for response in self._stream(request_iterator, admit):
             yield pb.EncodeStreamResponse(response=response)
@@ -124,13 +130,14 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
     # -- inside ------------------------------------------------------------------------------
 
     async def _encode(
-        self, request: pb.EncodeRequest, context: Context, catalogue: Catalogue, *, wait: bool
+        self, received: ReceivedEncode, context: Context, catalogue: Catalogue, *, wait: bool
     ) -> Awaitable[pb.EncodeResponse]:
         """Check and admit a request; what is returned waits for its answer."""
+        request = received.request
         model = catalogue.expect(request.model, request.expected_fingerprint)
         form = request.WhichOneof("embeddings")
         rows, dtype = await _convert(
-            form, wire.read_embeddings, request, model, self._max_rows(model)
+            form, wire.read_embeddings, received, model, self._max_rows(model)
         )
         future = await self._admit(EncodeKey(model, dtype), rows, rows.nbytes, context, wait=wait)
         return _then(future, lambda codes: _convert(form, wire.encode_response, codes, model, form))
@@ -237,6 +244,45 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
             max_message_bytes=self._config.max_message_bytes,
             max_rows=self._max_rows(model),
         )
+
+
+def add_to_server(servicer: SemanticIdServicer, server: grpc.aio.Server) -> None:
+    """Have a server answer with a servicer's methods.
+
+    As the generated function does, but for the messages of Encode: see `received`.
+    """
+    methods = _Methods()
+    add: Any = pb_grpc.add_SemanticIdServiceServicer_to_server  # generated, not annotated
+    add(servicer, methods)
+    methods.handlers["Encode"] = grpc.unary_unary_rpc_method_handler(
+        servicer.Encode, read_encode_request, pb.EncodeResponse.SerializeToString
+    )
+    methods.handlers["EncodeStream"] = grpc.stream_stream_rpc_method_handler(
+        servicer.EncodeStream,
+        read_encode_stream_request,
+        pb.EncodeStreamResponse.SerializeToString,
+    )
+    service = pb.DESCRIPTOR.services_by_name["SemanticIdService"].full_name
+    handler = grpc.method_handlers_generic_handler(service, methods.handlers)
+    server.add_generic_rpc_handlers((handler,))
+
+
+class _Methods:
+    """Stands in for a server, to learn from the generated code what the methods are."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Take what `add_registered_method_handlers` is about to be given by name."""
+
+    def add_registered_method_handlers(
+        self,
+        service: str,  # noqa: ARG002 - there is but one
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]],
+    ) -> None:
+        """Keep the handlers of the methods."""
+        self.handlers.update(handlers)
 
 
 async def _then(future: asyncio.Future[T], write: Callable[[T], Awaitable[Response]]) -> Response:

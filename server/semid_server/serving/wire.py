@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from semid_server.serving.received import ReceivedEncode
     from semid_server.serving.types import DecodeModeName, ServedModel
 
 EMBEDDING_TYPES: Final[dict[pb.DataType, EmbeddingType]] = {
@@ -51,7 +52,7 @@ MAX_NAMED_ROWS = 8
 
 
 def read_embeddings(
-    request: pb.EncodeRequest, model: ServedModel, max_rows: int
+    received: ReceivedEncode, model: ServedModel, max_rows: int
 ) -> tuple[npt.NDArray[Any], EmbeddingType]:
     """Return the rows of a request, and the type of their numbers.
 
@@ -69,6 +70,7 @@ def read_embeddings(
     MessageTooLargeError
         More rows than ``max_rows``.
     """
+    request = received.request
     form = request.WhichOneof("embeddings")
     if form is None:
         raise InvalidInputError.at("embeddings", "missing; give either tensor or rows")
@@ -88,7 +90,7 @@ def read_embeddings(
             f"{_name(pb.DataType, request.tensor.dtype)} is not a type of embeddings; "
             f"expected one of {_names(pb.DataType, EMBEDDING_TYPES)}",
         )
-    array = _view(request.tensor, HOST_TYPES[dtype], max_rows)
+    array = _view(request.tensor, HOST_TYPES[dtype], max_rows, received.data)
     if array.shape[1] != model.input_dim:
         raise InvalidInputError.at(
             "tensor.shape",
@@ -215,8 +217,10 @@ def _check_rows(rows: int, limit: int) -> None:
         )
 
 
-def _view(tensor: pb.Tensor, dtype: np.dtype[Any], max_rows: int) -> npt.NDArray[Any]:
-    """View the bytes of a tensor as a matrix, or say what does not fit."""
+def _view(
+    tensor: pb.Tensor, dtype: np.dtype[Any], max_rows: int, data: memoryview | bytes | None = None
+) -> npt.NDArray[Any]:
+    """View the bytes of a tensor, its own or ``data``, as a matrix, or say what does not fit."""
     shape = tuple(tensor.shape)
     if len(shape) != 2:  # noqa: PLR2004 - a matrix
         raise InvalidInputError.at(
@@ -226,16 +230,18 @@ def _view(tensor: pb.Tensor, dtype: np.dtype[Any], max_rows: int) -> npt.NDArray
         raise InvalidInputError.at("tensor.shape", f"{list(shape)} has a negative dimension")
     _check_rows(shape[0], max_rows)
     expected = math.prod(shape) * dtype.itemsize
-    if len(tensor.data) != expected:
+    if data is None:
+        data = tensor.data  # once: every look at the field makes a copy
+    if len(data) != expected:
         raise InvalidInputError.at(
             "tensor.data",
-            f"{len(tensor.data)} bytes; shape {list(shape)} of "
+            f"{len(data)} bytes; shape {list(shape)} of "
             f"{_name(pb.DataType, tensor.dtype)} takes {expected}",
         )
     if shape[0] == 0:  # [0, columns]: frombuffer refuses no bytes at all
         _check_columns_fit(shape)
         return np.empty(shape, dtype)
-    return np.frombuffer(tensor.data, dtype).reshape(shape)
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def _check_columns_fit(shape: tuple[int, ...]) -> None:

@@ -22,7 +22,7 @@ from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.interceptors import CallInterceptor
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.server import SERVICE, Server
-from semid_server.serving.servicer import SemanticIdServicer
+from semid_server.serving.servicer import SemanticIdServicer, add_to_server
 from semid_server.serving.types import ServedModel
 
 
@@ -204,7 +204,7 @@ async def serve_runner():
                 catalogue.put(model)
             servicer = SemanticIdServicer(batcher, catalogue, config=config)
             server = grpc.aio.server(interceptors=[CallInterceptor(SERVICE, metrics)])
-            pb_grpc.add_SemanticIdServiceServicer_to_server(servicer, server)
+            add_to_server(servicer, server)
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
             stack.push_async_callback(server.stop, None)
