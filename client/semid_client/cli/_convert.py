@@ -1,114 +1,325 @@
-"""From one file through a server to another file: what `semid encode` and `semid decode` do."""
+"""From one file to another, through a server or a checkpoint: what the file commands share."""
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 from tqdm import tqdm
 
-from semid_client._errors import InvalidInputError
-from semid_client.cli._options import connect, connection_options, option
-from semid_client.files import FileError, NpyReader, NpyWriter
+from semid_client.cli._engines import check_engine, engine_options, open_engine
+from semid_client.cli._options import option
+from semid_client.files import (
+    FileError,
+    Made,
+    OnBadRow,
+    Pipeline,
+    Stages,
+    Unique,
+    Work,
+    make_output,
+    open_rows,
+)
+from semid_client.files.ids import IdSpool
+from semid_client.files.outputs import TOKENS, number
+from semid_client.files.work import SAVE_EVERY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
 
-    from semid_client._client import Client
-    from semid_client._model import ModelInfo
+    from semid_client.files import Engine, Source
 
 F = TypeVar("F", bound="Callable[..., Any] | click.Command")
 
 PATH = click.Path(path_type=Path)
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileFlags:
+    """The flags of `file_options`."""
+
+    source: str
+    output: Path
+    column: str | None
+    id_column: str | None
+    on_bad_row: OnBadRow
+    force: bool
+    restart: bool
+    save_every: float
+    as_json: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
     """What a command does with the rows of a file.
 
     Attributes
     ----------
-    columns : int
-        Of the output.
-    dtype : numpy.dtype
-        Of the output.
-    run : callable
-        ``run(source, sink)`` sends the rows through the server; returns the fingerprint.
+    width, dtype
+        Of what is computed.
+    compute : callable
+        Rows to rows.
+    options : dict
+        What else the output's bytes depend on.
+    unique : "grid", "tiger" or "none"
+        The extra digit.
+    tokens : str
+        Template of tokens.
+    column : str
+        Name of the output's column.
     """
 
-    columns: int
+    width: int
     dtype: np.dtype[Any]
-    run: Callable[[NpyReader, Callable[[int, NDArray[Any]], None]], str]
+    compute: Callable[[NDArray[Any]], NDArray[Any]]
+    options: Mapping[str, Any]
+    unique: Unique = "none"
+    tokens: str = TOKENS
+    column: str = "codes"
 
 
-def file_options(env: str) -> Callable[[F], F]:
-    """Add the files, and all flags of the connection, to a command."""
+def source_options(env: str) -> Callable[[F], F]:
+    """Add what names the columns of an input to a command."""
 
     def add(command: F) -> F:
-        command = connection_options(command)
         command = option(
-            "--force", env=env, is_flag=True, help="Replace OUT.npy if it exists already."
-        )(command)
-        command = option(
-            *("-o", "--output"),
+            "--id-column",
             env=env,
-            required=True,
-            type=PATH,
-            metavar="OUT.npy",
-            help="File to write. It appears when it is complete.",
+            help="Parquet or Arrow column of the items' ids. Default: id or item_id where there is "
+            "one, else rows are counted from 0.",
         )(command)
-        return click.argument("source", metavar="IN.npy", type=PATH)(command)
+        return option(
+            "--column",
+            env=env,
+            help="Parquet column, .npz array or tensor to read, where there are several.",
+        )(command)
+
+    return add
+
+
+def json_option(env: str) -> Callable[[F], F]:
+    """Add the flag of a summary for programs to a command."""
+    return option(
+        "--json",
+        "as_json",
+        env=env,
+        is_flag=True,
+        help="Print one JSON object as the summary, for programs.",
+    )
+
+
+def file_options(env: str, source: str, output: str) -> Callable[[F], F]:
+    """Add the files, and all flags of what computes, to a command."""
+
+    def add(command: F) -> F:
+        command = engine_options(command)
+        for flag in (
+            json_option(env),
+            option(
+                "--save-every",
+                env=env,
+                type=click.FloatRange(0),
+                default=SAVE_EVERY,
+                show_default=True,
+                help="Seconds between records of progress: what a killed command repeats at most.",
+            ),
+            option(
+                "--restart",
+                env=env,
+                is_flag=True,
+                help="Begin again, without what a killed command has done already.",
+            ),
+            option("--force", env=env, is_flag=True, help="Replace OUT if it exists already."),
+            option(
+                "--on-bad-row",
+                env=env,
+                type=click.Choice(["fail", "skip", "null"]),
+                default="fail",
+                show_default=True,
+                help="A row with NaN, an infinity or missing numbers: end there; leave it out; or "
+                "write null. The two latter list each in OUT.bad-rows.jsonl.",
+            ),
+            source_options(env),
+            option(
+                *("-o", "--output"),
+                env=env,
+                required=True,
+                type=PATH,
+                metavar="OUT",
+                help=f"File to write, {output} by its name. It appears when it is complete; until "
+                "then OUT.partial holds what is done, for the same command to go on with.",
+            ),
+        ):
+            command = flag(command)
+        return click.argument("source", metavar=source)(command)
 
     return add
 
 
 def convert(
-    source: Path,
-    output: Path,
-    plan: Callable[[Client, ModelInfo, NpyReader], Work],
-    *,
-    force: bool,
-    connection: dict[str, Any],
+    flags: FileFlags,
+    what: Literal["embeddings", "codes"],
+    plan: Callable[[Engine, Source], Plan],
+    engine_flags: dict[str, Any],
 ) -> None:
-    """Write to ``output`` what a server makes of the rows of ``source``, in constant memory.
+    """Make the output of what an engine computes of the rows of a source, in constant memory.
 
     Raises
     ------
     FileError
         If a file cannot be used. Rows are counted as in the file, from 0.
     SemidClientError
-        If the server cannot be used.
+        If the server or the checkpoint cannot be used.
     """
     began = time.monotonic()
-    with closing(NpyReader(source)) as reader:
-        if output.exists() and output.samefile(source):
-            raise FileError(output, "is the input too; give the output another name")
+    check_engine(**engine_flags)
+    source = open_rows(flags.source, what, column=flags.column, id_column=flags.id_column)
+    with closing(source):
+        for file in source.files():
+            if flags.output.exists() and flags.output.samefile(file):
+                raise FileError(flags.output, "is the input too; give the output another name")
+        stream = source.n_rows is None  # begun anew, since it cannot be read again
         with (
-            NpyWriter(output, force=force) as writer,
-            connect(**connection) as client,
-            tqdm(total=reader.shape[0], unit="row", unit_scale=True, disable=None) as progress,
+            Work(
+                flags.output,
+                force=flags.force,
+                restart=flags.restart or stream,
+                save_every=flags.save_every,
+            ) as work,
+            closing(open_engine(**engine_flags)) as engine,
         ):
+            todo = plan(engine, source)
+            task = {
+                "input": source.identity(),
+                "fingerprint": engine.info.fingerprint,
+                "column": flags.column,
+                "id_column": flags.id_column,
+                "on_bad_row": flags.on_bad_row,
+                **todo.options,
+            }
+            progress = work.begin(task, todo.width, todo.dtype)
+            job = _Job(flags, source, engine, todo, work, progress.rows_in, Stages())
+            if not work.published:
+                job.compute()
+                job.finish()
+            job.tell(time.monotonic() - began)
 
-            def sink(start: int, rows: NDArray[Any]) -> None:
-                writer(start, rows)
-                progress.update(len(rows))
 
-            try:
-                work = plan(client, client.model(), reader)
-                writer.begin((reader.shape[0], work.columns), work.dtype)
-                fingerprint = work.run(reader, sink)
-            except InvalidInputError as error:
-                place = "" if error.row is None else f"row {error.row}: "
-                raise FileError(source, place + error.problem) from error
-    seconds = time.monotonic() - began
-    click.echo(
-        f"{output}: {reader.shape[0]:,} rows in {seconds:.2f} s "
-        f"({reader.shape[0] / seconds:,.0f} rows/s), fingerprint {fingerprint}"
-    )
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One run of a command."""
+
+    flags: FileFlags
+    source: Source
+    engine: Engine
+    plan: Plan
+    work: Work
+    resumed: int
+    stages: Stages
+
+    def compute(self) -> None:
+        """Bring all rows of the source into the work, and show how far it is."""
+        source, engine, work, stages = self.source, self.engine, self.work, self.stages
+        with tqdm(
+            total=source.n_rows,
+            initial=work.progress.rows_in,
+            unit="row",
+            unit_scale=True,
+            disable=None,
+        ) as bar:
+            began = time.monotonic()
+
+            def report(n_rows: int) -> None:
+                speed = stages.bytes_read / max(time.monotonic() - began, 1e-9)
+                bar.set_postfix_str(
+                    f"{tqdm.format_sizeof(speed)}B/s, {stages.bottleneck(engine.stage)}",
+                    refresh=False,
+                )
+                bar.update(n_rows)
+
+            spool = IdSpool.of(source, work.folder)
+            Pipeline(
+                source=source,
+                work=work,
+                engine=engine,
+                compute=self.plan.compute,
+                on_bad_row=self.flags.on_bad_row,
+                report=report,
+                keep_ids=spool.keep if spool else None,
+                stages=stages,
+            ).run()
+            if spool:
+                spool.close()
+
+    def finish(self) -> None:
+        """Write the output, of rows that are all on the disk."""
+        source, engine, work, stages = self.source, self.engine, self.work, self.stages
+        began = time.perf_counter()
+        metadata = {
+            "semid.fingerprint": engine.info.fingerprint,
+            "semid.model": engine.info.name,
+            **({"semid.unique": self.plan.unique} if self.plan.column == "codes" else {}),
+        }
+        with closing(work.rows()) as rows:
+
+            def made(digits: Any) -> Made:
+                return Made(
+                    source=source,
+                    rows=rows,
+                    n_in=work.progress.rows_in,
+                    bad=work.bad_rows(),
+                    null=self.flags.on_bad_row == "null",
+                    metadata=metadata,
+                    digits=digits,
+                    tokens=self.plan.tokens,
+                    column=self.plan.column,
+                )
+
+            output = number(made, self.plan.unique, work.folder)
+            path = make_output(self.flags.output, output, work.folder)
+        work.publish(path)
+        stages.writing += time.perf_counter() - began
+
+    def tell(self, seconds: float) -> None:
+        """Print the summary."""
+        flags, engine, work, stages = self.flags, self.engine, self.work, self.stages
+        resumed = self.resumed
+        progress = work.progress
+        speed = (progress.rows_in - resumed) / seconds
+        bad_list = str(work.bad_list) if progress.bad_rows else None
+        if flags.as_json:
+            summary = {
+                "output": str(flags.output),
+                "model": engine.info.name,
+                "fingerprint": engine.info.fingerprint,
+                "rows": progress.rows_in,
+                "rows_written": progress.rows_out,
+                "rows_resumed": resumed,
+                "bad_rows": progress.bad_rows,
+                "bad_rows_list": bad_list,
+                "seconds": round(seconds, 3),
+                "rows_per_second": round(speed),
+                "bytes_per_second": round(stages.bytes_read / seconds),
+                "stage_seconds": {
+                    "reading": round(stages.reading, 3),
+                    engine.stage: round(stages.computing, 3),
+                    "writing": round(stages.writing, 3),
+                },
+                "bottleneck": stages.bottleneck(engine.stage),
+            }
+            click.echo(json.dumps(summary, indent=2))
+            return
+        went_on = f", {resumed:,} of them by an earlier command" if resumed else ""
+        bad = f", {progress.bad_rows:,} bad ones listed in {bad_list}" if bad_list else ""
+        click.echo(
+            f"{flags.output}: {progress.rows_in:,} rows in {seconds:.2f} s "
+            f"({speed:,.0f} rows/s){went_on}{bad}, fingerprint {engine.info.fingerprint}"
+        )

@@ -24,13 +24,16 @@ def option(*names: str, env: str = "SEMID", **attributes: Any) -> Callable[[F], 
     return click.option(*names, envvar=envvar, show_envvar=True, **attributes)
 
 
-OPTIONS = (
-    option(
+def _target(*, required: bool) -> Callable[[F], F]:
+    return option(
         "--target",
-        required=True,
+        required=required,
         metavar="HOST:PORT",
         help="The server. A gRPC name such as dns:///HOST:PORT uses all its addresses in turn.",
-    ),
+    )
+
+
+OPTIONS = (
     option(
         "--model",
         default="",
@@ -87,11 +90,14 @@ OPTIONS = (
 )
 
 
-def connection_options(command: F) -> F:
-    """Add the flags to a command, which hands them to `connect`."""
+def connection_options(command: F, *, required: bool = True) -> F:
+    """Add the flags to a command, which hands them to `connect`.
+
+    Not ``required``, there may be no server: then the target is None.
+    """
     for add in reversed(OPTIONS):
         command = add(command)
-    return command
+    return _target(required=required)(command)
 
 
 def connect(

@@ -1,56 +1,108 @@
-"""`semid decode`: a file of semantic IDs to a file of reconstructions, through a server."""
+"""`semid decode`: a file of semantic IDs to a file of reconstructions."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import numpy as np
 
-from semid_client._errors import InvalidInputError
-from semid_client.cli._convert import Work, convert, file_options
-from semid_client.cli._options import option
+from semid_client._errors import FingerprintMismatchError, InvalidInputError
+from semid_client._tensor import check_code_type
+from semid_client.cli._convert import FileFlags, Plan, convert, file_options
+from semid_client.cli._options import F, option
+from semid_client.files import FileError, check_output
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
-    from semid_client._client import Client
-    from semid_client._model import ModelInfo
-    from semid_client.files import NpyReader
+    from numpy.typing import NDArray
+
+    from semid_client.files import Engine, Source
+
+ENV = "SEMID_DECODE"
+
+
+def extra_digit_option(env: str) -> Callable[[F], F]:
+    """Add the flag that tells the last code of a row from an extra digit to a command."""
+    return option(
+        "--extra-digit/--no-extra-digit",
+        env=env,
+        default=None,
+        help="Whether the last code of each row is the extra digit of --unique, not a code. "
+        "Default: as a .parquet file records, yes for .pt, else no.",
+    )
 
 
 @click.command(short_help="Semantic IDs to reconstructed embeddings.")
-@file_options("SEMID_DECODE")
+@file_options(ENV, "IN", ".npy or .parquet")
+@extra_digit_option(ENV)
 @option(
     "--mode",
-    env="SEMID_DECODE",
+    env=ENV,
     type=click.Choice(["sum", "calibrated"]),
     default="sum",
     show_default=True,
     help="sum: the sum of the chosen centroids, through the model's decoder if it has one. "
     "calibrated: on the scale of the embeddings, for models that were calibrated.",
 )
-def decode(
-    source: Path,
-    output: Path,
-    mode: Literal["sum", "calibrated"],
-    *,
-    force: bool,
-    **connection: Any,
-) -> None:
-    """Write the reconstruction behind each semantic ID of IN.npy to OUT.npy.
+def decode(mode: Literal["sum", "calibrated"], *, extra_digit: bool | None, **flags: Any) -> None:
+    """Write the reconstruction behind each semantic ID of IN to OUT.
 
-    IN.npy holds codes (n, l) of any integer type, the first l of the model's L; OUT.npy will hold
-    float32 (n, D). Files may be larger than memory.
+    IN is a .npy, .npz, .parquet, .jsonl or GRID .pt file of codes (n, l) of any integer type, the
+    first l of the model's L; OUT will hold float32 (n, D). Files may be larger than memory.
     """
+    files = {name: flags.pop(name) for name in FileFlags.__dataclass_fields__}
+    given = FileFlags(**files)
+    check_output(given.output, what="rows", unique=None, on_bad_row=given.on_bad_row)
 
-    def plan(client: Client, info: ModelInfo, reader: NpyReader) -> Work:
-        if not 1 <= reader.shape[1] <= info.n_layers:
-            raise InvalidInputError(
-                f"has rows of {reader.shape[1]} codes, but model {info.name!r} at "
-                f"{client.target} has {info.n_layers} layers"
-            )
-        return Work(info.input_dim, np.dtype(np.float32), partial(client.decode_into, mode=mode))
+    def plan(engine: Engine, source: Source) -> Plan:
+        info = engine.info
+        n_codes = codes_of(source, engine, extra_digit=extra_digit)
 
-    convert(source, output, plan, force=force, connection=connection)
+        def compute(codes: NDArray[Any]) -> NDArray[Any]:
+            return engine.decode(codes[:, :n_codes], mode)
+
+        return Plan(
+            width=info.input_dim,
+            dtype=np.dtype(np.float32),
+            compute=compute,
+            options={"mode": mode, "extra_digit": extra_digit},
+            column="embedding",
+        )
+
+    convert(given, "codes", plan, flags)
+
+
+def codes_of(source: Source, engine: Engine, *, extra_digit: bool | None) -> int:
+    """Codes in each row of a file of semantic IDs, without the extra digit.
+
+    Raises
+    ------
+    FileError
+        If those are not codes of the engine's model.
+    FingerprintMismatchError
+        If the file records that they are of another one.
+    """
+    info = engine.info
+    try:
+        check_code_type(source.dtype)
+    except InvalidInputError as error:
+        raise FileError(source.path, error.problem) from error
+    recorded = source.metadata.get("semid.fingerprint", info.fingerprint)
+    if recorded != info.fingerprint:
+        raise FingerprintMismatchError(
+            f"{source.path}: holds codes of fingerprint {recorded}, but model {info.name!r} "
+            f"{engine.where} has {info.fingerprint}: its codes belong to another codebook"
+        )
+    if extra_digit is None:
+        extra_digit = bool(source.extra_digit)
+    n_codes = source.width - extra_digit
+    if not 1 <= n_codes <= info.n_layers:
+        raise FileError(
+            source.path,
+            f"has rows of {n_codes} codes, but model {info.name!r} {engine.where} has "
+            f"{info.n_layers} layers"
+            + ("" if extra_digit else "; if the last is the extra digit, say --extra-digit"),
+        )
+    return n_codes

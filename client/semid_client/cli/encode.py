@@ -1,4 +1,4 @@
-"""`semid encode`: a file of embeddings to a file of semantic IDs, through a server."""
+"""`semid encode`: a file of embeddings to a file of semantic IDs."""
 
 from __future__ import annotations
 
@@ -7,31 +7,70 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from semid_client._errors import InvalidInputError
-from semid_client.cli._convert import Work, convert, file_options
+from semid_client._tensor import check_embedding_type
+from semid_client.cli._convert import FileFlags, Plan, convert, file_options
+from semid_client.cli._options import option
+from semid_client.files import FileError, Unique, check_output
+from semid_client.files.outputs import TOKENS, check_tokens
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from semid_client.files import Engine, Source
 
-    from semid_client._client import Client
-    from semid_client._model import ModelInfo
-    from semid_client.files import NpyReader
+ENV = "SEMID_ENCODE"
 
 
 @click.command(short_help="Embeddings to semantic IDs.")
-@file_options("SEMID_ENCODE")
-def encode(source: Path, output: Path, *, force: bool, **connection: Any) -> None:
-    """Write the semantic ID of each embedding of IN.npy to OUT.npy.
+@file_options(ENV, "IN", ".npy, .parquet, .jsonl or GRID's .pt")
+@option(
+    "--tokens",
+    env=ENV,
+    default=TOKENS,
+    show_default=True,
+    help="In .jsonl, the token of each code: {letter} or {layer} of the layer, and {code}.",
+)
+@option(
+    "--unique",
+    env=ENV,
+    type=click.Choice(["grid", "tiger", "none"]),
+    help="Add an extra digit that tells items with the same codes apart, as one code more. tiger: "
+    "0 to m-1 in a group of m; grid: 1 to m, and 0 for an item alone. Default: grid for .pt, "
+    "else none.",
+)
+def encode(tokens: str, unique: Unique | None, **flags: Any) -> None:
+    """Write the semantic ID of each embedding of IN to OUT.
 
-    IN.npy holds float32, float16 or float64 embeddings (n, D); OUT.npy will hold codes (n, L) in
-    the smallest unsigned type. Files may be larger than memory.
+    IN is a .npy, .npz, .safetensors or .pt file with a matrix (n, D) of float32, float16, bfloat16
+    or float64; a .parquet file, a folder or a pattern of them, with a column of lists; or -, an
+    Arrow stream on standard input. Files may be larger than memory.
     """
-    convert(source, output, _plan, force=force, connection=connection)
+    files = {name: flags.pop(name) for name in FileFlags.__dataclass_fields__}
+    given = FileFlags(**files)
+    convention = check_output(
+        given.output, what="codes", unique=unique, on_bad_row=given.on_bad_row
+    )
 
-
-def _plan(client: Client, info: ModelInfo, reader: NpyReader) -> Work:
-    if reader.shape[1] != info.input_dim:
-        raise InvalidInputError(
-            f"has rows of {reader.shape[1]} numbers, but model {info.name!r} at {client.target} "
-            f"takes embeddings of {info.input_dim}"
+    def plan(engine: Engine, source: Source) -> Plan:
+        info = engine.info
+        try:
+            check_embedding_type(source.dtype)
+        except InvalidInputError as error:
+            raise FileError(source.path, error.problem) from error
+        if source.width != info.input_dim:
+            raise FileError(
+                source.path,
+                f"has rows of {source.width} numbers, but model {info.name!r} {engine.where} "
+                f"takes embeddings of {info.input_dim}",
+            )
+        n_codes = info.n_layers + (convention != "none")
+        if given.output.suffix == ".jsonl":
+            check_tokens(given.output, tokens, n_codes)
+        return Plan(
+            width=info.n_layers,
+            dtype=info.code_dtype,
+            compute=engine.encode,
+            options={"unique": convention, "tokens": tokens},
+            unique=convention,
+            tokens=tokens,
         )
-    return Work(info.n_layers, info.code_dtype, client.encode_into)
+
+    convert(given, "embeddings", plan, flags)

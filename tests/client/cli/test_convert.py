@@ -234,7 +234,7 @@ def test_a_server_that_restarts_in_the_middle_is_waited_for(make_server, folder)
     [
         (["encode", "in.npy", "-o", "out.npy"], "Missing option '--target' (env var: 'SEMID_TARG"),
         (["encode", "in.npy", "--target", "x"], "Missing option '-o' / '--output'"),
-        (["encode", "-o", "out.npy", "--target", "x"], "Missing argument 'IN.npy'"),
+        (["encode", "-o", "out.npy", "--target", "x"], "Missing argument 'IN'"),
         (["decode", "in.npy", "-o", "out.npy", "--target", "x", "--mode", "y"], "'y' is not one"),
         (["info", "--target", "x", "--timeout", "0"], "0.0 is not in the range x>0"),
     ],

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import stat
 from contextlib import closing
 
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from semid_client.files import FileError, NpyReader, NpyWriter
+from semid_client.files import FileError, NpyReader
 
 MATRICES = hnp.arrays(
     st.sampled_from(["<f2", ">f4", "<f8", "u1", ">i8", "<u4"]),
@@ -127,122 +126,3 @@ def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path):
 def test_an_error_of_a_file_survives_pickling():
     error = pickle.loads(pickle.dumps(FileError("a.npy", "is gone")))  # noqa: S301 - our own bytes
     assert str(error) == "a.npy: is gone"
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def write_some(writer, shape, *pieces):
-    """Begin a matrix of float64 of this shape, and write ``(start, rows)``, each in turn."""
-    with writer:
-        writer.begin(shape, np.dtype("<f8"))
-        for start, rows in pieces:
-            writer(start, rows)
-
-
-def write(path, *pieces, force=False):
-    rows = np.concatenate(pieces)
-    with NpyWriter(path, force=force) as writer:
-        writer.begin(rows.shape, rows.dtype)
-        start = 0
-        for piece in pieces:
-            writer(start, piece.astype(writer.dtype))
-            start += len(piece)
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(array=MATRICES, cut=st.integers(0, 20))
-def test_what_was_written_in_pieces_is_what_numpy_reads(tmp_path, array, cut):
-    write(tmp_path / "out.npy", array[:cut], np.asfortranarray(array[cut:]), force=True)
-    read = np.load(tmp_path / "out.npy", allow_pickle=False)
-    np.testing.assert_array_equal(read, array)
-    assert (read.dtype, read.shape) == (array.dtype.newbyteorder("<"), array.shape)
-
-
-def test_the_output_has_the_permissions_of_any_new_file(tmp_path):
-    write(tmp_path / "out.npy", np.zeros((1, 1)))
-    (tmp_path / "any").touch()
-    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("out.npy", "any")}
-    assert len(modes) == 1
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_after_a_failure_nothing_is_left_and_nothing_was_touched(tmp_path, error):
-    class Rows:
-        """Rows that cannot be had."""
-
-        def __getattr__(self, name):
-            raise error
-
-    path = tmp_path / "out.npy"
-    write(path, np.zeros((2, 2)))
-    before = path.read_bytes()
-    with pytest.raises(error):
-        write_some(NpyWriter(path, force=True), (2, 2), (0, np.ones((1, 2))), (1, Rows()))
-    assert path.read_bytes() == before
-    assert names(tmp_path) == ["out.npy"]
-
-
-def test_rows_that_are_missing_are_noticed(tmp_path):
-    with pytest.raises(ValueError, match="1 rows written of 2"):
-        write_some(NpyWriter(tmp_path / "out.npy"), (2, 2), (0, np.ones((1, 2))))
-    assert not names(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("start", "rows"),
-    [(1, np.ones((1, 2))), (0, np.ones((1, 3))), (0, np.ones((1, 2), np.float32))],
-)
-def test_rows_that_do_not_belong_are_noticed(tmp_path, start, rows):
-    with pytest.raises(ValueError, match="expected rows at 0, 2 columns of float64"):
-        write_some(NpyWriter(tmp_path / "out.npy"), (2, 2), (start, rows))
-
-
-def test_an_output_that_exists_is_refused_at_once_unless_forced(tmp_path):
-    path = tmp_path / "out.npy"
-    write(path, np.zeros((2, 2)))
-    with pytest.raises(FileError, match="exists already; --force replaces it"):
-        NpyWriter(path)
-    write(path, np.ones((2, 2)), force=True)
-    assert np.load(path).all()
-
-
-def test_an_output_that_appeared_meanwhile_is_left_alone(tmp_path):
-    path = tmp_path / "out.npy"
-    writer = NpyWriter(path)
-    path.write_text("somebody else's")
-    with pytest.raises(FileError, match="exists already"):
-        write_some(writer, (0, 2))
-    assert path.read_text() == "somebody else's"
-    assert names(tmp_path) == ["out.npy"]
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("out.parquet", "give it a name that ends in .npy"),
-        ("none/out.npy", "none/out.npy: No such file or directory"),
-        ("folder.npy", "is a folder"),
-    ],
-)
-def test_an_output_that_cannot_be_is_refused_at_once(tmp_path, name, says):
-    (tmp_path / "folder.npy").mkdir()
-    with pytest.raises(FileError, match=says):
-        NpyWriter(tmp_path / name, force=True)
-    assert names(tmp_path) == ["folder.npy"]
-
-
-def test_a_full_disk_is_said_of_the_output_by_name(tmp_path):
-    class Full(NpyWriter):
-        """A writer whose file is the device that is always full."""
-
-        def __init__(self, path):
-            super().__init__(path)
-            self._file.close()
-            self._file = open("/dev/full", "wb")  # noqa: PTH123, SIM115 - closed by the writer
-
-    path = tmp_path / "out.npy"
-    with pytest.raises(FileError, match=f"{path}: No space left on device"):
-        write_some(Full(path), (1 << 16, 4), (0, np.zeros((1 << 16, 4))))
-    assert not names(tmp_path)

@@ -1,0 +1,118 @@
+"""What computes for the commands that work on files: a server, or a checkpoint on this machine."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from semid_client._errors import ConfigurationError, FingerprintMismatchError
+from semid_client._transfer import Collected
+from semid_client.cli._options import F, connect, connection_options, option
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from semid_client.files import Engine
+
+ENTRY_POINTS: Final = "semid.encoders"
+"""Where the server's part offers to run a checkpoint, so that this one need not know torch."""
+
+
+class ServerEngine:
+    """A server, with two blocks under way so that it need not wait between them."""
+
+    stage = "server"
+    block_bytes = 4 << 20
+
+    def __init__(self, *, in_flight: int, **connection: Any) -> None:
+        self.threads = min(2, in_flight)
+        self._client = connect(in_flight=in_flight // self.threads, **connection)
+        try:
+            self.info = self._client.model()
+        except BaseException:
+            self._client.close()
+            raise
+        self.where = f"at {self._client.target}"
+
+    def encode(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Codes of embeddings; waits for a server that is busy or restarts."""
+        sink = Collected(len(rows))
+        self._check(self._client.encode_into(rows, sink))
+        return sink.array
+
+    def decode(self, codes: NDArray[Any], mode: Any) -> NDArray[Any]:
+        """Reconstructions of codes; waits likewise."""
+        sink = Collected(len(codes))
+        self._check(self._client.decode_into(codes, sink, mode))
+        return sink.array
+
+    def _check(self, fingerprint: str) -> None:
+        if fingerprint != self.info.fingerprint:
+            raise FingerprintMismatchError(
+                f"the model {self.where} has been replaced: it has fingerprint {fingerprint}, but "
+                f"the work was begun with {self.info.fingerprint}"
+            )
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+
+def engine_options(command: F) -> F:
+    """Add the flags that say what computes; the command hands them to `open_engine`."""
+    command = connection_options(command, required=False)
+    command = option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="With --checkpoint: auto, cpu, cuda or cuda:i. Codes are the same on all.",
+    )(command)
+    return option(
+        "--checkpoint",
+        type=click.Path(),
+        help="Work on this machine with this checkpoint, instead of a server: a folder, a GRID "
+        ".ckpt or a .pt. Needs 'semid[server]'.",
+    )(command)
+
+
+def check_engine(*, checkpoint: str | None, target: str | None, **_: Any) -> None:
+    """Refuse, as a wrong use, flags that name nothing that computes, or two."""
+    if checkpoint is None and target is None:
+        raise click.UsageError(
+            "Missing option '--target' (env var: 'SEMID_TARGET'): name a server, or a checkpoint "
+            "on this machine by --checkpoint."
+        )
+    if checkpoint is not None and target is not None:
+        raise click.UsageError("--target and --checkpoint exclude each other: give one of them.")
+
+
+def open_engine(
+    *, checkpoint: str | None, device: str, target: str | None, fingerprint: str, **flags: Any
+) -> Engine:
+    """Connect to the server, or load the checkpoint.
+
+    Raises
+    ------
+    SemidClientError
+        If it cannot be used.
+    """
+    if checkpoint is None:
+        return ServerEngine(target=target, fingerprint=fingerprint, **flags)
+    for entry in entry_points(group=ENTRY_POINTS, name="checkpoint"):
+        try:
+            load = entry.load()
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"--checkpoint needs {error.name}, which is not installed: "
+                "pip install 'semid[server]'"
+            ) from error
+        engine: Engine = load(checkpoint, device=device)
+        if fingerprint not in ("", engine.info.fingerprint):
+            raise FingerprintMismatchError(
+                f"{checkpoint} has fingerprint {engine.info.fingerprint}, but {fingerprint} is "
+                "expected: its codes belong to another codebook"
+            )
+        return engine
+    raise ConfigurationError("--checkpoint needs semid's server part, which is not installed")

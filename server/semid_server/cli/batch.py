@@ -1,0 +1,176 @@
+"""What the client's file commands borrow from this side: a checkpoint that computes, torch's files.
+
+Found by entry points, so that the client never imports torch: ``semid.encoders`` and
+``semid.tensor-files``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from semid_client._errors import ConfigurationError, InvalidInputError
+from semid_client._model import Layer, Limits, ModelInfo
+from semid_client.files import FileError
+from semid_server.errors import SemidError
+from semid_server.serving.backend import Backend
+from semid_server.serving.config import ModelSource, ServeConfig
+from semid_server.serving.types import DecodeKey, EncodeKey
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class CheckpointEngine:
+    """A checkpoint on this machine: the very code that a server runs, without one.
+
+    Parameters
+    ----------
+    path : str
+        Checkpoint of any format.
+    device : str
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
+
+    Raises
+    ------
+    ConfigurationError
+        If the checkpoint or the device cannot be used.
+    """
+
+    stage = "encoding"
+    threads = 1
+    block_bytes = 32 << 20
+
+    def __init__(self, path: str, *, device: str) -> None:
+        source = ModelSource(Path(path))
+        try:
+            config = ServeConfig(models=(source,), device=device)
+            self._backend = Backend(source, config, on_verified=_nothing)
+        except (SemidError, OSError) as error:
+            raise ConfigurationError(str(error)) from error
+        served = self._served = self._backend.served
+        self.where = f"of {path}"
+        self.info = ModelInfo(
+            name=served.name,
+            fingerprint=served.fingerprint,
+            kind=served.kind,
+            input_dim=served.input_dim,
+            layers=tuple(Layer(width, served.embedding_dim) for width in served.codebook_widths),
+            normalize_residuals=served.normalize_residuals,
+            code_dtype=served.code_dtype.newbyteorder("="),
+            decode_modes=served.decode_modes,
+            limits=Limits(config.max_message_bytes, config.max_batch_rows),
+        )
+
+    def encode(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Codes (n, L) of embeddings (n, D)."""
+        name: Any = rows.dtype.name
+        if name == "bfloat16":
+            rows = rows.view(np.uint16)
+        return self._run(EncodeKey(self._served, name), rows)
+
+    def decode(self, codes: NDArray[Any], mode: Any) -> NDArray[Any]:
+        """Reconstructions float32 (n, D) of codes (n, l)."""
+        if mode not in self.info.decode_modes:
+            raise InvalidInputError(
+                f"mode {mode} needs residual norms, which model {self.info.name!r} {self.where} "
+                "lacks: record them by `semid calibrate`"
+            )
+        widths = np.array([layer.codebook_width for layer in self.info.layers[: codes.shape[1]]])
+        bad = np.argwhere((codes < 0) | (codes >= widths))
+        if len(bad):
+            row, layer = (int(i) for i in bad[0])
+            raise InvalidInputError.at(
+                row,
+                f"code {codes[row, layer]} of layer {layer} is out of range; "
+                f"the layer has {widths[layer]} centroids",
+            )
+        return self._run(DecodeKey(self._served, codes.shape[1], mode), codes)
+
+    def _run(self, key: EncodeKey | DecodeKey, rows: NDArray[Any]) -> NDArray[Any]:
+        (answer,) = self._backend.run(key, [rows])
+        if isinstance(answer, SemidError):
+            raise InvalidInputError(str(answer)) from answer
+        # Codes are copied out of what the next batch may overwrite.
+        return np.array(answer)
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
+
+
+def _nothing(rows: int, wrong: int) -> None:
+    """Verify nothing."""
+
+
+class PtFiles:
+    """Files of `torch.save`: a tensor, or a dict that holds one."""
+
+    @staticmethod
+    def read(path: str, what: Literal["embeddings", "codes"], column: str | None) -> TensorRows:
+        """Open the rows of a file; codes are GRID's, an item a column."""
+        return TensorRows(path, column, turned=what == "codes")
+
+    @staticmethod
+    def write(to: Path, raw: Path, shape: tuple[int, int]) -> None:
+        """Save the int64 matrix in ``raw`` as a tensor of ``shape``, out of mapped memory."""
+        count = shape[0] * shape[1]
+        tensor = (
+            torch.from_file(str(raw), shared=True, size=count, dtype=torch.int64)
+            if count
+            else torch.empty(0, dtype=torch.int64)
+        )
+        with to.open("wb") as file:  # an open file: else its name would be part of the content
+            torch.save(tensor.reshape(shape), file)
+
+
+class TensorRows:
+    """Rows of a tensor in a file, mapped for each slice anew so that memory stays small.
+
+    bfloat16, which numpy lacks, is read as the same numbers in float32.
+    """
+
+    def __init__(self, path: str, column: str | None, *, turned: bool) -> None:
+        self._path, self._column, self._turned = path, column, turned
+        tensor = self._load()
+        self.shape = tuple(tensor.shape)
+        self.dtype = self._numpy(tensor[:0]).dtype
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        return self._numpy(self._load()[rows]).copy()
+
+    @staticmethod
+    def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
+        numbers: NDArray[Any] = (
+            tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        ).numpy()
+        return numbers
+
+    def _load(self) -> torch.Tensor:
+        try:
+            found = torch.load(self._path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:
+            # torch raises anything, and says much; the first line is what happened.
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            raise FileError(self._path, f"cannot be read as tensors alone: {said}") from error
+        if isinstance(found, dict):
+            matrices = {
+                str(name): value
+                for name, value in found.items()
+                if isinstance(value, torch.Tensor) and value.ndim == 2  # noqa: PLR2004 - a matrix
+            }
+            name = self._column or (next(iter(matrices)) if len(matrices) == 1 else None)
+            if name not in matrices:
+                raise FileError(
+                    self._path,
+                    f"its two-dimensional tensors are {', '.join(matrices) or 'none'}; name the "
+                    "one to read by --column",
+                )
+            found = matrices[name]
+        if not isinstance(found, torch.Tensor) or found.ndim != 2:  # noqa: PLR2004 - a matrix
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise FileError(self._path, f"holds {shape}; expected a tensor (rows, columns)")
+        found = found.detach()
+        return found.T if self._turned else found

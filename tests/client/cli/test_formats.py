@@ -1,0 +1,333 @@
+"""Every format of embeddings to every format of IDs, over a real socket, and back."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+import torch
+from click.testing import CliRunner
+
+from semid_client.cli.root import root
+
+FINGERPRINT = "f" * 64
+N = 95
+IDS = [f"item é {i}" for i in range(N)]
+
+
+def semid(*arguments, stdin=None):
+    return CliRunner().invoke(root, [str(argument) for argument in arguments], input=stdin)
+
+
+def embeddings(n=N, dtype=np.float32):
+    rows = np.zeros((n, 4), dtype)
+    rows[:, 0] = np.arange(n) % 50
+    return rows
+
+
+def table(rows, *, fixed=False, ids=IDS):
+    kind = pa.list_(pa.float32(), 4) if fixed else pa.list_(pa.float32())
+    return pa.table({"item_id": ids, "vector": pa.array(list(rows), kind), "title": ids})
+
+
+def as_stream(content):
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, content.schema) as writer:
+        writer.write_table(content, max_chunksize=10)
+    return sink.getvalue()
+
+
+def write_folder(rows):
+    (pa_folder := __import__("pathlib").Path("many/deeper")).mkdir(parents=True)
+    pq.write_table(table(rows).slice(0, 40), "many/a.parquet", row_group_size=7)
+    pq.write_table(table(rows).slice(40), pa_folder / "b.parquet", row_group_size=9)
+
+
+INPUTS = {
+    "in.npy": lambda rows: np.save("in.npy", rows),
+    "in.npz": lambda rows: np.savez("in.npz", x=rows, ids=np.arange(N)),
+    "zip.npz": lambda rows: np.savez_compressed("zip.npz", x=rows),
+    "in.safetensors": lambda rows: safetensors.numpy.save_file({"x": rows}, "in.safetensors"),
+    "in.pt": lambda rows: torch.save({"x": torch.from_numpy(rows)}, "in.pt"),
+    "list.parquet": lambda rows: pq.write_table(table(rows), "list.parquet", row_group_size=13),
+    "fixed.parquet": lambda rows: pq.write_table(table(rows, fixed=True), "fixed.parquet"),
+    "many": write_folder,
+    "many/**/*.parquet": write_folder,
+    "-": lambda _: None,
+}
+
+
+def read_codes(name):
+    """Ids (None if the format has none) and codes."""
+    if name.endswith(".npy"):
+        return None, np.load(name)
+    if name.endswith(".parquet"):
+        found = pq.read_table(name)
+        return found["id"].to_pylist(), np.array(found["codes"].to_pylist())
+    if name.endswith(".jsonl"):
+        with open(name, encoding="utf-8") as file:  # noqa: PTH123 - a plain name
+            items = [json.loads(line) for line in file]
+        return [item["id"] for item in items], np.array([item["codes"] for item in items])
+    return None, torch.load(name, weights_only=True).numpy().T
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("output", ["out.npy", "out.parquet", "out.jsonl", "out.pt"])
+@pytest.mark.parametrize("source", INPUTS)
+def test_every_input_goes_to_every_output_and_back(make_server, folder, source, output):
+    server = make_server(max_rows=10)
+    rows = embeddings()
+    INPUTS[source](rows)
+    stdin = as_stream(table(rows)) if source == "-" else None
+    target = ("--target", server.target, "--unique", "grid")
+    result = semid("encode", source, "-o", output, *target, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    ids, codes = read_codes(output)
+    np.testing.assert_array_equal(codes[:, :3], server.expected_codes(rows))
+    first = np.arange(N) % 50
+    np.testing.assert_array_equal(codes[:, 3], np.where(np.arange(N) < 50, first < 45, 2))
+    if ids is not None:
+        named = source == "-" or "many" in source or "parquet" in source
+        assert ids == (IDS if named else list(range(N)))
+    result = semid("decode", output, "-o", "back.npy", "--extra-digit", *target[:2])
+    assert result.exit_code == 0, result.output
+    np.testing.assert_array_equal(
+        np.load("back.npy"), server.expected_reconstruction(server.expected_codes(rows))
+    )
+
+
+def test_parquet_records_the_model_and_its_lists_have_one_length(server, folder):
+    np.save("in.npy", embeddings())
+    semid("encode", "in.npy", "-o", "out.parquet", "--target", server.target)
+    schema = pq.read_schema("out.parquet")
+    assert schema.field("codes").type == pa.list_(pa.uint8(), 3)
+    assert schema.metadata == {
+        b"semid.fingerprint": FINGERPRINT.encode(),
+        b"semid.model": b"fake",
+        b"semid.unique": b"none",
+    }
+
+
+def test_codes_of_another_model_are_not_decoded(server, folder):
+    np.save("in.npy", embeddings())
+    semid("encode", "in.npy", "-o", "out.parquet", "--target", server.target)
+    server.fingerprint = "0" * 64
+    result = semid("decode", "out.parquet", "-o", "back.npy", "--target", server.target)
+    assert result.exit_code == 1
+    assert f"out.parquet: holds codes of fingerprint {FINGERPRINT}" in result.stderr
+
+
+def test_decoding_to_parquet_keeps_the_ids(server, folder):
+    pq.write_table(table(embeddings()), "in.parquet")
+    semid("encode", "in.parquet", "-o", "out.jsonl", "--target", server.target)
+    result = semid("decode", "out.jsonl", "-o", "back.parquet", "--target", server.target)
+    assert result.exit_code == 0, result.output
+    back = pq.read_table("back.parquet")
+    assert back["id"].to_pylist() == IDS
+    assert back["embedding"].type == pa.list_(pa.float32(), 4)
+    assert back["embedding"][1].as_py() == [6.0, 7.0, 8.0, 9.0]
+
+
+def test_tokens_follow_a_template(server, folder):
+    np.save("in.npy", embeddings(2))
+    arguments = ("encode", "in.npy", "--target", server.target, "-o")
+    semid(*arguments, "a.jsonl")
+    semid(*arguments, "b.jsonl", "--tokens", '"{layer}:{code}" ')
+    first = {"id": 1, "codes": [1, 2, 3], "tokens": "<a_1><b_2><c_3>"}
+    assert json.loads((folder / "a.jsonl").read_text().splitlines()[1]) == first
+    again = first | {"tokens": '"0:1" "1:2" "2:3" '}
+    assert json.loads((folder / "b.jsonl").read_text().splitlines()[1]) == again
+
+
+def test_grids_file_is_a_column_of_int64_for_each_item(server, folder):
+    np.save("in.npy", embeddings(3))
+    semid("encode", "in.npy", "-o", "out.pt", "--target", server.target)
+    tensor = torch.load("out.pt", weights_only=True)
+    assert tensor.dtype == torch.int64
+    assert tensor.tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [0, 0, 0]]
+
+
+def test_a_digit_too_large_for_a_code_widens_the_type(server, folder):
+    np.save("in.npy", np.zeros((300, 4), np.float32))
+    semid("encode", "in.npy", "-o", "out.npy", "--unique", "tiger", "--target", server.target)
+    codes = np.load("out.npy")
+    assert codes.dtype == np.uint16
+    np.testing.assert_array_equal(codes[:, 3], np.arange(300))
+
+
+@pytest.mark.parametrize("output", ["out.npy", "out.parquet", "out.jsonl", "out.pt"])
+def test_no_rows_are_no_rows(server, folder, output):
+    np.save("in.npy", embeddings(0))
+    result = semid("encode", "in.npy", "-o", output, "--target", server.target)
+    assert result.exit_code == 0, result.output
+    assert len(read_codes(output)[1]) == 0
+
+
+def test_the_same_command_writes_the_same_bytes(server, folder):
+    pq.write_table(table(embeddings()), "in.parquet")
+    for suffix in ("npy", "parquet", "jsonl", "pt"):
+        for name in ("one", "other"):
+            semid("encode", "in.parquet", "-o", f"{name}.{suffix}", "--target", server.target)
+        same = {(folder / f"{name}.{suffix}").read_bytes() for name in ("one", "other")}
+        assert len(same) == 1
+
+
+def test_bfloat16_is_read_where_it_is_stored(server, folder):
+    rows = torch.from_numpy(embeddings()).bfloat16()
+    torch.save(rows, "in.pt")
+    __import__("safetensors.torch").torch.save_file({"x": rows}, "in.safetensors")
+    for source in ("in.pt", "in.safetensors"):
+        result = semid("encode", source, "-o", "out.npy", "--force", "--target", server.target)
+        assert result.exit_code == 0, result.output
+        np.testing.assert_array_equal(np.load("out.npy"), server.expected_codes(embeddings()))
+
+
+def damaged(name, make, says):
+    return pytest.param(name, make, says, id=says)
+
+
+def write(name, content):
+    with open(name, "wb") as file:  # noqa: PTH123 - a plain name
+        file.write(content)
+
+
+def truncated(name, make):
+    make()
+    with open(name, "rb+") as file:  # noqa: PTH123 - a plain name
+        file.truncate(len(file.read()) - 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "says"),
+    [
+        damaged("in.npz", lambda: write("in.npz", b"x"), "cannot be read as .npz: File is not"),
+        damaged("in.npz", lambda: np.savez("in.npz", a=[1.0]), "two-dimensional arrays are none"),
+        damaged(
+            "in.npz",
+            lambda: np.savez("in.npz", a=embeddings(), b=embeddings()),
+            "two-dimensional arrays are a, b; name the one to read by --column",
+        ),
+        damaged(
+            "in.npz", lambda: np.savez("in.npz", np.asfortranarray(embeddings())), "by columns"
+        ),
+        damaged("in.pt", lambda: torch.save(embeddings, "in.pt"), "cannot be read as tensors al"),
+        damaged("in.pt", lambda: torch.save([1], "in.pt"), "holds list; expected a tensor"),
+        damaged("in.safetensors", lambda: write("in.safetensors", b"{}"), "as safetensors: "),
+        damaged("in.parquet", lambda: write("in.parquet", b"PAR1"), "cannot be read as Parquet: "),
+        damaged(
+            "in.parquet",
+            lambda: pq.write_table(pa.table({"x": [1]}), "in.parquet"),
+            "columns of lists are none",
+        ),
+        damaged("in.parquet", lambda: None, "in.parquet: No such file or directory"),
+        damaged("*.parquet", lambda: None, "there are no .parquet files"),
+        damaged("in.jsonl", lambda: write("in.jsonl", b"{}"), "in.jsonl: not a .npy file"),
+        damaged("-", lambda: None, "standard input: cannot be read as an Arrow IPC stream"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_one_sentence(server, folder, name, make, says):
+    make()
+    result = semid("encode", name, "-o", "out.npy", "--target", server.target, stdin=b"nothing")
+    assert result.exit_code == 1, result.output
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (folder / "out.npy").exists()
+
+
+def test_a_row_group_that_cannot_be_read_is_named_and_what_came_before_is_kept(server, folder):
+    pq.write_table(
+        table(embeddings(), fixed=True), "in.parquet", row_group_size=10, compression="none"
+    )
+    group = pq.ParquetFile("in.parquet").metadata.row_group(5).column(1)
+    with open("in.parquet", "rb+") as file:  # noqa: PTH123 - a plain name
+        file.seek(group.data_page_offset)
+        file.write(b"\xff" * 64)
+    result = semid("encode", "in.parquet", "-o", "out.npy", "--target", server.target)
+    assert result.exit_code == 1
+    assert "in.parquet: row group 5 cannot be read as Parquet" in result.stderr
+    kept = json.loads((folder / "out.npy.partial/progress.json").read_text())
+    assert kept["rows_in"] == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-o", "out.csv"], "out.csv: give it a name that ends in .npy, .parquet, .jsonl, .pt"),
+        (["-o", "out.npy", "--on-bad-row", "null"], "out.npy: a .npy file has no null"),
+        (["-o", "out.pt", "--on-bad-row", "skip"], "out.pt: the columns of a GRID file are the"),
+        (["-o", "out.pt", "--unique", "none"], "out.pt: a GRID file has the extra digit"),
+        (["-o", "out.jsonl", "--tokens", "{word}"], "out.jsonl: '{word}' is no template"),
+    ],
+)
+def test_an_output_that_cannot_be_is_one_sentence_before_any_work(server, folder, arguments, says):
+    np.save("in.npy", embeddings())
+    result = semid("encode", "in.npy", *arguments, "--target", server.target)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: " + says)
+    assert server.calls("Encode") == 0
+    assert [path.name for path in folder.iterdir()] == ["in.npy"]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "says"),
+    [
+        ("pyarrow", ["in.parquet", "-o", "out.npy"], "needs pyarrow, which is not installed"),
+        ("safetensors", ["in.safetensors", "-o", "out.npy"], "needs safetensors, which is not"),
+        ("torch", ["in.pt", "-o", "out.npy"], "a .pt file needs torch, which is not installed"),
+        ("torch", ["in.npy", "-o", "out.pt"], "a .pt file needs torch, which is not installed"),
+        ("torch", ["in.npy", "-o", "out.npy", "--checkpoint", "x"], "--checkpoint needs torch"),
+    ],
+)
+def test_a_format_whose_library_is_missing_says_what_to_install(folder, module, arguments, says):
+    np.save("in.npy", embeddings())
+    for name in ("in.parquet", "in.safetensors", "in.pt"):
+        (folder / name).touch()
+    script = (
+        "import sys\n"
+        "class Without:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}: raise ModuleNotFoundError(name=name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+        "import semid_client.cli; semid_client.cli.main()"
+    )
+    where = [] if "--checkpoint" in arguments else ["--target", "127.0.0.1:1"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, "encode", *arguments, *where],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "pip install 'semid[" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_npy_needs_none_of_the_libraries_of_other_formats(server, folder):
+    np.save("in.npy", embeddings())
+    script = (
+        "import sys, semid_client.cli\n"
+        "try: semid_client.cli.main()\n"
+        "finally:\n"
+        "    print([n for n in ('torch', 'pyarrow', 'safetensors') if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [*(sys.executable, "-c", script, "encode", "in.npy", "-o", "out.npy"), "--unique", "grid"],
+        env={"SEMID_TARGET": server.target},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"

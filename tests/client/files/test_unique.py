@@ -1,0 +1,71 @@
+"""The extra digit, against a naive loop."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from semid_client.files import extra_digits, unique
+
+
+def naive(codes, convention):
+    """One item after the other, as one would by hand."""
+    groups: dict[tuple, list[int]] = {}
+    for item, row in enumerate(codes.tolist()):
+        groups.setdefault(tuple(row), []).append(item)
+    digits = np.zeros(len(codes), np.uint32)
+    for items in groups.values():
+        for place, item in enumerate(items):
+            digits[item] = place + (convention == "grid" and len(items) > 1)
+    return digits
+
+
+def numbered(codes, convention, folder, *, block_rows, part_rows):
+    rows = np.arange(len(codes))
+    blocks = [
+        (rows[i : i + block_rows], codes[i : i + block_rows])
+        for i in range(0, len(codes), block_rows)
+    ]
+    return extra_digits(blocks, len(codes), convention, folder, part_rows=part_rows)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("convention", ["grid", "tiger"])
+def test_digits_are_those_of_the_loop_in_memory_and_spilled(tmp_path, convention, data):
+    dtype = data.draw(st.sampled_from([np.uint8, np.uint16, np.uint32]))
+    n = data.draw(st.integers(0, 60))
+    n_layers = data.draw(st.integers(1, 12))
+    width = data.draw(st.integers(1, 4))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    codes = rng.integers(0, width, (n, n_layers)).astype(dtype)
+    codes *= data.draw(st.sampled_from([1, np.iinfo(dtype).max // 4]))
+    digits = numbered(
+        codes,
+        convention,
+        tmp_path,
+        block_rows=data.draw(st.integers(1, 20)),
+        part_rows=data.draw(st.integers(1, 100)),
+    )
+    expected = naive(codes, convention)
+    np.testing.assert_array_equal(digits[0:n], expected)
+    assert digits.largest == expected.max(initial=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
+def test_an_id_that_everything_shares_is_numbered_in_pieces(tmp_path):
+    codes = np.zeros((1000, 3), np.uint8)
+    digits = numbered(codes, "grid", tmp_path, block_rows=300, part_rows=64)
+    np.testing.assert_array_equal(digits[0:1000], np.arange(1, 1001))
+
+
+def test_rows_without_codes_are_nobodys_namesakes(tmp_path):
+    blocks = [(np.array([0, 2]), np.zeros((2, 1), np.uint8))]
+    assert extra_digits(blocks, 4, "grid", tmp_path)[0:4].tolist() == [1, 0, 2, 0]
+
+
+def test_digits_cross_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(unique, "WINDOW_ROWS", 1024)
+    codes = np.random.default_rng(0).integers(0, 9, (5000, 2), np.uint8)
+    digits = numbered(codes, "tiger", tmp_path, block_rows=999, part_rows=2000)
+    np.testing.assert_array_equal(digits[0:5000], naive(codes, "tiger"))
