@@ -250,14 +250,17 @@ class GpuEncoder:
     def launch(self, rows: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Queue all kernels for contiguous ``rows`` (n, E); the host does not wait.
 
-        ``offsets`` float64 (n,) says how far each row may be from the exact one; with it, rows at
-        level `gpu_kernels.REFERENCE` are left undecided. Returns codes int32 ``(n, L)`` and levels
-        int32 ``(n,)``.
+        ``offsets`` float64 (n,) says how far each row may be from the exact one; with it, codes of
+        rows at level `gpu_kernels.REFERENCE` mean nothing. Returns codes int32 ``(n, L)`` and
+        levels int32 ``(n,)``.
         """
         plan, tables, n = self._plan, self._tables, len(rows)
-        codes = torch.zeros(n, plan.n_layers, dtype=torch.int32, device=self._device)
-        levels = torch.full((n,), kernels.REFERENCE.value, dtype=torch.int32, device=self._device)
-        if self._within_range:
+        codes = torch.empty(n, plan.n_layers, dtype=torch.int32, device=self._device)
+        levels = torch.empty(n, dtype=torch.int32, device=self._device)
+        if not self._within_range:
+            codes.zero_()
+            levels.fill_(kernels.REFERENCE.value)
+        else:
             padded = tables.columns.shape[1]
             rounded = torch.empty(n, padded, dtype=torch.float16, device=self._device)
             facts = torch.empty(n, 4, dtype=torch.float64, device=self._device)
