@@ -70,7 +70,7 @@ class TrainingStep(NamedTuple):
     metrics: dict[str, float]
 
 
-class _Pass(NamedTuple):
+class LayerOutputs(NamedTuple):
     """A batch's way through the layers; ``residuals`` are kept with `track_residuals` only."""
 
     codes: Tensor
@@ -240,7 +240,7 @@ class ResidualQuantization(nn.Module):
             metrics,
         )
 
-    def forward(self, features: Tensor) -> _Pass:
+    def forward(self, features: Tensor) -> LayerOutputs:
         """Take rows ``features`` (n, E) through the layers; those whose turn it is learn."""
         all_have_trained = all(layer.has_trained for layer in self.layers)
         residual = features
@@ -267,12 +267,12 @@ class ResidualQuantization(nn.Module):
             quantized = quantized + embedding
             residual = residual - embedding
             residuals.append(residual)
-        return _Pass(
+        return LayerOutputs(
             torch.stack(codes, dim=1), quantized, losses, residuals if self.track_residuals else []
         )
 
     @torch.no_grad()
-    def _metrics(self, features: Tensor, passed: _Pass) -> dict[str, float]:
+    def _metrics(self, features: Tensor, passed: LayerOutputs) -> dict[str, float]:
         codes = passed.codes
         metrics = {"distinct_ids": len(torch.unique(codes, dim=0)) / len(codes)}
         for index, layer in enumerate(self.layers):

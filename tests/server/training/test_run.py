@@ -26,7 +26,7 @@ SETTINGS = {
     "rq-kmeans": KMEANS,
     "raw residuals": replace(KMEANS, normalize_residuals=False),
     "refined": replace(KMEANS, refine=5),
-    "distinct": replace(KMEANS, distinct=True),
+    "distinct": replace(KMEANS, distinct=True, layers=3, codebook_width=16),
     "r-vq": replace(KMEANS, kind=ModelKind.R_VQ),
     "rq-vae": replace(
         KMEANS, kind=ModelKind.RQ_VAE, hidden_dims=(12,), embedding_dim=4, dropout=0.2
@@ -153,7 +153,7 @@ def test_refinement_and_the_recipe_are_logged_pass_by_pass(tmp_path):
     with (tmp_path / "log.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["stage"] for line in lines if line["step"] == "0"] == [
-        *("spherical", "lloyd", "relocate") * 2
+        *("spherical", "lloyd", "relocate") * 3
     ]
     lloyd = [float(li["loss"]) for li in lines if li["stage"] == "lloyd" and li["layer"] == "0"]
     assert lloyd == sorted(lloyd, reverse=True)
