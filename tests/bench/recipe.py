@@ -105,7 +105,7 @@ def main():
     order = np.random.default_rng(0).permutation(len(array))
     cut = len(array) * 4 // 5
     fitted, held_out = array[np.sort(order[:cut])], array[np.sort(order[cut:])]
-    print(f"{platform.processor() or platform.machine()}, {arguments.threads} thread(s), ")
+    print(f"{platform.processor() or platform.machine()}, {arguments.threads} thread(s), ", end="")
     print(f"torch {torch.__version__}, python {sys.version.split()[0]}, seeds {arguments.seeds}\n")
     print("| fitted by | unique of 3,201 | error | 80 %: fitted | held out | all | error | s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")

@@ -12,10 +12,16 @@ import click
 from semid_server.checkpoint import load_checkpoint, save_checkpoint
 from semid_server.cli import errors_as_sentences
 from semid_server.cli.checkpoint_options import override_options
-from semid_server.cli.training_options import WatchedRows, option, provenance_of, refuse_if_taken
+from semid_server.cli.training_options import (
+    WatchedRows,
+    column_option,
+    option,
+    provenance_of,
+    refuse_if_taken,
+    rows_for,
+)
 from semid_server.errors import ConfigurationError
 from semid_server.training import calibrate as measure
-from semid_server.training import open_rows
 
 if TYPE_CHECKING:
     from semid_server.checkpoint import Overrides
@@ -34,11 +40,7 @@ _option = partial(option, "calibrate")
     help="Checkpoint folder to make. Without it CHECKPOINT itself, a folder of semid's own format, "
     "is replaced once the new one is whole.",
 )
-@_option(
-    "--column",
-    default=None,
-    help="Column of a .parquet file that holds the embeddings. Needed when several hold lists.",
-)
+@column_option("calibrate")
 @_option("--force", is_flag=True, help="Replace the checkpoint at OUTPUT.")
 @override_options("calibrate")
 @errors_as_sentences()
@@ -61,12 +63,7 @@ def calibrate(
         raise ConfigurationError(f"{checkpoint} is not a checkpoint folder: name one with --output")
     target = output or checkpoint
     refuse_if_taken(target, force=force or output is None)
-    rows = open_rows(embeddings, column)
-    if rows.dim != loaded.spec.input_dim:
-        raise ConfigurationError(
-            f"{embeddings} has rows of {rows.dim} numbers; "
-            f"{checkpoint} takes {loaded.spec.input_dim}"
-        )
+    rows = rows_for(loaded, embeddings, column)
     watched = WatchedRows(rows, "calibrating")
     calibration = measure(loaded.model, watched)
     watched.close()

@@ -13,10 +13,16 @@ import torch
 from semid_server.checkpoint import Overrides, load_checkpoint
 from semid_server.cli import errors_as_sentences
 from semid_server.cli.report_page import page_of
-from semid_server.cli.training_options import WatchedRows, option, refuse_if_taken
+from semid_server.cli.training_options import (
+    WatchedRows,
+    column_option,
+    option,
+    refuse_if_taken,
+    rows_for,
+    threads_option,
+)
 from semid_server.encoding import make_encoder
 from semid_server.errors import ConfigurationError
-from semid_server.training import open_rows
 from semid_server.training.report import report as measure
 
 if TYPE_CHECKING:
@@ -53,17 +59,8 @@ _option = partial(option, "report")
     default=1000,
     help="Items, drawn at random, whose neighbours are looked for. More is slower and steadier.",
 )
-@_option(
-    "--column",
-    default=None,
-    help="Column of a .parquet file that holds the embeddings. Needed when several hold lists.",
-)
-@_option(
-    "--threads",
-    type=click.IntRange(min=1),
-    default=None,
-    help="CPU threads. Default: all cores; lower it on a shared machine.",
-)
+@column_option("report")
+@threads_option("report")
 @_option("--force", is_flag=True, help="Replace the file at HTML.")
 @errors_as_sentences()
 def report(
@@ -88,12 +85,7 @@ def report(
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = load_checkpoint(checkpoint, overrides=Overrides(allow_degenerate=True))
-    rows = open_rows(embeddings, column)
-    if rows.dim != loaded.spec.input_dim:
-        raise ConfigurationError(
-            f"{embeddings} has rows of {rows.dim} numbers; "
-            f"{checkpoint} takes {loaded.spec.input_dim}"
-        )
+    rows = rows_for(loaded, embeddings, column)
     if rows.n_rows < 2:  # noqa: PLR2004 - a pair
         raise ConfigurationError(f"{embeddings} has {rows.n_rows} row; a report compares items")
     encoder = make_encoder(loaded.model, loaded.spec, device=torch.device("cpu"), threads=threads)

@@ -22,10 +22,12 @@ from semid_server.checkpoint import save_checkpoint
 from semid_server.cli import errors_as_sentences
 from semid_server.cli.training_options import (
     WatchedRows,
+    column_option,
     device_of,
     option,
     provenance_of,
     refuse_if_taken,
+    threads_option,
 )
 from semid_server.errors import ConfigurationError
 from semid_server.model import Activation, ModelKind
@@ -167,11 +169,7 @@ INTERRUPTED = 130
     help="Fixes every random choice. The result is the same on the same machine with as many "
     "threads.",
 )
-@_option(
-    "--column",
-    default=None,
-    help="Column of a .parquet file that holds the embeddings. Needed when several hold lists.",
-)
+@column_option("train")
 @_option("--name", default=None, help="Name by which the model is served, if not OUTPUT's own.")
 @_option(
     "--device",
@@ -179,12 +177,7 @@ INTERRUPTED = 130
     help="auto, cpu, cuda or cuda:i. auto takes the first GPU if there is one. Under torchrun each "
     "process takes the GPU of its rank.",
 )
-@_option(
-    "--threads",
-    type=_POSITIVE,
-    default=None,
-    help="CPU threads. Default: all cores; lower it on a shared machine.",
-)
+@threads_option("train")
 @_option(
     "--save-every",
     type=_POSITIVE,

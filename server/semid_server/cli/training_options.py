@@ -11,11 +11,13 @@ import torch
 from tqdm import tqdm
 
 from semid_server.errors import ConfigurationError
+from semid_server.training import open_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
+    from semid_server.checkpoint import Checkpoint
     from semid_server.training import Rows
 
 
@@ -27,6 +29,44 @@ def option(command: str, *names: str, **attributes: Any) -> Callable[[Any], Any]
     return click.option(
         *names, envvar=f"SEMID_{command.upper()}_{variable}", show_envvar=True, **attributes
     )
+
+
+def column_option(command: str) -> Callable[[Any], Any]:
+    """Return the option that names a column of a Parquet file."""
+    return option(
+        command,
+        "--column",
+        default=None,
+        help="Column of a .parquet file that holds the embeddings. Needed when several hold lists.",
+    )
+
+
+def threads_option(command: str) -> Callable[[Any], Any]:
+    """Return the option that bounds the threads of a command."""
+    return option(
+        command,
+        "--threads",
+        type=click.IntRange(min=1),
+        default=None,
+        help="CPU threads. Default: all cores; lower it on a shared machine.",
+    )
+
+
+def rows_for(checkpoint: Checkpoint, embeddings: Path, column: str | None) -> Rows:
+    """Open embeddings that a checkpoint can encode.
+
+    Raises
+    ------
+    ConfigurationError
+        If they cannot be read, or are of another width.
+    """
+    rows = open_rows(embeddings, column)
+    if rows.dim != checkpoint.spec.input_dim:
+        raise ConfigurationError(
+            f"{embeddings} has rows of {rows.dim} numbers; "
+            f"{checkpoint.path} takes {checkpoint.spec.input_dim}"
+        )
+    return rows
 
 
 def device_of(name: str) -> torch.device:
@@ -109,9 +149,3 @@ def provenance_of(embeddings: Path, rows: Rows, **others: str) -> dict[str, str]
         **others,
         "written_by": f"semid {version('semid')}",
     }
-
-
-def chunks(rows: Rows) -> Iterator[torch.Tensor]:
-    """Give all rows, block by block, as tensors."""
-    for block in range(len(rows.blocks)):
-        yield torch.from_numpy(rows.read(block))
