@@ -411,10 +411,16 @@ def test_a_client_closed_by_another_thread_ends_its_calls(make_server):
     closing.join()
 
 
-def test_a_server_that_cancels_is_no_closed_client(server, connect):
+def test_a_server_that_cancels_is_tried_again(server, connect):
     server.script["Encode"].append(lambda _, context: context.cancel())
-    with pytest.raises((CancelledError, UnavailableError)):
+    assert len(connect(server).encode(rows(1))) == 1
+
+
+def test_a_server_that_cancels_again_and_again_is_no_closed_client(server, connect):
+    server.script["Encode"] += [lambda _, context: context.cancel()] * 10
+    with pytest.raises(UnavailableError) as caught:
         connect(server).encode(rows(1))
+    assert isinstance(caught.value, CancelledError)
 
 
 def test_the_server_learns_who_calls(server, connect):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from semid_server.errors import SemidError
+from semid_server.errors import InvalidInputError, NotServingError, SemidError
 from semid_server.serving.logs import REQUEST_ID_KEY, begin_request
 from semid_server.serving.status import status_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from semid_server.serving.metrics import Metrics
     from semid_server.serving.tokens import TokenFile
@@ -46,6 +48,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
     def __init__(self, service: str, metrics: Metrics, tokens: TokenFile | None = None) -> None:
         self._service, self._metrics, self._tokens = service, metrics, tokens
+        self._draining = False
+        self._calls = self._in_progress = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def drain(self) -> None:
+        """Turn every further call away as unavailable; those in progress go on."""
+        self._draining = True
+
+    async def idle(self) -> None:
+        """Wait until no call is in progress."""
+        await self._idle.wait()
+
+    async def quiet(self, seconds: float) -> None:
+        """Wait until no call has come for so long."""
+        while True:
+            calls = self._calls
+            await asyncio.sleep(seconds)
+            if self._calls == calls:
+                return
 
     async def intercept_service(  # type: ignore[override]  # None for an unknown method
         self,
@@ -54,27 +76,29 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
     ) -> Handler | None:
         """Return the handler of a call, wrapped."""
         handler = await continuation(handler_call_details)
-        _, service, method = handler_call_details.method.split("/")
+        service, _, method = handler_call_details.method.removeprefix("/").rpartition("/")
         if handler is None or service != self._service:
             return handler
+        read = _reading(handler.request_deserializer)
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
                 self._unary(handler.unary_unary, ("unary", service, method)),
-                handler.request_deserializer,
+                read,
                 handler.response_serializer,
             )
         return grpc.stream_stream_rpc_method_handler(
             self._stream(handler.stream_stream, ("bidi_stream", service, method)),
-            handler.request_deserializer,
+            read,
             handler.response_serializer,
         )
 
     def _unary(self, behaviour: Any, call: tuple[str, str, str]) -> Any:
         async def answer(request: Any, context: Context) -> Any:
-            with _Call(self._metrics, self._tokens, call, context) as this:
+            with self._counted(), _Call(self._metrics, self._tokens, call, context) as this:
                 try:
+                    self._turn_away_if_draining()
                     this.authorise()
-                    return await behaviour(request, context)
+                    return await behaviour(_readable(request), context)
                 except Exception as error:  # noqa: BLE001 - told apart there
                     await this.fail(error)
 
@@ -82,15 +106,67 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
     def _stream(self, behaviour: Any, call: tuple[str, str, str]) -> Any:
         async def answer(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-            with _Call(self._metrics, self._tokens, call, context) as this:
+            with self._counted(), _Call(self._metrics, self._tokens, call, context) as this:
                 try:
+                    self._turn_away_if_draining()
                     this.authorise()
-                    async for response in behaviour(requests, context):
+                    async for response in behaviour(_Requests(requests), context):
                         yield response
                 except Exception as error:  # noqa: BLE001 - told apart there
                     await this.fail(error)
 
         return answer
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._calls += 1
+        self._in_progress += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_progress -= 1
+            if not self._in_progress:
+                self._idle.set()
+
+    def _turn_away_if_draining(self) -> None:
+        if self._draining:
+            raise NotServingError("the server is shutting down; try again, elsewhere if you can")
+
+
+class _Unreadable:
+    """Stands for a message whose bytes are none of its type."""
+
+
+def _reading(deserialize: Any) -> Callable[[bytes], Any]:
+    """Return a deserializer that never raises: gRPC would call it an error of the server's."""
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Unreadable()
+
+    return read
+
+
+def _readable(request: Any) -> Any:
+    if isinstance(request, _Unreadable):
+        raise InvalidInputError("the message cannot be read: its bytes are no message of its type")
+    return request
+
+
+class _Requests:
+    """The messages of a stream, each of which can be read."""
+
+    def __init__(self, requests: AsyncIterator[Any]) -> None:
+        self._requests = requests
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        return _readable(await anext(self._requests))
 
 
 class _Call:

@@ -64,6 +64,9 @@ EXPECTED_CODES = (
     grpc.StatusCode.PERMISSION_DENIED,
 )
 
+QUIET = 0.05
+"""Seconds without a call after which gRPC may stop."""
+
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 
 LAST_WORDS = 1.0
@@ -269,8 +272,8 @@ class Server:
         """Turn new calls away, finish those that began, and end by the grace period.
 
         Streams are read no further. What is still queued when the period ends is told so, rather
-        than cut off. Only then does gRPC stop: it would cancel calls that it has received and not
-        handed over yet, and wait for those who watch the health of the server.
+        than cut off. Only then does gRPC stop, at a moment when no calls come: it would cancel
+        those that it has received and not handed over yet, and wait for who watches the health.
         """
         self._calls.drain()
         servicer.drain()
@@ -282,6 +285,8 @@ class Server:
         self._batcher.stop()
         await asyncio.wait({idle}, timeout=LAST_WORDS)
         idle.cancel()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._calls.quiet(QUIET), LAST_WORDS)
         await server.stop(LAST_WORDS)
 
     async def _open_grpc(
