@@ -41,7 +41,7 @@ def real(name: str, embeddings: str, millions: float, *, noise: float):
         size = noise * picked.std() * torch.rand(n, 1, generator=generator, device=GPU)
         return picked + size * torch.randn(picked.shape, generator=generator, device=GPU)
 
-    return f"real, {name}", checkpoint.model, checkpoint.spec, rows.cpu(), make, millions
+    return f"real, {name}", checkpoint.model, checkpoint.spec, rows.cpu, make, millions
 
 
 def random(dim: int, widths: list[int], millions: float, *, normalize: bool = True):
@@ -65,7 +65,9 @@ def random(dim: int, widths: list[int], millions: float, *, normalize: bool = Tr
 def network(millions: float):
     """A random RQ-VAE."""
     model, spec = cases.random_network_model(64, (128, 64), 32, [256, 256, 256])
-    hard = cases.near_ties(model, spec, 500, dtype=torch.float32)
+
+    def hard():
+        return cases.near_ties(model, spec, 500, dtype=torch.float32)
 
     def make(n, generator):
         return torch.randn(n, 64, generator=generator, device=GPU)
@@ -96,7 +98,8 @@ def sweep(case, generator, share) -> tuple[int, int]:
     reference = ReferenceEncoder(model, spec, device=CPU)
     encoder = make_encoder(model, spec, device=GPU)
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    batches = [hard.to(dtype) for dtype in dtypes]
+    hard_rows = hard()
+    batches = [hard_rows.to(dtype) for dtype in dtypes]
     batches += [cases.near_ties(model, spec, 300, dtype=dtype) for dtype in dtypes]
     batches = [rows[rows.isfinite().all(dim=1)] for rows in batches]
     left, most = int(share * millions * 1e6), max(1, (1 << 27) // spec.input_dim)

@@ -125,7 +125,11 @@ class CpuEncoder:
                 self._encode_chunk(rows[start:stop], codes[start:stop], levels[start:stop])
         left = np.flatnonzero(levels == cpu_kernels.REFERENCE)
         if len(left):
-            codes[left] = self._reference.codes(rows[torch.from_numpy(left)]).numpy()
+            # equal rows, such as those of zeros for items without an embedding, are decided once
+            distinct, which = torch.unique(
+                rows[torch.from_numpy(left)].double(), dim=0, return_inverse=True
+            )
+            codes[left] = self._reference.codes(distinct)[which].numpy()
         fast = int(np.count_nonzero(levels == cpu_kernels.FAST))
         self._counts += EncodeCounts(fast, len(rows) - fast - len(left), len(left))
         return torch.from_numpy(codes).to(self.code_dtype)

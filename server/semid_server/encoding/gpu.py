@@ -48,7 +48,7 @@ _SCORES = 512
 _DECIDERS = 4096
 """Programs of `gpu_kernels.decide`: what a large GPU runs at once."""
 
-_FINISH_ROWS = 128
+_FINISH_ROWS = 32
 """Rows that one program of `gpu_kernels.finish` looks after."""
 
 
