@@ -36,7 +36,7 @@ MARGIN = 9
 STOP_SECONDS = 40.0
 """Longer than the server's own grace: what outlives it hangs."""
 
-FEATURED = ("Star Trek: First Contact", "Shrek", "The Matrix", "Jurassic Park")
+FEATURED = ("The Lord of the Rings: The Two Towers", "Shrek", "The Matrix", "Jurassic Park")
 """Movies with relatives in the data."""
 
 SHOWN_RELATIVES = 4
@@ -113,7 +113,7 @@ def demo(checkpoint: Path | None, device: str) -> None:
         click.echo()
         _say(
             "Server",
-            f"$ semid {' '.join(arguments)} {checkpoint or 'checkpoints/movies'}",
+            f"$ semid {' '.join(arguments)} {checkpoint or 'checkpoints/movies-3x256'}",
             "(the first start in an environment compiles its kernels, which takes some seconds)",
         )
         try:
@@ -265,7 +265,7 @@ def _relatives(codes: np.ndarray[Any, Any], movies: Movies) -> Iterator[str]:
 
 
 def _movie_line(codes: np.ndarray[Any, Any], title: str, genre: str) -> str:
-    return f"{'-'.join(map(str, codes)):<11}{title}{f' ({genre})' if genre else ''}"
+    return f"{'-'.join(map(str, codes)):<12}{title}{f' ({genre})' if genre else ''}"
 
 
 def _cosine(
