@@ -38,7 +38,8 @@ SERVICE_CONFIG: Final = {
                 "backoffMultiplier": 2,
                 # A full queue is refused before anything is computed, and the server's
                 # grpc-retry-pushback-ms then takes the place of the backoff.
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                # A server that stops cancels calls which have reached its machine but not itself.
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
             },
         }
     ],

@@ -14,9 +14,9 @@
         ├── ResourceExhaustedError     RESOURCE_EXHAUSTED
         ├── DeadlineExceededError      DEADLINE_EXCEEDED
         ├── UnavailableError           UNAVAILABLE
+        │   └── CancelledError         CANCELLED
         ├── AuthenticationError        UNAUTHENTICATED, PERMISSION_DENIED
         ├── UnimplementedError         UNIMPLEMENTED
-        ├── CancelledError             CANCELLED
         └── ServerError                INTERNAL, UNKNOWN, DATA_LOSS, ABORTED, ALREADY_EXISTS
 
 Every error takes its message alone, so that all of them survive pickling between processes.
@@ -145,6 +145,10 @@ class UnavailableError(CallError, ConnectionError):
     advice = "check that a semid server runs at that address"
 
 
+class CancelledError(UnavailableError):
+    """The call was cancelled, and not by its caller: its server ended, or something between did."""
+
+
 class AuthenticationError(CallError):
     """The credentials are missing or wrong."""
 
@@ -155,10 +159,6 @@ class UnimplementedError(CallError):
     """The server does not know this method: it is not semid, or of another version."""
 
     advice = "check that the target is a semid server of this version"
-
-
-class CancelledError(CallError):
-    """The call was cancelled by the server or by something between."""
 
 
 class ServerError(CallError):
