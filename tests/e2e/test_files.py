@@ -1,0 +1,110 @@
+"""Files of embeddings through a real server and through its checkpoint: the same bytes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from semid_client.cli.root import root
+
+OUTPUTS = ["npy", "parquet", "jsonl", "pt"]
+
+
+def semid(*arguments):
+    result = CliRunner().invoke(root, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def engines(digits_server, reference_dir):
+    """The flags that name a server, and those that name its checkpoint."""
+    checkpoint = reference_dir / "digits_rkmeans/model.ckpt"
+    return {
+        "server": ("--target", digits_server.target),
+        "checkpoint": ("--checkpoint", checkpoint, "--device", "cpu"),
+    }
+
+
+@pytest.fixture
+def source(tmp_path, digits):
+    ids = pa.array([f"digit {i}" for i in range(len(digits))])
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(digits.reshape(-1)), digits.shape[1])
+    pq.write_table(pa.table({"id": ids, "x": lists}), tmp_path / "in.parquet", row_group_size=500)
+    return tmp_path / "in.parquet"
+
+
+def test_a_server_and_its_checkpoint_write_the_same_bytes(
+    engines, source, tmp_path, reference_set_named
+):
+    for suffix in OUTPUTS:
+        made = []
+        for name, flags in engines.items():
+            output = tmp_path / f"{name}.{suffix}"
+            semid("encode", source, "-o", output, "--unique", "grid", *flags)
+            made.append(output.read_bytes())
+        assert made[0] == made[1]
+    codes = np.load(tmp_path / "server.npy")
+    np.testing.assert_array_equal(codes[:, :-1], reference_set_named("digits_rkmeans").codes)
+
+
+def test_the_way_back_is_the_same_too(engines, source, tmp_path):
+    codes = tmp_path / "codes.parquet"
+    semid("encode", source, "-o", codes, *engines["checkpoint"])
+    made = []
+    for name, flags in engines.items():
+        output = tmp_path / f"{name}.npy"
+        semid("decode", codes, "-o", output, *flags)
+        made.append(output.read_bytes())
+    assert made[0] == made[1]
+
+
+def test_what_a_server_wrote_its_checkpoint_verifies(engines, source, tmp_path):
+    codes = tmp_path / "codes.parquet"
+    semid("encode", source, "-o", codes, "--unique", "tiger", *engines["server"])
+    told = json.loads(semid("verify", codes, source, "--all", "--json", *engines["checkpoint"]))
+    assert (told["rows_checked"], told["rows_different"]) == (1797, 0)
+    assert told["fingerprint_recorded"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--checkpoint", "nothing"], "nothing: "),
+        (["--checkpoint", "CHECKPOINT", "--device", "tpu"], "device 'tpu' is not one of"),
+        (["--checkpoint", "CHECKPOINT", "--fingerprint", "0" * 64], "but 0000"),
+        (["--checkpoint", "CHECKPOINT", "--target", "x"], "exclude each other"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_one_sentence(
+    reference_dir, source, tmp_path, flags, says
+):
+    checkpoint = str(reference_dir / "digits_rkmeans/model.ckpt")
+    flags = [checkpoint if flag == "CHECKPOINT" else flag for flag in flags]
+    result = CliRunner().invoke(
+        root, ["encode", str(source), "-o", str(tmp_path / "out.npy"), *flags]
+    )
+    assert result.exit_code in {1, 2}
+    assert says in result.stderr
+    assert not (tmp_path / "out.npy").exists()
+    assert not (tmp_path / "out.npy.partial").exists()
+
+
+def test_codes_and_modes_that_a_checkpoint_lacks_are_one_sentence(reference_dir, tmp_path):
+    checkpoint = reference_dir / "movies_rkmeans_64/model.ckpt"
+    np.save(tmp_path / "codes.npy", np.array([[0, 0, 0], [0, 64, 0]]))
+    arguments = ["decode", tmp_path / "codes.npy", "-o", tmp_path / "out.npy"]
+    for more, says in (
+        ([], "row 1: code 64 of layer 1 is out of range; the layer has 64 centroids"),
+        (["--mode", "calibrated"], "mode calibrated needs residual norms"),
+    ):
+        result = CliRunner().invoke(
+            root, [str(a) for a in [*arguments, *more, "--checkpoint", checkpoint]]
+        )
+        assert result.exit_code == 1
+        assert says in result.stderr
