@@ -46,7 +46,7 @@ def test_it_shows_each_part_and_ends_with_status_0(demo):
     assert (process.returncode, complaints) == (0, "")
     for part in (
         "3,201 movies",
-        "semid: serving movies on 127.0.0.1:",
+        "semid: serving movies-3x256 on 127.0.0.1:",
         "3,201 x 384 float32 (4.9 MB) -> 3,201 x 3 uint8",
         "rows/s",
         "139-162-153 The Lord of the Rings: The Two Towers (Adventure)",
