@@ -74,7 +74,7 @@ class Plan:
     sizes: tuple[int, ...] = (64 * KIB, MIB, 4 * MIB, 16 * MIB)
     in_flight: tuple[int, ...] = (1, 8)
     rounds: int = 3
-    seconds: float = 2.0
+    seconds: float = 1.5
     overload: tuple[float, ...] = (1.0, 2.0, 10.0)
 
 
@@ -329,6 +329,14 @@ class Bench:
         flags = ["--reference", "--threads", 1, "--max-queue-requests", 16]
         return [self._servers.enter_context(semid("semid", self.slow, *flags))]
 
+    @cached_property
+    def on_processes(self) -> list[Server]:
+        """One process, and as many as there are processors, up to 4."""
+        return [
+            self._servers.enter_context(semid(f"{count}", self.made, "--processes", count))
+            for count in sorted({1, min(4, len(os.sched_getaffinity(0)))})
+        ]
+
     def load(self, server: Server, body: str, **settings: float) -> Load:
         call = (server.method, str(self.folder / body))
         return Load(target=server.target, calls=[call], **{"seconds": self.plan.seconds} | settings)
@@ -417,6 +425,27 @@ class Bench:
                 ]
                 line += f"   beyond an empty RPC: p50 {beyond[0]:+.2f} ms, p99 {beyond[1]:+.2f} ms"
             print(line, flush=True)
+
+    def processes(self) -> None:
+        """What more processes bring: to large messages, and to single rows."""
+        title(
+            f"semid serve --processes N, {DIM} x 256 x 3, 4 client processes with 8 in flight each"
+        )
+        print("The clients need processors as well: with 2 in all, more processes bring little.\n")
+        for server in self.on_processes:
+            bulk = self.load(server, f"semid-{MIB // ROW_BYTES}", in_flight=8)
+            one = self.load(server, "one-2048", in_flight=8)
+            rate = self.keep(
+                f"processes.mb_per_s.{server.name}",
+                median(send(bulk, clients=4).rate for _ in range(self.plan.rounds)) * MIB / 1e6,
+            )
+            rows = self.keep(
+                f"processes.one_row.rate.{server.name}",
+                median(send(one, clients=4).rate for _ in range(self.plan.rounds)),
+            )
+            print(
+                f"  N = {server.name}: {rate:6.0f} MB/s at 1 MiB   {rows:6.0f} one-row requests/s"
+            )
 
     def under_load(self) -> None:
         """Latency of one-row callers at a constant arrival rate, alone and beside a bulk caller."""
@@ -517,6 +546,7 @@ SECTIONS = {
     "throughput": "on_made",
     "one_row": "on_movies",
     "under_load": "on_movies",
+    "processes": "on_processes",
     "overload": "on_slow",
 }
 """What can be measured, and the servers that it needs."""
