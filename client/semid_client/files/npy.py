@@ -1,6 +1,6 @@
 """numpy's own format, ``.npy``: one array in a file.
 
-Reading maps one piece of the file at a time, so that the memory of the process stays that of a
+Reading takes one piece of the file at a time, so that the memory of the process stays that of a
 piece whatever the file's size. Nothing is ever unpickled.
 """
 
@@ -92,13 +92,31 @@ class NpyReader:
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
         """Read the rows of a slice."""
-        # Mapped anew each time: pages of a map count as the process's own while it exists.
         if not self.shape[0] * self.shape[1]:
             return np.empty(self.shape, self.dtype)[rows]
+        start, stop, step = rows.indices(self.shape[0])
+        if self._order == "C" and step == 1:
+            return self._read(start, max(start, stop))
+        # Mapped anew each time: pages of a map count as the process's own while it exists.
         mapped: NDArray[Any] = np.memmap(
             self._file, self.dtype, "r", self._offset, self.shape, self._order
         )
         return mapped[rows]
+
+    def _read(self, start: int, stop: int) -> NDArray[Any]:
+        # Read, not mapped: that is faster, and a file that shrinks is an error, not the end.
+        found: NDArray[Any] = np.empty((stop - start, self.shape[1]), self.dtype)
+        data, at = found.reshape(-1).view(np.uint8).data, self._offset
+        at += start * self.shape[1] * self.dtype.itemsize
+        while data:
+            try:
+                n = os.preadv(self._file.fileno(), [data], at)
+            except OSError as error:
+                raise FileError.of(self.path, error) from error
+            if not n:
+                raise FileError(self.path, f"ended at byte {at} while it was read")
+            data, at = data[n:], at + n
+        return found
 
     def close(self) -> None:
         """Close the file."""

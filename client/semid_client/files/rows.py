@@ -133,8 +133,7 @@ class MatrixRows(Source):
         """Read slice by slice."""
         assert self.n_rows is not None  # noqa: S101 -- a matrix has a shape
         for at in range(start, self.n_rows, n_rows):
-            # Copied here, where nobody waits: a map is read when its pages are touched.
-            yield Block(at, np.array(self._matrix[at : min(at + n_rows, self.n_rows)]))
+            yield Block(at, self._matrix[at : min(at + n_rows, self.n_rows)])
 
     def files(self) -> list[Path]:
         """The one file."""

@@ -49,6 +49,7 @@ class CheckpointEngine:
         try:
             config = ServeConfig(models=(source,), device=device)
             self._backend = Backend(source, config, on_verified=_nothing)
+            self._backend.warm_up()
         except (SemidError, OSError) as error:
             raise ConfigurationError(str(error)) from error
         served = self._served = self._backend.served
