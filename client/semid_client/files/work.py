@@ -120,7 +120,7 @@ class Work:
             if not self.published:
                 self._check_free()
         except BaseException:
-            self._leave(keep=self._progress is not None)
+            self._leave(keep=(self.folder / "progress.json").exists())
             raise
 
     @property

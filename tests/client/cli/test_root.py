@@ -122,7 +122,7 @@ def test_a_command_that_cannot_be_imported_names_its_extra(run_python):
     )
 
 
-@pytest.mark.parametrize("name", ["encode", "decode", "info"])
+@pytest.mark.parametrize("name", ["encode", "decode", "verify", "info"])
 def test_every_flag_has_an_environment_twin_and_help(name):
     (entry,) = entry_points(group=ENTRY_POINTS, name=name)
     flags = [flag for flag in entry.load().params if isinstance(flag, click.Option)]

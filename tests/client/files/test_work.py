@@ -204,5 +204,9 @@ def test_an_output_that_cannot_be_is_refused_at_once(tmp_path, name, says):
 def test_a_record_that_is_damaged_is_named(tmp_path):
     (tmp_path / "out.npy.partial").mkdir()
     (tmp_path / "out.npy.partial/progress.json").write_text("{")
+    (tmp_path / "out.npy.partial/rows.npy").touch()
     with pytest.raises(FileError, match=r"progress\.json: cannot be read"):
         Work(tmp_path / "out.npy")
+    assert (tmp_path / "out.npy.partial/rows.npy").exists()
+    with Work(tmp_path / "out.npy", restart=True) as work:
+        assert work.begin(TASK, 1, U1).rows_in == 0
