@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from semid_server.encoding.compiled import compiled
 from semid_server.encoding.plan import (
     GREATEST_LENGTH,
     LEAST_LENGTH,
@@ -83,7 +84,7 @@ class Tables(NamedTuple):
 
 # Any order of summation is within the bounds, so that LLVM may vectorise sums; no loop here sees
 # a NaN (rows are finite, and lengths out of range are left out first).
-_any_order = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "nnan"})
+_any_order = compiled(nogil=True, fastmath={"reassoc", "contract", "nsz", "nnan"})
 
 
 @_any_order
@@ -218,7 +219,7 @@ def _multiply_tile(typingctx, a, a_stride, b, pairs, c, c_stride):  # type: igno
     return signature, codegen
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def product(
     rounded: Array,
     packed: Array,
@@ -340,7 +341,7 @@ def _subtract(
     return norm
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _nearest(
     residual: Array, start: int, candidates: Array, tables: Tables
 ) -> tuple[int, float, float]:
@@ -355,7 +356,7 @@ def _nearest(
     return best, least, second
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compiled; numba takes no keywords
     rows: Array, products: Array, facts: Array, tables: Tables, codes: Array, levels: Array
 ) -> None:  # fmt: skip

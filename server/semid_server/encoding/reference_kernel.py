@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
+from semid_server.encoding.compiled import compiled
 from semid_server.model import NORM_EPS
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Without `fastmath` LLVM may neither reorder a sum nor fuse a product with it: the loop over
 # centroids is vectorised, the loop over features runs in order.
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def assign(
     residual: npt.NDArray[np.float64],
     codebook: npt.NDArray[np.float32],

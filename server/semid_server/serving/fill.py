@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numba import njit, types
+from numba import types
+
+from semid_server.encoding.compiled import compiled
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -49,7 +51,7 @@ def copy_finite(target: npt.NDArray[Any], source: npt.NDArray[Any], dtype: Embed
     return bool(_copy(target.reshape(-1).view(bits), source.reshape(-1).view(bits), exponent))
 
 
-@njit(_SIGNATURES, nogil=True, cache=True)
+@compiled(_SIGNATURES, nogil=True)
 def _copy(target: Any, source: Any, exponent: Any) -> bool:
     beyond = 0
     for i in range(len(source)):
