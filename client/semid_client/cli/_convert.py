@@ -179,7 +179,6 @@ def convert(
     SemidClientError
         If the server or the checkpoint cannot be used.
     """
-    began = time.monotonic()
     check_engine(**engine_flags)
     source = open_rows(flags.source, what, column=flags.column, id_column=flags.id_column)
     with closing(source):
@@ -206,6 +205,7 @@ def convert(
                 **todo.options,
             }
             progress = work.begin(task, todo.width, todo.dtype)
+            began = time.monotonic()  # the speed told is that of the work, not of loading a model
             job = _Job(flags, source, engine, todo, work, progress.rows_in, Stages())
             if not work.published:
                 job.compute()
