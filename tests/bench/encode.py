@@ -6,15 +6,15 @@ Every number is of this run: the ways take turns, round after round, and the tab
 in microseconds (CPU) or nanoseconds (GPU) a row, and its ratio to the bare float32 product of the
 rows with all centroids. Rows are of clusters, their codebooks trained on them (a few Lloyd
 steps); `random` is the hardest case instead: rows and centroids in random directions, where the
-two nearest are as close as chance makes them. faiss is measured where it is installed
-(`pip install 'semid[bench]'`).
+two nearest are as close as chance makes them. On a CPU faiss and semantic-id are measured where
+they are installed (`pip install 'semid[bench]'`); the first line of the output says which are.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
-import importlib.util
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -95,7 +95,7 @@ def faiss_ways(
     rows: Tensor, codebooks: list[Tensor], threads: int
 ) -> dict[str, Callable[[], object]]:
     """faiss: a flat search for each layer, and its residual quantiser, greedy."""
-    if importlib.util.find_spec("faiss") is None:
+    if installed_version("faiss") is None:
         return {}
     import faiss  # noqa: PLC0415 - only where it is installed
 
@@ -127,6 +127,26 @@ def faiss_ways(
     return {
         "faiss, flat search a layer": flat,
         "faiss, residual quantiser (no normalisation)": lambda: quantizer.compute_codes(values),
+    }
+
+
+def semantic_id_ways(
+    rows: Tensor, codebooks: list[Tensor], threads: int
+) -> dict[str, Callable[[], object]]:
+    """semantic-id: its residual k-means, which knows no normalisation of residuals."""
+    if installed_version("semantic_id") is None:
+        return {}
+    import semantic_id  # noqa: PLC0415 - only where it is installed
+    import threadpoolctl  # noqa: PLC0415 - comes with its scikit-learn
+
+    # On a CPU it computes with numpy and scikit-learn, whose products are the BLAS's.
+    threadpoolctl.threadpool_limits(threads, user_api="blas")
+    values = rows.numpy()
+    quantizer = semantic_id.RQKMeans(n_levels=LAYERS, n_clusters=len(codebooks[0]))
+    quantizer.codebooks_ = [codebook.numpy() for codebook in codebooks]
+    quantizer.D_ = rows.shape[1]
+    return {
+        "semantic-id, residual k-means (no normalisation)": lambda: quantizer.encode(values),
     }
 
 
@@ -190,7 +210,7 @@ def table(
         ways["pinned copy to the device"] = lambda: target.copy_(pinned, non_blocking=True)
         ways["semid, from pinned memory"] = lambda: encoder.encode(pinned)
     else:
-        ways |= faiss_ways(rows, codebooks, threads)
+        ways |= faiss_ways(rows, codebooks, threads) | semantic_id_ways(rows, codebooks, threads)
     before, hard_before = encoder.counts(), hard_encoder.counts()
     seconds = in_turns(ways, rounds, device)
     once = {"original arithmetic": lambda: original(few, on_device)}
@@ -237,23 +257,28 @@ def in_tf32(way: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+def installed_version(module: str) -> str | None:
+    """Version of the distribution that has ``module``; None where there is none."""
+    names = importlib.metadata.packages_distributions().get(module)
+    return importlib.metadata.version(names[0]) if names else None
+
+
 def machine(device: torch.device, threads: int) -> str:
     """What the numbers belong to."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+        peers = ""
     else:
         with open("/proc/cpuinfo") as lines:  # noqa: PTH123 - a device of the kernel
             name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
         name += f", {threads} threads"
-    try:
-        import faiss  # noqa: PLC0415 - only where it is installed
-
-        peer = f", faiss {faiss.__version__}"
-    except ImportError:
-        peer = ""
+        peers = "".join(
+            f", {peer} {installed_version(module) or 'not installed'}"
+            for peer, module in (("faiss", "faiss"), ("semantic-id", "semantic_id"))
+        )
     today = dt.datetime.now(tz=dt.UTC)
     return (
-        f"{name}; torch {torch.__version__}, numpy {np.__version__}{peer}, "
+        f"{name}; torch {torch.__version__}, numpy {np.__version__}{peers}, "
         f"Python {platform.python_version()}; {today:%Y-%m-%d}"
     )
 
