@@ -151,14 +151,15 @@ def semantic_id_ways(
 
 
 def in_turns(
-    ways: dict[str, Callable[[], object]], rounds: int, device: torch.device
+    ways: dict[str, Callable[[], object]], rounds: int, device: torch.device, pause: float = 0.0
 ) -> dict[str, float]:
-    """Median seconds of each way; all of them take turns."""
+    """Median seconds of each way; all of them take turns, ``pause`` seconds apart."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
             if device.type == "cuda":
                 torch.cuda.synchronize()
+            time.sleep(pause)
             began = time.perf_counter()
             way()
             if device.type == "cuda":
@@ -212,7 +213,8 @@ def table(
     else:
         ways |= faiss_ways(rows, codebooks, threads) | semantic_id_ways(rows, codebooks, threads)
     before, hard_before = encoder.counts(), hard_encoder.counts()
-    seconds = in_turns(ways, rounds, device)
+    # Workers of numpy's BLAS spin on after a call and would take a core from the way that follows.
+    seconds = in_turns(ways, rounds, device, pause=0.0 if gpu else 0.1)
     once = {"original arithmetic": lambda: original(few, on_device)}
     seconds |= {name: value * n / len(few) for name, value in in_turns(once, 1, device).items()}
     bare = seconds["bare product, float32"]
