@@ -24,22 +24,23 @@ _request_id: ContextVar[str] = ContextVar("request_id", default="")
 # What may stand in a log line unchanged: nobody writes lines of their own through an id.
 _PLAIN = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
-_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_TEXT = "%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s"
 _FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s %(request_id)s"
 
 
 class _RequestFilter(logging.Filter):
-    """Adds the id of the call that a line belongs to: to its fields, and to its text."""
+    """Adds the id of the call that a line belongs to: a field of its own, or how a text begins."""
 
-    def __init__(self, *, in_text: bool) -> None:
+    def __init__(self, *, as_json: bool) -> None:
         super().__init__()
-        self._in_text = in_text
+        self._as_json = as_json
 
     def filter(self, record: logging.LogRecord) -> bool:
         request_id = _request_id.get()
-        record.__dict__["request_id"] = request_id
-        if self._in_text and request_id:
-            record.msg = f"[{request_id}] {record.msg}"
+        if self._as_json:
+            record.__dict__["request_id"] = request_id
+        else:
+            record.__dict__["request"] = f"[{request_id}] " if request_id else ""
         return True
 
 
@@ -55,7 +56,7 @@ def configure(*, level: str, as_json: bool) -> None:
         )
     else:
         handler.setFormatter(logging.Formatter(_TEXT))
-    handler.addFilter(_RequestFilter(in_text=not as_json))
+    handler.addFilter(_RequestFilter(as_json=as_json))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(level.upper())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,15 @@ from semid_server.cli import serve as module
 from semid_server.cli.serve import serve
 from semid_server.errors import ConfigurationError
 from semid_server.serving.config import ModelSource
+
+
+@pytest.fixture(autouse=True)
+def _logging_put_back():
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture

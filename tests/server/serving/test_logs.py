@@ -32,7 +32,7 @@ def test_as_json_each_line_is_one_object_with_the_request(configured, capsys):
     assert record["message"] == "3 rows\nof two lines"
     assert (record["level"], record["logger"]) == ("WARNING", "semid.test")
     assert record["request_id"] == "abc-1"
-    assert "time" in record
+    assert record.keys() == {"time", "level", "logger", "message", "request_id"}
 
 
 def test_as_text_a_line_names_its_request(configured, capsys):
@@ -63,7 +63,7 @@ async def test_the_callers_id_comes_back_with_success_and_with_failure(toy):
 
 async def test_a_call_without_an_id_is_given_one_which_its_lines_carry(toy, caplog):
     caplog.set_level("DEBUG", "semid_server.serving.interceptors")
-    caplog.handler.addFilter(logs._RequestFilter(in_text=False))
+    caplog.handler.addFilter(logs._RequestFilter(as_json=True))
     call = toy.stub.GetModel(pb.GetModelRequest())
     made = dict(await call.trailing_metadata())["x-request-id"]
     assert re.fullmatch(r"[0-9a-f]{32}", made)

@@ -101,7 +101,9 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
 from pathlib import Path
+import torch
 from test_run import SETTINGS, start
+torch.set_num_threads({threads})  # they decide how sums are rounded
 steps = []
 def killed(*_):
     steps.append(1)
@@ -115,7 +117,10 @@ start(SETTINGS[{name!r}], Path({folder!r}), on_step=killed, on_pass=killed, save
 def test_a_run_that_was_killed_goes_on_to_the_same_result(name, at, tmp_path):
     folder = tmp_path / "killed"
     here = os.path.dirname(__file__)  # noqa: PTH120 - a string for sys.path
-    code = KILLED.format(path=[here, *sys.path], name=name, at=at, folder=str(folder))
+    threads = torch.get_num_threads()
+    code = KILLED.format(
+        path=[here, *sys.path], threads=threads, name=name, at=at, folder=str(folder)
+    )
     ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     run = start(SETTINGS[name], folder, save_every=3)
