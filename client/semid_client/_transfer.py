@@ -87,7 +87,7 @@ class Encoding:
         """Codes in an answer of ``n_rows`` rows; `ProtocolError` if it is not sound."""
         return from_tensor(response.tensor, n_rows, CODE_TYPES)
 
-    def first_fault(self, span: slice, info: ModelInfo) -> InvalidInputError | None:  # noqa: ARG002
+    def first_fault(self, span: slice, info: ModelInfo) -> InvalidInputError | None:  # noqa: ARG002 -- as Decoding needs it
         """Find the first row of a refused span that holds NaN or an infinity."""
         bad = np.argwhere(~np.isfinite(self.source[span]))
         if not len(bad):

@@ -75,7 +75,7 @@ their turn never came."""
 
 
 class Server:
-    """One server process: gRPC and metrics around one model.
+    """One server process: gRPC and metrics around its models.
 
     Parameters
     ----------
