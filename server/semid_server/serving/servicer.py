@@ -151,7 +151,8 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         if mode not in model.decode_modes:
             raise UnsupportedDecodeModeError(
                 f"model {model.name!r} has no residual norms recorded, which decode mode "
-                f"{mode.upper()} needs; its modes: {', '.join(model.decode_modes).upper()}"
+                f"{mode.upper()} needs; its modes: {', '.join(model.decode_modes).upper()}. "
+                "`semid calibrate` records them"
             )
         form = request.WhichOneof("codes")
         codes = await _convert(form, wire.read_codes, request, model, self._max_rows(model))
