@@ -75,6 +75,9 @@ RunnerT = TypeVar("RunnerT", bound=Runner[Any, Any, Any])
 class Observer(Protocol):
     """Is told what happens to requests. Called by the loop and the worker: must be thread-safe."""
 
+    def admitted(self, key: Hashable) -> object:
+        """Told by its caller's task that a request was admitted; `ran` is given what it returns."""
+
     def refused(self, key: Hashable) -> None:
         """Told that a request found no room."""
 
@@ -85,9 +88,19 @@ class Observer(Protocol):
         """Told that a caller left while its request was queued."""
 
     def ran(
-        self, key: Hashable, *, rows: int, waits: Sequence[float], seconds: float, failed: bool
+        self,
+        key: Hashable,
+        *,
+        rows: int,
+        waits: Sequence[float],
+        seconds: float,
+        failed: bool,
+        marks: Sequence[object],
     ) -> None:
-        """Told that a batch ran: its rows, the seconds each request waited, and its own."""
+        """Told that a batch ran: its rows, the seconds each request waited, and its own.
+
+        ``marks`` are what `admitted` returned for each of its requests.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +133,17 @@ class QueueState:
 class _Entry(Generic[Key, Payload, Answer]):
     """One admitted request."""
 
-    __slots__ = ("admitted", "deadline", "future", "key", "nbytes", "payload", "rows", "turn")
+    __slots__ = (
+        "admitted",
+        "deadline",
+        "future",
+        "key",
+        "mark",
+        "nbytes",
+        "payload",
+        "rows",
+        "turn",
+    )
 
     def __init__(
         self,
@@ -133,11 +156,12 @@ class _Entry(Generic[Key, Payload, Answer]):
         admitted: float,
         turn: tuple[float, int],
         future: asyncio.Future[Answer],
+        mark: object,
     ) -> None:
         self.key, self.payload = key, payload
         self.rows, self.nbytes = rows, nbytes
         self.deadline, self.admitted, self.turn = deadline, admitted, turn
-        self.future = future
+        self.future, self.mark = future, mark
 
 
 class Batcher(Generic[Key, Payload, Answer]):
@@ -247,6 +271,7 @@ class Batcher(Generic[Key, Payload, Answer]):
                 admitted=now,
                 turn=(now + alone, self._next_ticket),
                 future=self._loop.create_future(),
+                mark=self._observer.admitted(key),
             )
             insort(self._queues.setdefault(key, []), entry, key=_turn)
             self._count(entry, +1)
@@ -462,7 +487,8 @@ class Batcher(Generic[Key, Payload, Answer]):
             smoothed = 0.8 * self._rows_per_second + 0.2 * rate
             self._rows_per_second = smoothed if self._rows_per_second else rate
         waits = [started - entry.admitted for entry in batch]
-        self._observer.ran(key, rows=rows, waits=waits, seconds=seconds, failed=failed)
+        marks = [entry.mark for entry in batch]
+        self._observer.ran(key, rows=rows, waits=waits, seconds=seconds, failed=failed, marks=marks)
         self._in_loop(self._deliver, batch, answers)
         if failed:
             return

@@ -180,6 +180,10 @@ class Metrics:
 
     # -- the batcher's observer --------------------------------------------------------------
 
+    def admitted(self, key: Hashable) -> object:  # noqa: ARG002 - the observer's signature
+        """Mark nothing: what is counted is counted when it ends."""
+        return None
+
     def refused(self, key: Hashable) -> None:
         """Count a request that found no room."""
         self.refused_requests.labels(_operation(key)).inc()
@@ -193,7 +197,14 @@ class Metrics:
         self.withdrawn_requests.labels(_operation(key)).inc()
 
     def ran(
-        self, key: Hashable, *, rows: int, waits: Sequence[float], seconds: float, failed: bool
+        self,
+        key: Hashable,
+        *,
+        rows: int,
+        waits: Sequence[float],
+        seconds: float,
+        failed: bool,
+        marks: Sequence[object],  # noqa: ARG002 - the observer's signature
     ) -> None:
         """Record a batch."""
         operation = _operation(key)

@@ -71,6 +71,12 @@ class NotingObserver:
     expiries: list = field(default_factory=list)
     withdrawals: list = field(default_factory=list)
     runs: list = field(default_factory=list)
+    admissions: int = 0
+    marks: list = field(default_factory=list)
+
+    def admitted(self, key):
+        self.admissions += 1
+        return self.admissions
 
     def refused(self, key):
         self.refusals.append(key)
@@ -81,7 +87,8 @@ class NotingObserver:
     def withdrawn(self, key):
         self.withdrawals.append(key)
 
-    def ran(self, key, *, rows, waits, seconds, failed):
+    def ran(self, key, *, rows, waits, seconds, failed, marks):
+        self.marks.append(tuple(marks))
         self.runs.append((key, rows, tuple(waits), seconds, failed))
 
 

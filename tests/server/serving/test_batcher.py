@@ -398,6 +398,7 @@ async def test_the_observer_is_told_of_rows_waits_and_seconds(
     clock.now += 1
     device.free()
     await asyncio.gather(first, a, b)
+    assert observer.marks == [(1,), (2, 3)], "of each batch, what it was given at admission"
     assert observer.runs == [
         ("k", 1, (0.0,), 2.0, False),
         ("k", 5, (2.0, 1.0), 0.0, False),
