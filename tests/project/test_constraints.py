@@ -12,6 +12,9 @@ from packaging.utils import canonicalize_name
 OF_TORCH = ("nvidia-", "cuda-", "triton")
 """What torch's CUDA builds bring is pinned by torch itself, build by build."""
 
+OF_SEMID = frozenset({"nvidia-ml-py"})
+"""What is named like those, but is asked for by semid."""
+
 
 @pytest.fixture(scope="module")
 def pins(root) -> dict[str, str]:
@@ -50,7 +53,7 @@ def installed() -> dict[str, str]:
     return {
         name: distribution(name).version
         for name in seen
-        if name != "semid" and not name.startswith(OF_TORCH)
+        if name in OF_SEMID or (name != "semid" and not name.startswith(OF_TORCH))
     }
 
 

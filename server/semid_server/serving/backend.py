@@ -24,6 +24,7 @@ from semid_server.errors import (
 )
 from semid_server.model import DecodeMode
 from semid_server.serving.batcher import Runner
+from semid_server.serving.device_use import DeviceUse, DeviceWatch
 from semid_server.serving.drift import SAMPLED_ROWS, SAMPLED_SHARE, DriftWatch, LayerDrift
 from semid_server.serving.fill import copy_finite
 from semid_server.serving.types import (
@@ -202,6 +203,9 @@ class Backend:
             backend=self,
         )
         self._warm_up_counts = EncodeCounts()
+        self._device_watch = (
+            DeviceWatch(self._device, self.served.device) if self._device.type == "cuda" else None
+        )
 
     def warm_up(self) -> None:
         """Run each path once: what is compiled or allocated at first use is not a caller's wait."""
@@ -238,6 +242,10 @@ class Backend:
     def drift(self) -> Sequence[LayerDrift]:
         """Code usage and quantisation error of the last rows, by layer."""
         return self._drift.summary()
+
+    def device_use(self) -> DeviceUse | None:
+        """How full and how busy the device is; None on a CPU, or if the driver cannot tell."""
+        return None if self._device_watch is None else self._device_watch.read()
 
     def run(
         self, key: WorkKey, payloads: Sequence[npt.NDArray[Any]]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from semid_server.serving.batcher import QueueState
+    from semid_server.serving.device_use import DeviceUse
     from semid_server.serving.drift import LayerDrift
     from semid_server.serving.types import ServedModel
 
@@ -164,6 +165,8 @@ class Metrics:
         registry.register(self._proved_rows)
         self._drift = _Drift()
         registry.register(self._drift)
+        self._device_use = _Device()
+        registry.register(self._device_use)
         for operation in OPERATIONS:
             for metric in (
                 self.rows,
@@ -235,6 +238,10 @@ class Metrics:
         self.queue_requests.set_function(lambda: state().requests)
         self.queue_rows.set_function(lambda: state().rows)
         self.queue_bytes.set_function(lambda: state().nbytes)
+
+    def watch_device(self, use: Callable[[], DeviceUse | None]) -> None:
+        """Have the device's gauges read ``use`` at every scrape; no samples where it is None."""
+        self._device_use.watch(use)
 
     def show_model(
         self,
@@ -333,6 +340,44 @@ class _Drift(Collector):
                 dead.add_metric((model, str(layer)), figures.dead_codes)
                 error.add_metric((model, str(layer)), figures.error)
         yield from (perplexity, dead, error)
+
+
+class _Device(Collector):
+    """Memory and utilisation of the device."""
+
+    def __init__(self) -> None:
+        self._use: Callable[[], DeviceUse | None] = lambda: None
+
+    def watch(self, use: Callable[[], DeviceUse | None]) -> None:
+        self._use = use
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the four families."""
+        total = GaugeMetricFamily(
+            "semid_device_memory_total_bytes", "Memory that the device has.", labels=("device",)
+        )
+        used = GaugeMetricFamily(
+            "semid_device_memory_used_bytes",
+            "Memory of the device that any process has.",
+            labels=("device",),
+        )
+        reserved = GaugeMetricFamily(
+            "semid_device_memory_reserved_bytes",
+            "Memory of the device that this server has reserved for its tensors.",
+            labels=("device",),
+        )
+        utilization = GaugeMetricFamily(
+            "semid_device_utilization_ratio",
+            "Share of the driver's last sampling period in which a kernel ran.",
+            labels=("device",),
+        )
+        if (use := self._use()) is not None:
+            total.add_metric((use.device,), use.total_bytes)
+            used.add_metric((use.device,), use.used_bytes)
+            reserved.add_metric((use.device,), use.reserved_bytes)
+            if use.utilization is not None:
+                utilization.add_metric((use.device,), use.utilization)
+        yield from (total, used, reserved, utilization)
 
 
 def _operation(key: Hashable) -> str:

@@ -198,6 +198,7 @@ class Server:
 
     def _show(self, backend: Backend) -> None:
         self._catalogue.put(backend.served)
+        self._metrics.watch_device(backend.device_use)
         self._metrics.show_model(
             backend.served, proved_rows=backend.proved_rows, drift=backend.drift
         )

@@ -271,6 +271,9 @@ class FakeBackend:
     def drift(self):
         return []
 
+    def device_use(self):
+        return None
+
 
 class Running:
     """A server that runs as a task of this test's loop."""

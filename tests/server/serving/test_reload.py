@@ -38,6 +38,9 @@ class Version:
     def drift(self):
         return []
 
+    def device_use(self):
+        return None
+
     def proved_rows(self):
         return {"fast": 10 * self.number}
 
