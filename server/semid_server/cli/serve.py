@@ -6,6 +6,9 @@ import semid_server.cli.quiet_threads  # noqa: F401 - before whatever imports to
 
 # isort: split
 import asyncio
+import logging
+import os
+import sys
 import tomllib
 from dataclasses import replace
 from functools import partial
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from semid_server.checkpoint import Overrides
+
+logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound="Callable[..., Any] | click.Command")
 
@@ -214,6 +219,13 @@ def _default(name: str) -> dict[str, Any]:
     help="Calls in progress, of every service; more are refused with RESOURCE_EXHAUSTED.",
 )
 @_option(
+    "--shared-memory-bytes",
+    type=click.IntRange(0),
+    **_default("shared_memory_bytes"),
+    help="Bytes that callers on this machine may share through /dev/shm, instead of sending them; "
+    "one connection a quarter of it. The memory is theirs. 0 takes none.",
+)
+@_option(
     "--grace",
     type=click.FloatRange(0),
     **_default("grace"),
@@ -332,16 +344,23 @@ def serve(
         tls = _tls_files(tls_cert, tls_key, tls_client_ca)
         config = ServeConfig(models=checkpoint, overrides=overrides, tls=tls, **settings)
 
-        def announce(line: str) -> None:
-            click.echo(f"semid: {line}")
-
         async def run() -> None:
             if config.processes > 1:
-                await Processes(config, announce=announce, prepare=prepare).run()
+                await Processes(config, announce=_announce, prepare=prepare).run()
             else:
-                await Server(config, announce=announce).run()
+                await Server(config, announce=_announce).run()
 
         asyncio.run(run())
+
+
+def _announce(line: str) -> None:
+    try:
+        click.echo(f"semid: {line}")
+    except OSError as error:
+        logger.warning("standard output: %s; it would have been: semid: %s", error.strerror, line)
+        # What could not be written would be tried again at the end, and fail the command.
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _prepare(*, keep_buffers: bool, log_level: str, log_format: str) -> None:

@@ -2,15 +2,22 @@
 
 A call's id is what its caller sent as metadata ``x-request-id``, or one made here; it goes back to
 the caller in the same metadata, and stands in every line logged on behalf of that call.
+
+A thread of its own writes the lines. Whoever should read them may be slow, stuck or gone: then
+lines are lost, and counted, but no call waits for them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import queue
 import re
+import threading
 import uuid
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pythonjsonlogger.json import JsonFormatter
 
@@ -18,6 +25,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 REQUEST_ID_KEY = "x-request-id"
+
+STDERR: Final = 2
+
+MAX_WAITING_LINES: Final = 10_000
+"""Lines that wait to be written; further ones are lost."""
+
+LAST_LINES: Final = 1.0
+"""Seconds that the end of the process waits for the lines logged before it."""
 
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
 
@@ -44,9 +59,81 @@ class _RequestFilter(logging.Filter):
         return True
 
 
+class Outlet(logging.Handler):
+    """Writes lines from a thread of its own, so that nobody who logs waits for who reads.
+
+    Parameters
+    ----------
+    descriptor : int
+        Of the file that they go to. Not Python's own stream: a thread that is stuck in one of
+        those lets no process end.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._lines: queue.Queue[str | threading.Event | None] = queue.Queue(MAX_WAITING_LINES)
+        self._lost = 0
+        self._writer = threading.Thread(target=self._write_all, name="semid-log", daemon=True)
+        self._writer.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand a line to the thread, or count it as lost."""
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._lost += 1  # under the handler's lock, as all of this
+        except Exception:  # noqa: BLE001 - as in every handler of the library: the caller goes on
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Wait until what was logged before is written, for at most `LAST_LINES` seconds."""
+        written = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._lines.put(written, timeout=LAST_LINES)
+            written.wait(LAST_LINES)
+
+    def close(self) -> None:
+        """Write what is left, for at most `LAST_LINES` seconds, and end the thread."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=LAST_LINES)
+            self._writer.join(LAST_LINES)
+        super().close()
+
+    def _write_all(self) -> None:
+        while (line := self._lines.get()) is not None:
+            if isinstance(line, threading.Event):
+                line.set()
+            else:
+                self._write(line)
+
+    def _write(self, line: str) -> None:
+        lost = self._lost
+        text = f"{self.format(_of_lost_lines(lost))}\n{line}\n" if lost else f"{line}\n"
+        rest = text.encode(errors="backslashreplace")
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:  # nobody reads any more, or the disk is full
+            lost = -1
+        with self.lock or contextlib.nullcontext():
+            self._lost -= lost
+
+
+def _of_lost_lines(count: int) -> logging.LogRecord:
+    fields = {
+        "name": __name__,
+        "levelno": logging.WARNING,
+        "levelname": "WARNING",
+        "msg": "%d lines before the next were lost: they came faster than they could be written",
+        "args": (count,),
+    }
+    return logging.makeLogRecord(fields | {"request": "", "request_id": ""})
+
+
 def configure(*, level: str, as_json: bool) -> None:
     """Log to stderr: lines of text, or one JSON object a line."""
-    handler = logging.StreamHandler()
+    handler = Outlet(STDERR)
     if as_json:
         handler.setFormatter(
             JsonFormatter(

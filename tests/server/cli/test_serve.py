@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ def _logging_put_back():
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
 
@@ -140,6 +144,16 @@ def test_what_the_server_refuses_is_one_sentence_and_status_one(monkeypatch):
     result = run("--checkpoint", "x")
     assert result.exit_code == 1
     assert result.output == "Error: cannot listen on 0.0.0.0:1\n"
+
+
+def test_a_standard_output_that_nobody_reads_is_no_reason_to_end(served, monkeypatch, caplog):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        serve.main(["--checkpoint", "x"], standalone_mode=False)
+    assert "semid: serving toy on 127.0.0.1:1" in caplog.text
+    assert "standard output" in caplog.text
 
 
 def test_where_it_listens_is_printed_on_standard_output(served):

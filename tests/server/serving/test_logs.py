@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -18,16 +22,23 @@ def configured():
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield logs.configure
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
 
 
-def test_as_json_each_line_is_one_object_with_the_request(configured, capsys):
+def written(capfd):
+    logging.getLogger().handlers[-1].flush()
+    return capfd.readouterr().err
+
+
+def test_as_json_each_line_is_one_object_with_the_request(configured, capfd):
     configured(level="info", as_json=True)
     request_id = logs.begin_request({"x-request-id": "abc-1"})
     assert request_id == "abc-1"
     logging.getLogger("semid.test").warning("%d rows\nof two lines", 3)
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = written(capfd).splitlines()
     record = json.loads(line)
     assert record["message"] == "3 rows\nof two lines"
     assert (record["level"], record["logger"]) == ("WARNING", "semid.test")
@@ -35,23 +46,119 @@ def test_as_json_each_line_is_one_object_with_the_request(configured, capsys):
     assert record.keys() == {"time", "level", "logger", "message", "request_id"}
 
 
-def test_as_text_a_line_names_its_request(configured, capsys):
+def test_as_text_a_line_names_its_request(configured, capfd):
     configured(level="info", as_json=False)
     logs.begin_request({"x-request-id": "abc-1"})
     logging.getLogger("semid.test").info("%d rows", 3)
-    assert capsys.readouterr().err.endswith("INFO semid.test: [abc-1] 3 rows\n")
+    assert written(capfd).endswith("INFO semid.test: [abc-1] 3 rows\n")
 
 
-def test_less_severe_lines_are_left_out(configured, capsys):
+def test_less_severe_lines_are_left_out(configured, capfd):
     configured(level="warning", as_json=False)
     logging.getLogger("semid.test").info("not this")
-    assert not capsys.readouterr().err
+    assert not written(capfd)
 
 
 @pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "a\nb", "%s", b"bytes"])
 def test_an_id_that_could_garble_a_log_is_replaced(sent):
     made = logs.begin_request({"x-request-id": sent})
     assert re.fullmatch(r"[0-9a-f]{32}", made)
+
+
+# --- whoever reads ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipe():
+    """Both ends of a pipe; what is still open is closed."""
+    reader, writer = os.pipe()
+    ends = [os.fdopen(reader, "rb", 0), os.fdopen(writer, "wb", 0)]
+    yield ends
+    for end in ends:
+        end.close()
+
+
+@pytest.fixture
+def log_into():
+    """Return a function that makes a logger, not the root's, that writes to a descriptor."""
+    outlets = []
+
+    def make(descriptor):
+        outlets.append(logs.Outlet(descriptor))
+        logger = logging.Logger("semid.test")  # noqa: LOG001 - one that no other test sees
+        logger.addHandler(outlets[-1])
+        return logger, outlets[-1]
+
+    yield make
+    for outlet in outlets:
+        outlet.close()
+
+
+def test_a_reader_that_is_stuck_holds_nobody_up_and_is_told_what_it_missed(pipe, log_into):
+    reader, writer = pipe
+    logger, outlet = log_into(writer.fileno())
+    text, count = "x" * 100, logs.MAX_WAITING_LINES + 2000
+    for _ in range(count):  # 64 KiB fill the pipe, then the queue fills
+        logger.info(text)
+
+    def read_to_the_last():
+        received = b""
+        while not received.endswith(b"the last\n"):
+            received += reader.read(65536)
+        return received.decode().splitlines()
+
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(read_to_the_last)
+        outlet.flush()
+        logger.info("the last")
+        lines = reading.result()
+    notices = [line for line in lines if "were lost" in line]
+    lost = sum(int(line.split()[0]) for line in notices)
+    assert lost > 0
+    assert lines.count(text) == count - lost
+    assert len(lines) == lines.count(text) + len(notices) + 1
+
+
+def test_a_reader_that_has_gone_is_no_error(pipe, log_into, capfd):
+    reader, writer = pipe
+    reader.close()
+    logger, outlet = log_into(writer.fileno())
+    for _ in range(10):
+        logger.error("nobody reads this")
+    outlet.flush()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_disk_with_room_again_gets_the_lines_from_then_on(tmp_path, log_into):
+    with open("/dev/full", "wb") as full, (tmp_path / "log").open("wb") as log:  # noqa: PTH123 - a device
+        descriptor = os.dup(full.fileno())
+        try:
+            logger, outlet = log_into(descriptor)
+            for _ in range(3):
+                logger.error("no room for this")
+            outlet.flush()
+            os.dup2(log.fileno(), descriptor)
+            logger.error("room for this")
+            outlet.flush()
+        finally:
+            os.close(descriptor)
+    first, second = (tmp_path / "log").read_text().splitlines()
+    assert first.startswith("3 lines before the next were lost")
+    assert second == "room for this"
+
+
+def test_the_end_of_the_process_does_not_wait_for_a_reader_that_is_stuck(pipe):
+    reader, writer = pipe
+    script = (
+        "import logging; from semid_server.serving import logs; "
+        "logs.configure(level='info', as_json=False); "
+        "[logging.info('x' * 100) for _ in range(20000)]"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], check=False, stderr=writer.fileno(), timeout=60
+    )
+    assert ended.returncode == 0
+    assert reader.read(100)
 
 
 async def test_the_callers_id_comes_back_with_success_and_with_failure(toy):
