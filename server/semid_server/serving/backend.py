@@ -75,8 +75,8 @@ class Device(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
     ) -> Sequence[npt.NDArray[Any] | SemidError]:
         """Answer each payload; see `Backend.run`.
 
-        A batch that the device has no memory for is tried again in halves, down to single
-        requests; one that still has none fails alone.
+        A batch that fails, for lack of memory or else, is tried again in halves, down to single
+        requests; one that still fails then fails alone.
 
         Raises
         ------
@@ -87,26 +87,48 @@ class Device(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
         self._last = backend
         try:
             return backend.run(key, payloads)
+        except SemidError:
+            raise
         except torch.cuda.OutOfMemoryError as error:
-            backend.release_memory()
             if len(payloads) == 1:
                 logger.warning("no device memory for %d rows: %s", len(payloads[0]), error)
-                return [
-                    DeviceError(
-                        f"the device has no memory for this request of {len(payloads[0])} rows; "
-                        "send fewer at once"
-                    )
-                ]
-            logger.warning("no device memory for %d requests at once; halving", len(payloads))
-            middle = len(payloads) // 2
-            return [*self.run(key, payloads[:middle]), *self.run(key, payloads[middle:])]
-        except RuntimeError as error:
-            if backend.device_works():
+            else:
+                logger.warning("no device memory for %d requests at once; halving", len(payloads))
+        except Exception as error:
+            if not backend.device_works():
+                logger.exception("the device failed")
+                raise DeviceLostError(
+                    "the device has failed and can do nothing more for this process"
+                ) from error
+            if len(payloads) == 1:
                 raise
-            logger.exception("the device failed")
-            raise DeviceLostError(
-                "the device has failed and can do nothing more for this process"
-            ) from error
+            logger.warning("a batch of %d requests failed (%r); halving", len(payloads), error)
+        # Only now: the exception held on to what the attempt had allocated.
+        backend.release_memory()
+        if len(payloads) == 1:
+            return [
+                DeviceError(
+                    f"the device has no memory for this request of {len(payloads[0])} rows; "
+                    "send fewer at once"
+                )
+            ]
+        return self._halve(key, payloads)
+
+    def _halve(
+        self, key: WorkKey, payloads: Sequence[Payload]
+    ) -> Sequence[npt.NDArray[Any] | SemidError]:
+        """Run a batch in two parts, so that what makes it fail is found and fails alone."""
+        middle = len(payloads) // 2
+        answers: list[npt.NDArray[Any] | SemidError] = []
+        for half in (payloads[:middle], payloads[middle:]):
+            try:
+                answers += self.run(key, half)
+            except SemidError:
+                raise
+            except Exception:  # of one request: a larger part is halved again
+                logger.exception("a request of %d rows failed", len(half[0]))
+                answers.append(DeviceError("the device failed while it computed this request"))
+        return answers
 
     def after(self) -> None:
         """Do what its model does after a batch, and let go of it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +22,7 @@ class SmallBackend:
         self.served = replace(served, backend=self)
         self.memory, self.error, self.works = memory, error, works
         self.runs, self.releases, self.afters = [], 0, 0
+        self.refused_rows = None
 
     @property
     def key(self):
@@ -30,6 +33,8 @@ class SmallBackend:
         self.runs.append(rows)
         if self.error:
             raise self.error
+        if self.refused_rows in rows:
+            raise ValueError("cannot, says secret")
         if sum(rows) > self.memory:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory at 0xsecret")
         return [("codes of", len(payload)) for payload in payloads]
@@ -82,6 +87,35 @@ def test_an_error_after_which_the_device_works_is_raised_as_it_is(toy_served):
     with pytest.raises(RuntimeError) as caught:
         Device().run(backend.key, payloads(1))
     assert caught.value is error
+
+
+def test_a_request_that_makes_a_batch_fail_fails_alone(toy_served):
+    backend = SmallBackend(toy_served)
+    backend.refused_rows = 7
+    answers = Device().run(backend.key, payloads(6, 7, 4, 7, 5))
+    assert [answers[n] for n in (0, 2, 4)] == [("codes of", n) for n in (6, 4, 5)]
+    for n in (1, 3):
+        assert isinstance(answers[n], DeviceError)
+        assert "secret" not in str(answers[n])
+
+
+def test_nothing_of_a_failed_attempt_is_held_while_its_halves_run(toy_served):
+    held = []
+
+    class Allocating(SmallBackend):
+        def run(self, key, payloads):
+            gc.collect()
+            assert all(reference() is None for reference in held)
+            allocated = torch.zeros(1)
+            held.append(weakref.ref(allocated))
+            return super().run(key, payloads)
+
+        def release_memory(self):
+            assert all(reference() is None for reference in held)
+
+    backend = Allocating(toy_served, memory=2)
+    assert len(Device().run(backend.key, payloads(2, 2, 1))) == 3
+    assert len(held) == 5
 
 
 def test_an_error_after_which_it_does_not_means_that_it_is_lost(toy_served):
