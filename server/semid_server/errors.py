@@ -8,6 +8,9 @@ them to gRPC status codes, and the commands print their message as it is.
     ├── FingerprintMismatchError   the caller expects another model
     ├── UnsupportedDecodeModeError the checkpoint lacks what the mode needs
     ├── ModelNotFoundError         no model of that name is served
+    ├── SegmentNotFoundError       no memory is shared under that handle, or not any more
+    ├── SharedMemoryRefusedError   memory that cannot be shared with this process
+    ├── SharedMemoryFullError      more shared memory than there may be
     ├── UnauthenticatedError       no token, or not a known one
     ├── PermissionDeniedError      a known token, but not for this method
     ├── OverloadedError            no room now; come back later
@@ -88,6 +91,18 @@ class ModelNotFoundError(SemidError):
         served = ", ".join(repr(other) for other in available) or "none"
         super().__init__(f"no model named {name!r} is served here; served: {served}")
         self.name, self.available = name, tuple(available)
+
+
+class SegmentNotFoundError(SemidError):
+    """No memory is shared under that handle with this process, or not any more."""
+
+
+class SharedMemoryRefusedError(SemidError):
+    """Memory that cannot be shared: not here, not the caller's, or not at all."""
+
+
+class SharedMemoryFullError(SemidError):
+    """More memory than may be shared."""
 
 
 class UnauthenticatedError(SemidError):

@@ -56,6 +56,18 @@ class Tensor(_message.Message):
     data: bytes
     def __init__(self, dtype: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
+class SharedTensor(_message.Message):
+    __slots__ = ("dtype", "shape", "segment", "offset")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    dtype: DataType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    segment: str
+    offset: int
+    def __init__(self, dtype: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., segment: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
 class FloatRows(_message.Message):
     __slots__ = ("rows",)
     class Row(_message.Message):
@@ -79,16 +91,18 @@ class CodeRows(_message.Message):
     def __init__(self, rows: _Optional[_Iterable[_Union[CodeRows.Row, _Mapping]]] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("model", "expected_fingerprint", "tensor", "rows")
+    __slots__ = ("model", "expected_fingerprint", "tensor", "rows", "shared")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     model: str
     expected_fingerprint: str
     tensor: Tensor
     rows: FloatRows
-    def __init__(self, model: _Optional[str] = ..., expected_fingerprint: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., rows: _Optional[_Union[FloatRows, _Mapping]] = ...) -> None: ...
+    shared: SharedTensor
+    def __init__(self, model: _Optional[str] = ..., expected_fingerprint: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., rows: _Optional[_Union[FloatRows, _Mapping]] = ..., shared: _Optional[_Union[SharedTensor, _Mapping]] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
     __slots__ = ("fingerprint", "tensor", "rows")
@@ -148,6 +162,22 @@ class DecodeStreamResponse(_message.Message):
     response: DecodeResponse
     def __init__(self, response: _Optional[_Union[DecodeResponse, _Mapping]] = ...) -> None: ...
 
+class ShareMemoryRequest(_message.Message):
+    __slots__ = ("name", "size_bytes", "proof")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size_bytes: int
+    proof: bytes
+    def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class ShareMemoryResponse(_message.Message):
+    __slots__ = ("segment",)
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    segment: str
+    def __init__(self, segment: _Optional[str] = ...) -> None: ...
+
 class GetModelRequest(_message.Message):
     __slots__ = ("model",)
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -203,9 +233,23 @@ class Layer(_message.Message):
     def __init__(self, codebook_width: _Optional[int] = ..., embedding_dim: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_message_bytes", "max_rows")
+    __slots__ = ("max_message_bytes", "max_rows", "shared_memory")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     max_rows: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., max_rows: _Optional[int] = ...) -> None: ...
+    shared_memory: SharedMemoryLimits
+    def __init__(self, max_message_bytes: _Optional[int] = ..., max_rows: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemoryLimits, _Mapping]] = ...) -> None: ...
+
+class SharedMemoryLimits(_message.Message):
+    __slots__ = ("max_bytes", "max_segments", "max_rows", "max_request_bytes")
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    max_bytes: int
+    max_segments: int
+    max_rows: int
+    max_request_bytes: int
+    def __init__(self, max_bytes: _Optional[int] = ..., max_segments: _Optional[int] = ..., max_rows: _Optional[int] = ..., max_request_bytes: _Optional[int] = ...) -> None: ...

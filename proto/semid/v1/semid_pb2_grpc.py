@@ -55,6 +55,11 @@ class SemanticIdServiceStub:
                 request_serializer=semid_dot_v1_dot_semid__pb2.DecodeStreamRequest.SerializeToString,
                 response_deserializer=semid_dot_v1_dot_semid__pb2.DecodeStreamResponse.FromString,
                 _registered_method=True)
+        self.ShareMemory = channel.unary_stream(
+                '/semid.v1.SemanticIdService/ShareMemory',
+                request_serializer=semid_dot_v1_dot_semid__pb2.ShareMemoryRequest.SerializeToString,
+                response_deserializer=semid_dot_v1_dot_semid__pb2.ShareMemoryResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/semid.v1.SemanticIdService/GetModel',
                 request_serializer=semid_dot_v1_dot_semid__pb2.GetModelRequest.SerializeToString,
@@ -101,6 +106,20 @@ class SemanticIdServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ShareMemory(self, request, context):
+        """Share memory of this machine, for as long as this call lasts: embeddings that lie there are
+        encoded without being sent. One response says how requests refer to it; then the call stays
+        open. Its end, on either side and for whatever reason, ends the sharing.
+
+        The memory is a regular file in /dev/shm. The caller makes it, writes `proof` to its beginning,
+        and calls. The server opens the file, compares, and removes its name: from then on nobody else
+        can open it, and the memory goes when neither side holds it. The caller may let the file
+        grow afterwards, up to size_bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModel(self, request, context):
         """What one model is: shapes, fingerprint, decode modes, and the limits of this server.
         """
@@ -137,6 +156,11 @@ def add_SemanticIdServiceServicer_to_server(servicer, server):
                     servicer.DecodeStream,
                     request_deserializer=semid_dot_v1_dot_semid__pb2.DecodeStreamRequest.FromString,
                     response_serializer=semid_dot_v1_dot_semid__pb2.DecodeStreamResponse.SerializeToString,
+            ),
+            'ShareMemory': grpc.unary_stream_rpc_method_handler(
+                    servicer.ShareMemory,
+                    request_deserializer=semid_dot_v1_dot_semid__pb2.ShareMemoryRequest.FromString,
+                    response_serializer=semid_dot_v1_dot_semid__pb2.ShareMemoryResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -258,6 +282,33 @@ class SemanticIdService:
             '/semid.v1.SemanticIdService/DecodeStream',
             semid_dot_v1_dot_semid__pb2.DecodeStreamRequest.SerializeToString,
             semid_dot_v1_dot_semid__pb2.DecodeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShareMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/semid.v1.SemanticIdService/ShareMemory',
+            semid_dot_v1_dot_semid__pb2.ShareMemoryRequest.SerializeToString,
+            semid_dot_v1_dot_semid__pb2.ShareMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -26,13 +26,14 @@ from semid_server.model import DecodeMode
 from semid_server.serving.batcher import Runner
 from semid_server.serving.device_use import DeviceUse, DeviceWatch
 from semid_server.serving.drift import SAMPLED_ROWS, SAMPLED_SHARE, DriftWatch, LayerDrift
-from semid_server.serving.fill import copy_finite
+from semid_server.serving.fill import copy_finite, read_finite
+from semid_server.serving.shared_memory import SharedRows
 from semid_server.serving.types import (
-    HOST_TYPES,
     DecodeKey,
     DecodeModeName,
     EmbeddingType,
     EncodeKey,
+    Payload,
     ServedModel,
     WorkKey,
 )
@@ -64,14 +65,14 @@ FILL_TYPES: dict[EmbeddingType, torch.dtype] = {
 MAX_NAMED_ROWS = 8
 
 
-class Device(Runner[WorkKey, "npt.NDArray[Any]", "npt.NDArray[Any]"]):
+class Device(Runner[WorkKey, Payload, "npt.NDArray[Any]"]):
     """Hands each batch to the version of the model that it was admitted for."""
 
     def __init__(self) -> None:
         self._last: Backend | None = None
 
     def run(
-        self, key: WorkKey, payloads: Sequence[npt.NDArray[Any]]
+        self, key: WorkKey, payloads: Sequence[Payload]
     ) -> Sequence[npt.NDArray[Any] | SemidError]:
         """Answer each payload; see `Backend.run`.
 
@@ -270,7 +271,7 @@ class Backend:
         return None if self._device_watch is None else self._device_watch.read()
 
     def run(
-        self, key: WorkKey, payloads: Sequence[npt.NDArray[Any]]
+        self, key: WorkKey, payloads: Sequence[Payload]
     ) -> Sequence[npt.NDArray[Any] | SemidError]:
         """Answer each payload: codes (n, L) of embeddings, or float32 (n, D) of codes.
 
@@ -281,7 +282,9 @@ class Backend:
             case EncodeKey(dtype=dtype):
                 return self._encode(dtype, payloads)
             case DecodeKey(mode=mode):
-                return self._decode(DecodeMode(mode), payloads)
+                # Codes are never shared: they are small.
+                codes = cast("Sequence[npt.NDArray[Any]]", payloads)
+                return self._decode(DecodeMode(mode), codes)
 
     def after(self) -> None:
         """Look at the last batch once more: for drift, and for the share to be verified."""
@@ -324,35 +327,29 @@ class Backend:
         return features.double().cpu().numpy()
 
     def _encode(
-        self, dtype: EmbeddingType, payloads: Sequence[npt.NDArray[Any]]
+        self, dtype: EmbeddingType, payloads: Sequence[Payload]
     ) -> list[npt.NDArray[Any] | SemidError]:
-        answers: list[npt.NDArray[Any] | SemidError] = [_PENDING] * len(payloads)
-        rows, finite = self._fill(dtype, payloads)
-        if not finite:
-            for index, payload in enumerate(payloads):
-                error = _describe_bad_rows(_as_torch(dtype, payload))
-                if error is not None:
-                    answers[index] = error
-            good = [index for index, answer in enumerate(answers) if answer is _PENDING]
-            rows, _ = self._fill(dtype, [payloads[index] for index in good])
-        else:
-            good = list(range(len(payloads)))
+        rows, errors = self._fill(dtype, payloads)
         codes = self._encoder.encode(rows)
         host = codes.cpu().numpy().astype(self._code_type, copy=False)
         self._encoded = rows, host
+        answers: list[npt.NDArray[Any] | SemidError] = []
         start = 0
-        for index in good:
-            stop = start + len(payloads[index])
-            answers[index] = host[start:stop]
-            start = stop
+        for payload, error in zip(payloads, errors, strict=True):
+            if error is not None:
+                answers.append(error)
+                continue
+            answers.append(host[start : start + len(payload)])
+            start += len(payload)
         return answers
 
     def _fill(
-        self, dtype: EmbeddingType, payloads: Sequence[npt.NDArray[Any]]
-    ) -> tuple[torch.Tensor, bool]:
+        self, dtype: EmbeddingType, payloads: Sequence[Payload]
+    ) -> tuple[torch.Tensor, list[SemidError | None]]:
         """Copy the payloads one after another into the batch buffer: the one copy on the way.
 
-        Returns the rows of the batch, and whether all of their numbers are finite.
+        Returns the rows of the batch, and for each payload what keeps it out: the place of one that
+        cannot be read, or that holds NaN or Inf, is given to the next.
         """
         total = sum(len(payload) for payload in payloads)
         buffer = self._buffers.get(dtype)
@@ -366,11 +363,21 @@ class Backend:
             )
             self._buffers[dtype] = buffer
         host = buffer.view(FILL_TYPES[dtype]).numpy()
-        start, finite = 0, True
+        start = 0
+        errors: list[SemidError | None] = []
         for payload in payloads:
-            finite &= copy_finite(host[start : start + len(payload)], payload, dtype)
-            start += len(payload)
-        return buffer[:total], finite
+            stop = start + len(payload)
+            error: SemidError | None = None
+            try:
+                if not _copy(host[start:stop], payload, dtype):
+                    # Described from the copy: what is shared may hold something else by now.
+                    error = _describe_bad_rows(buffer[start:stop])
+            except SemidError as unreadable:
+                error = unreadable
+            errors.append(error)
+            if error is None:
+                start = stop
+        return buffer[:start], errors
 
     def _decode(
         self, mode: DecodeMode, payloads: Sequence[npt.NDArray[Any]]
@@ -380,9 +387,6 @@ class Backend:
         host = out.cpu().numpy()
         ends = np.cumsum([len(payload) for payload in payloads])
         return list(np.split(host, ends[:-1]))
-
-
-_PENDING: npt.NDArray[Any] = np.empty(0)
 
 
 def choose_device(device: str) -> torch.device:
@@ -427,9 +431,11 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _as_torch(dtype: EmbeddingType, payload: npt.NDArray[Any]) -> torch.Tensor:
-    # Copied, since torch wants arrays it may write to; reached by bad requests only.
-    return torch.from_numpy(payload.astype(HOST_TYPES[dtype])).view(TORCH_TYPES[dtype])
+def _copy(target: npt.NDArray[Any], payload: Payload, dtype: EmbeddingType) -> bool:
+    """Copy a payload, and tell whether all of its numbers are finite."""
+    if isinstance(payload, SharedRows):
+        return read_finite(target, payload, dtype)
+    return copy_finite(target, payload, dtype)
 
 
 def _describe_bad_rows(rows: torch.Tensor) -> InvalidInputError | None:

@@ -32,6 +32,7 @@ RANGES = {
     "max_queue_requests": (1, math.inf, ""),
     "max_queue_bytes": (1, math.inf, ""),
     "max_concurrent_rpcs": (1, math.inf, ""),
+    "shared_memory_bytes": (0, math.inf, ""),
     "grace": (0, math.inf, " seconds"),
     "watch": (0, math.inf, " seconds"),
 }
@@ -70,6 +71,7 @@ class ServeConfig:
     max_queue_requests: int = 4096
     max_queue_bytes: int = 256 * MIB
     max_concurrent_rpcs: int = 4096
+    shared_memory_bytes: int = 1024 * MIB
     grace: float = 30.0
     watch: float = 0.0
     tls: TlsFiles | None = None
@@ -117,3 +119,10 @@ class ServeConfig:
                 f"{4 * input_dim} bytes, and {MESSAGE_OVERHEAD} are kept for the rest of a message"
             )
         return min(self.max_batch_rows, fitting)
+
+    def max_shared_rows(self, code_bytes: int) -> int:
+        """Rows that a request may have whose embeddings are in shared memory.
+
+        A batch holds them, and one message their codes, of ``code_bytes`` a row.
+        """
+        return min(self.max_batch_rows, (self.max_message_bytes - MESSAGE_OVERHEAD) // code_bytes)

@@ -1,5 +1,8 @@
 """The one copy of a payload's numbers, into the batch, which sees whether all of them are finite.
 
+Numbers in shared memory, which their owner may change at any time, are looked at where they have
+been copied to, a block at a time while it is in the processor's cache.
+
 Compiled, since the alternatives cost more than the copy itself: numpy adds float16 one by one, and
 torch wakes its threads for a sum, which then spin on the cores that gRPC needs. The interpreter's
 lock is released meanwhile.
@@ -17,6 +20,7 @@ from semid_server.encoding.compiled import compiled
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from semid_server.serving.shared_memory import SharedRows
     from semid_server.serving.types import EmbeddingType
 
 EXPONENTS: Final[dict[EmbeddingType, np.unsignedinteger[Any]]] = {
@@ -26,6 +30,9 @@ EXPONENTS: Final[dict[EmbeddingType, np.unsignedinteger[Any]]] = {
     "float64": np.uint64(0x7FF0_0000_0000_0000),
 }
 """The bits of the exponent: NaN and the infinities alone have all of them set (IEEE 754, 3.4)."""
+
+BLOCK_BYTES: Final = 256 * 1024
+"""Read from shared memory at once: little beside the cache, much beside a system call."""
 
 _SIGNATURES = [
     # A message's numbers begin at any byte.
@@ -49,6 +56,48 @@ def copy_finite(target: npt.NDArray[Any], source: npt.NDArray[Any], dtype: Embed
     exponent = EXPONENTS[dtype]
     bits = exponent.dtype
     return bool(_copy(target.reshape(-1).view(bits), source.reshape(-1).view(bits), exponent))
+
+
+def read_finite(target: npt.NDArray[Any], rows: SharedRows, dtype: EmbeddingType) -> bool:
+    """Read ``rows`` into ``target``, and tell whether all of the numbers there are finite.
+
+    Parameters
+    ----------
+    target : numpy.ndarray, shape (n, D)
+        Contiguous, numbers of ``dtype`` or their bits.
+    rows : SharedRows
+        As many.
+    dtype : str
+        What the numbers are.
+
+    Raises
+    ------
+    InvalidInputError, DeviceError
+        They cannot be read, or not all of them; ``target`` then holds anything.
+    """
+    exponent = EXPONENTS[dtype]
+    bits = target.reshape(-1).view(exponent.dtype)
+    block = BLOCK_BYTES // bits.itemsize
+    finite = True
+    for start in range(0, len(bits), block):
+        part = bits[start : start + block]
+        rows.read(part.data.cast("B"), start * bits.itemsize)
+        finite &= bool(_are_finite(part, exponent))
+    return finite
+
+
+@compiled(
+    [
+        types.boolean(types.Array(bits, 1, "C"), bits)
+        for bits in (types.uint16, types.uint32, types.uint64)
+    ],
+    nogil=True,
+)
+def _are_finite(numbers: Any, exponent: Any) -> bool:
+    beyond = 0
+    for i in range(len(numbers)):
+        beyond += (numbers[i] & exponent) == exponent
+    return beyond == 0
 
 
 @compiled(_SIGNATURES, nogil=True)

@@ -86,8 +86,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                 read,
                 handler.response_serializer,
             )
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(handler.unary_stream, ("server_stream", service, method), _readable),
+                read,
+                handler.response_serializer,
+            )
         return grpc.stream_stream_rpc_method_handler(
-            self._stream(handler.stream_stream, ("bidi_stream", service, method)),
+            self._stream(handler.stream_stream, ("bidi_stream", service, method), _Requests),
             read,
             handler.response_serializer,
         )
@@ -104,13 +110,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
         return answer
 
-    def _stream(self, behaviour: Any, call: tuple[str, str, str]) -> Any:
-        async def answer(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+    def _stream(
+        self, behaviour: Any, call: tuple[str, str, str], readable: Callable[[Any], Any]
+    ) -> Any:
+        async def answer(requests: Any, context: Context) -> AsyncIterator[Any]:
             with self._counted(), _Call(self._metrics, self._tokens, call, context) as this:
                 try:
                     self._turn_away_if_draining()
                     this.authorise()
-                    async for response in behaviour(_Requests(requests), context):
+                    async for response in behaviour(readable(requests), context):
                         yield response
                 except Exception as error:  # noqa: BLE001 - told apart there
                     await this.fail(error)

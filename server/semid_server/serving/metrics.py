@@ -41,6 +41,8 @@ REQUESTS = tuple(2**power for power in range(13))
 
 OPERATIONS = ("encode", "decode")
 
+TRANSPORTS = ("message", "shared_memory")
+
 CALL = ("grpc_type", "grpc_service", "grpc_method")
 
 
@@ -145,6 +147,22 @@ class Metrics:
             "Verified rows whose codes differed from the float64 reference. Must stay 0.",
             registry=registry,
         )
+        self.received_bytes = Counter(
+            "semid_received_bytes_total",
+            "Bytes of embeddings in requests to encode, by the way in which they came.",
+            ("transport",),
+            registry=registry,
+        )
+        for transport in TRANSPORTS:
+            self.received_bytes.labels(transport)
+        self.shared_memory_bytes = Gauge(
+            "semid_shared_memory_bytes", "Bytes that callers share now.", registry=registry
+        )
+        self.shared_memory_segments = Gauge(
+            "semid_shared_memory_segments",
+            "Files in shared memory that callers share now.",
+            registry=registry,
+        )
         self.serving = Gauge(
             "semid_serving", "1 while the server takes requests, else 0.", registry=registry
         )
@@ -242,6 +260,15 @@ class Metrics:
     def watch_device(self, use: Callable[[], DeviceUse | None]) -> None:
         """Have the device's gauges read ``use`` at every scrape; no samples where it is None."""
         self._device_use.watch(use)
+
+    def received(self, transport: str, nbytes: int) -> None:
+        """Count embeddings that came."""
+        self.received_bytes.labels(transport).inc(nbytes)
+
+    def watch_shared_memory(self, nbytes: Callable[[], int], segments: Callable[[], int]) -> None:
+        """Have the gauges of shared memory read these at every scrape."""
+        self.shared_memory_bytes.set_function(nbytes)
+        self.shared_memory_segments.set_function(segments)
 
     def show_model(
         self,

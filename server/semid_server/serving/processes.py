@@ -59,6 +59,8 @@ SUMMED: Final = frozenset(
         "semid_queue_requests",
         "semid_queue_rows",
         "semid_queue_bytes",
+        "semid_shared_memory_bytes",
+        "semid_shared_memory_segments",
         "semid_device_memory_reserved_bytes",
         "process_virtual_memory_bytes",
         "process_resident_memory_bytes",

@@ -28,6 +28,7 @@ from semid_server.serving.catalogue import Catalogue
 from semid_server.serving.interceptors import CallInterceptor
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.servicer import SemanticIdServicer, add_to_server
+from semid_server.serving.shared_memory import Bounds, SharedMemory
 from semid_server.serving.tls import Certificates
 from semid_server.serving.tokens import TokenFile
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from semid_server.serving.config import ModelSource, ServeConfig
-    from semid_server.serving.types import WorkKey
+    from semid_server.serving.types import Payload, WorkKey
 
 Stamp = tuple[tuple[int, int, int], ...] | None
 
@@ -63,6 +64,13 @@ EXPECTED_CODES = (
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
 )
+
+CALL_KINDS = {
+    (False, False): "unary",
+    (False, True): "server_stream",
+    (True, True): "bidi_stream",
+}
+"""By whether the client, and the server, send more than one message: the metrics' ``grpc_type``."""
 
 QUIET = 0.05
 """Seconds without a call after which gRPC may stop."""
@@ -97,7 +105,7 @@ class Server:
         self._config, self._announce, self._make_backend = config, announce, make_backend
         self._metrics = Metrics()
         self._catalogue = Catalogue()
-        self._batcher: Batcher[WorkKey, npt.NDArray[Any], npt.NDArray[Any]] = Batcher(
+        self._batcher: Batcher[WorkKey, Payload, npt.NDArray[Any]] = Batcher(
             limits=BatchLimits(
                 max_batch_rows=config.max_batch_rows,
                 max_batch_bytes=config.max_batch_bytes,
@@ -106,6 +114,8 @@ class Server:
             ),
             observer=self._metrics,
         )
+        memory = self._shared_memory = SharedMemory(Bounds(config.shared_memory_bytes))
+        self._metrics.watch_shared_memory(lambda: memory.nbytes, lambda: memory.segments)
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         self._stamps: list[Stamp] = []
@@ -143,7 +153,14 @@ class Server:
         self._stop.set()
 
     async def _serve(self) -> None:
-        servicer = SemanticIdServicer(self._batcher, self._catalogue, config=self._config)
+        self._shared_memory.sweep()
+        servicer = SemanticIdServicer(
+            self._batcher,
+            self._catalogue,
+            config=self._config,
+            shared_memory=self._shared_memory,
+            on_received=self._metrics.received,
+        )
         health_servicer = HealthServicer()
         server, address = await self._open_grpc(servicer, health_servicer)
         await server.start()
@@ -315,7 +332,7 @@ class Server:
         )
         add_to_server(servicer, server)
         for method in methods:
-            kind = "bidi_stream" if method.client_streaming else "unary"
+            kind = CALL_KINDS[method.client_streaming, method.server_streaming]
             self._metrics.expect_method((kind, SERVICE, method.name), EXPECTED_CODES)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         # As constructed, the servicer calls the server healthy: it is not until it has a model.

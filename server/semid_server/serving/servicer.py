@@ -20,7 +20,8 @@ from semid_server.serving.received import (
     read_encode_request,
     read_encode_stream_request,
 )
-from semid_server.serving.types import DecodeKey, EncodeKey, ServedModel, WorkKey
+from semid_server.serving.shared_memory import Bounds, SharedMemory
+from semid_server.serving.types import DecodeKey, EncodeKey, Payload, ServedModel, WorkKey
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -55,20 +56,29 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         What is served.
     config : ServeConfig
         The limits to keep and to publish.
+    shared_memory : SharedMemory, optional
+        What callers share with this process; nothing can be shared without it.
+    on_received : callable, optional
+        Told, for each request to encode, how its embeddings came (a value of `TRANSPORTS`) and how
+        many bytes they are.
     clock : callable
         The batcher's clock.
     """
 
     def __init__(
         self,
-        batcher: Batcher[WorkKey, npt.NDArray[Any], npt.NDArray[Any]],
+        batcher: Batcher[WorkKey, Payload, npt.NDArray[Any]],
         catalogue: Catalogue,
         *,
         config: ServeConfig,
+        shared_memory: SharedMemory | None = None,
+        on_received: Callable[[str, int], None] = lambda _transport, _nbytes: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._batcher, self._catalogue = batcher, catalogue
         self._config, self._clock = config, clock
+        self._shared_memory = shared_memory or SharedMemory(Bounds(0))
+        self._on_received = on_received
         self._draining = asyncio.Event()
 
     def drain(self) -> None:
@@ -109,6 +119,16 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         async for response in self._stream(request_iterator, admit):
             yield pb.DecodeStreamResponse(response=response)
 
+    async def ShareMemory(
+        self, request: pb.ShareMemoryRequest, context: Context
+    ) -> AsyncIterator[pb.ShareMemoryResponse]:
+        """Share memory for as long as this call lasts."""
+        with self._shared_memory.shared(
+            request.name, request.size_bytes, request.proof, context.peer()
+        ) as segment:
+            yield pb.ShareMemoryResponse(segment=segment.handle)
+            await self._draining.wait()
+
     async def GetModel(
         self,
         request: pb.GetModelRequest,
@@ -136,9 +156,20 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         request = received.request
         model = catalogue.expect(request.model, request.expected_fingerprint)
         form = request.WhichOneof("embeddings")
-        rows, dtype = await _convert(
-            form, wire.read_embeddings, received, model, self._max_rows(model)
-        )
+        rows: Payload
+        if form == "shared":
+            rows, dtype = wire.read_shared(
+                request,
+                model,
+                self._shared_memory,
+                max_rows=self._max_shared_rows(model),
+                max_bytes=self._config.max_batch_bytes,
+            )
+        else:
+            rows, dtype = await _convert(
+                form, wire.read_embeddings, received, model, self._max_rows(model)
+            )
+        self._on_received("shared_memory" if form == "shared" else "message", rows.nbytes)
         future = await self._admit(EncodeKey(model, dtype), rows, rows.nbytes, context, wait=wait)
         return _then(future, lambda codes: _convert(form, wire.encode_response, codes, model, form))
 
@@ -163,7 +194,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         return _then(future, lambda rows: _convert(form, wire.decode_response, rows, model, form))
 
     async def _admit(
-        self, key: WorkKey, payload: npt.NDArray[Any], nbytes: int, context: Context, *, wait: bool
+        self, key: WorkKey, payload: Payload, nbytes: int, context: Context, *, wait: bool
     ) -> asyncio.Future[npt.NDArray[Any]]:
         remaining = context.time_remaining()
         deadline = None if remaining is None else self._clock() + remaining
@@ -239,11 +270,26 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
     def _max_rows(self, model: ServedModel) -> int:
         return self._config.max_rows(model.input_dim)
 
+    def _max_shared_rows(self, model: ServedModel) -> int:
+        return self._config.max_shared_rows(len(model.codebook_widths) * model.code_dtype.itemsize)
+
     def _describe(self, model: ServedModel) -> pb.Model:
         return wire.model_message(
             model,
             max_message_bytes=self._config.max_message_bytes,
             max_rows=self._max_rows(model),
+            shared_memory=self._shared_memory_limits(model),
+        )
+
+    def _shared_memory_limits(self, model: ServedModel) -> pb.SharedMemoryLimits | None:
+        if not self._shared_memory.offered:
+            return None
+        bounds = self._shared_memory.of_connection
+        return pb.SharedMemoryLimits(
+            max_bytes=bounds.nbytes,
+            max_segments=bounds.segments,
+            max_rows=self._max_shared_rows(model),
+            max_request_bytes=self._config.max_batch_bytes,
         )
 
 

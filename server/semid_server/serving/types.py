@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
+
+from semid_server.serving.shared_memory import SharedRows
 
 EmbeddingType = Literal["float32", "float16", "bfloat16", "float64"]
 DecodeModeName = Literal["sum", "calibrated"]
+
+Payload: TypeAlias = npt.NDArray[Any] | SharedRows
+"""Rows of a request, (n, m): here, or where the caller shares them."""
 
 HOST_TYPES: dict[EmbeddingType, np.dtype[np.generic]] = {
     "float32": np.dtype("<f4"),

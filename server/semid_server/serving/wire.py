@@ -13,6 +13,7 @@ import numpy as np
 
 from semid.v1 import semid_pb2 as pb
 from semid_server.errors import FieldViolation, InvalidInputError, MessageTooLargeError
+from semid_server.serving.shared_memory import SharedRows
 from semid_server.serving.types import HOST_TYPES, EmbeddingType
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from semid_server.serving.received import ReceivedEncode
+    from semid_server.serving.shared_memory import SharedMemory
     from semid_server.serving.types import DecodeModeName, ServedModel
 
 EMBEDDING_TYPES: Final[dict[pb.DataType, EmbeddingType]] = {
@@ -83,20 +85,49 @@ def read_embeddings(
         for index, row in enumerate(rows):
             array[index] = row
         return array, "float32"
-    dtype = EMBEDDING_TYPES.get(request.tensor.dtype)
-    if dtype is None:
-        raise InvalidInputError.at(
-            "tensor.dtype",
-            f"{_name(pb.DataType, request.tensor.dtype)} is not a type of embeddings; "
-            f"expected one of {_names(pb.DataType, EMBEDDING_TYPES)}",
-        )
+    dtype = _embedding_type("tensor", request.tensor.dtype)
     array = _view(request.tensor, HOST_TYPES[dtype], max_rows, received.data)
-    if array.shape[1] != model.input_dim:
-        raise InvalidInputError.at(
-            "tensor.shape",
-            f"rows of {array.shape[1]} numbers; model {model.name!r} expects {model.input_dim}",
-        )
+    _check_width("tensor", array.shape[1], model)
     return array, dtype
+
+
+def read_shared(
+    request: pb.EncodeRequest,
+    model: ServedModel,
+    memory: SharedMemory,
+    *,
+    max_rows: int,
+    max_bytes: int,
+) -> tuple[SharedRows, EmbeddingType]:
+    """Return where in shared memory the rows of a request are, and the type of their numbers.
+
+    Raises
+    ------
+    InvalidInputError
+        The type, the shape or the place is not what the model takes or what is shared.
+    MessageTooLargeError
+        More rows than ``max_rows``, or bytes than ``max_bytes``.
+    SegmentNotFoundError
+        No such memory is shared.
+    """
+    shared = request.shared
+    dtype = _embedding_type("shared", shared.dtype)
+    rows, columns = _check_matrix("shared", shared.shape, max_rows)
+    _check_width("shared", columns, model)
+    nbytes = rows * columns * HOST_TYPES[dtype].itemsize
+    if nbytes > max_bytes:
+        raise MessageTooLargeError(
+            f"{nbytes} bytes of embeddings in one request; this server takes at most {max_bytes} "
+            "(SharedMemoryLimits.max_request_bytes): send them in several"
+        )
+    segment = memory.find(shared.segment)
+    if not 0 <= shared.offset <= segment.nbytes - nbytes:
+        raise InvalidInputError.at(
+            "shared.offset",
+            f"{shared.offset}, and {nbytes} bytes from there; the memory shared has "
+            f"{segment.nbytes} bytes",
+        )
+    return SharedRows(segment, shared.offset, (rows, columns), nbytes), dtype
 
 
 def read_codes(
@@ -189,7 +220,13 @@ def decode_response(
     return pb.DecodeResponse(fingerprint=model.fingerprint, tensor=tensor)
 
 
-def model_message(model: ServedModel, *, max_message_bytes: int, max_rows: int) -> pb.Model:
+def model_message(
+    model: ServedModel,
+    *,
+    max_message_bytes: int,
+    max_rows: int,
+    shared_memory: pb.SharedMemoryLimits | None = None,
+) -> pb.Model:
     """Describe a model, and the limits of this server."""
     modes = {"sum": pb.DECODE_MODE_SUM, "calibrated": pb.DECODE_MODE_CALIBRATED}
     return pb.Model(
@@ -204,7 +241,9 @@ def model_message(model: ServedModel, *, max_message_bytes: int, max_rows: int) 
         normalize_residuals=model.normalize_residuals,
         code_dtype=CODE_TYPE_NAMES[model.code_dtype],
         decode_modes=[modes[mode] for mode in model.decode_modes],
-        limits=pb.Limits(max_message_bytes=max_message_bytes, max_rows=max_rows),
+        limits=pb.Limits(
+            max_message_bytes=max_message_bytes, max_rows=max_rows, shared_memory=shared_memory
+        ),
     )
 
 
@@ -221,14 +260,7 @@ def _view(
     tensor: pb.Tensor, dtype: np.dtype[Any], max_rows: int, data: memoryview | bytes | None = None
 ) -> npt.NDArray[Any]:
     """View the bytes of a tensor, its own or ``data``, as a matrix, or say what does not fit."""
-    shape = tuple(tensor.shape)
-    if len(shape) != 2:  # noqa: PLR2004 - a matrix
-        raise InvalidInputError.at(
-            "tensor.shape", f"{list(shape)} has {len(shape)} dimensions; expected [rows, columns]"
-        )
-    if min(shape) < 0:
-        raise InvalidInputError.at("tensor.shape", f"{list(shape)} has a negative dimension")
-    _check_rows(shape[0], max_rows)
+    shape = _check_matrix("tensor", tensor.shape, max_rows)
     expected = math.prod(shape) * dtype.itemsize
     if data is None:
         data = tensor.data  # once: every look at the field makes a copy
@@ -242,6 +274,37 @@ def _view(
         _check_columns_fit(shape)
         return np.empty(shape, dtype)
     return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _embedding_type(field: str, number: pb.DataType) -> EmbeddingType:
+    dtype = EMBEDDING_TYPES.get(number)
+    if dtype is None:
+        raise InvalidInputError.at(
+            f"{field}.dtype",
+            f"{_name(pb.DataType, number)} is not a type of embeddings; "
+            f"expected one of {_names(pb.DataType, EMBEDDING_TYPES)}",
+        )
+    return dtype
+
+
+def _check_matrix(field: str, shape: Sequence[int], max_rows: int) -> tuple[int, int]:
+    """Return rows and columns, neither negative, and not too many rows."""
+    if len(shape) != 2:  # noqa: PLR2004 - a matrix
+        raise InvalidInputError.at(
+            f"{field}.shape", f"{list(shape)} has {len(shape)} dimensions; expected [rows, columns]"
+        )
+    if min(shape) < 0:
+        raise InvalidInputError.at(f"{field}.shape", f"{list(shape)} has a negative dimension")
+    _check_rows(shape[0], max_rows)
+    return shape[0], shape[1]
+
+
+def _check_width(field: str, columns: int, model: ServedModel) -> None:
+    if columns != model.input_dim:
+        raise InvalidInputError.at(
+            f"{field}.shape",
+            f"rows of {columns} numbers; model {model.name!r} expects {model.input_dim}",
+        )
 
 
 def _check_columns_fit(shape: tuple[int, ...]) -> None:

@@ -192,7 +192,7 @@ async def serve_runner():
     """Return a function that serves a runner over loopback, as `Server` would."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def serve(runner, *, model=MODEL, **settings):
+        async def serve(runner, *, model=MODEL, shared_memory=None, **settings):
             config = ServeConfig(models=SOURCES, **settings)
             metrics = Metrics()
             batcher = Batcher(
@@ -209,7 +209,13 @@ async def serve_runner():
             catalogue = Catalogue()
             if model is not None:
                 catalogue.put(model)
-            servicer = SemanticIdServicer(batcher, catalogue, config=config)
+            servicer = SemanticIdServicer(
+                batcher,
+                catalogue,
+                config=config,
+                shared_memory=shared_memory,
+                on_received=metrics.received,
+            )
             server = grpc.aio.server(interceptors=[CallInterceptor(SERVICE, metrics)])
             add_to_server(servicer, server)
             port = server.add_insecure_port("127.0.0.1:0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from semid_server.errors import ConfigurationError, InvalidInputError
 from semid_server.serving.backend import Backend, choose_device
 from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.drift import SAMPLED_ROWS
+from semid_server.serving.shared_memory import Segment, SharedRows
 from semid_server.serving.types import DecodeKey, EncodeKey
 
 
@@ -178,3 +180,41 @@ def test_drift_figures_are_those_of_the_rows_served(make_backend, reference_set_
         centroids = backend._model.layers[layer].centroids.detach()
         residual = residual - centroids[torch.tensor(codes[:, layer]).long()]
         assert figures.error == pytest.approx(float(residual.square().sum() / before), rel=1e-4)
+
+
+def shared_rows(rows):
+    """The rows in a file that a caller shares, and its descriptor there."""
+    fd = os.memfd_create("shared")
+    os.pwrite(fd, rows.tobytes(), 0)
+    return SharedRows(Segment(os.dup(fd), "handle", rows.nbytes), 0, rows.shape, rows.nbytes), fd
+
+
+def test_rows_that_are_shared_get_the_codes_of_rows_that_were_sent(make_backend, digits):
+    backend = make_backend()
+    rows = digits.embeddings[:50]
+    shared, fd = shared_rows(rows)
+    key = EncodeKey(backend.served, "float32")
+    answers = backend.run(key, [rows[:7], shared, rows[9:20]])
+    os.close(fd)
+    np.testing.assert_array_equal(
+        np.concatenate(answers),
+        np.concatenate([digits.codes[s] for s in (np.s_[:7], np.s_[:50], np.s_[9:20])]),
+    )
+
+
+def test_what_is_shared_and_cannot_be_used_fails_alone(make_backend, digits):
+    backend = make_backend()
+    good = digits.embeddings[:5]
+    bad = good.copy()
+    bad[3, 7] = np.nan
+    nan, nan_fd = shared_rows(bad)
+    short, short_fd = shared_rows(good)
+    os.ftruncate(short_fd, 100)
+    key = EncodeKey(backend.served, "float32")
+    first, unread, middle, none, last = backend.run(key, [good, short, good, nan, good])
+    for codes in (first, middle, last):
+        np.testing.assert_array_equal(codes, digits.codes[:5])
+    assert "ends at byte 100; 1280 bytes were to follow byte 0" in str(unread)
+    assert str(none) == "embeddings[3]: feature 7 is nan; expected a finite number"
+    os.close(nan_fd)
+    os.close(short_fd)
