@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -61,6 +61,9 @@ FILL_TYPES: dict[EmbeddingType, torch.dtype] = {
     "bfloat16": torch.uint16,
     "float64": torch.float64,
 }
+
+Buffers: TypeAlias = dict[EmbeddingType, torch.Tensor]
+"""A batch buffer for each type of numbers, page-locked where a GPU reads it."""
 
 MAX_NAMED_ROWS = 8
 
@@ -208,7 +211,7 @@ class Backend:
         )
         self._to_sample: float = SAMPLED_ROWS
         self._code_type = np.dtype(f"<u{spec.code_bits // 8}")
-        self._buffers: dict[EmbeddingType, torch.Tensor] = {}
+        self._buffers: Buffers = {}
         modes: tuple[DecodeModeName, ...] = ("sum",)
         if self._calibration is not None or not spec.normalize_residuals:
             modes = ("sum", "calibrated")
@@ -329,9 +332,8 @@ class Backend:
     def _encode(
         self, dtype: EmbeddingType, payloads: Sequence[Payload]
     ) -> list[npt.NDArray[Any] | SemidError]:
-        rows, errors = self._fill(dtype, payloads)
-        codes = self._encoder.encode(rows)
-        host = codes.cpu().numpy().astype(self._code_type, copy=False)
+        rows, errors = self.fill(dtype, payloads, self._buffers)
+        host = self.encode_rows(rows)
         self._encoded = rows, host
         answers: list[npt.NDArray[Any] | SemidError] = []
         start = 0
@@ -343,16 +345,21 @@ class Backend:
             start += len(payload)
         return answers
 
-    def _fill(
-        self, dtype: EmbeddingType, payloads: Sequence[Payload]
+    def encode_rows(self, rows: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
+        """Codes (n, L) of finite rows (n, D) in memory; one call at a time."""
+        return self._encoder.encode(rows).cpu().numpy().astype(self._code_type, copy=False)
+
+    def fill(
+        self, dtype: EmbeddingType, payloads: Sequence[Payload], buffers: Buffers
     ) -> tuple[torch.Tensor, list[SemidError | None]]:
         """Copy the payloads one after another into the batch buffer: the one copy on the way.
 
-        Returns the rows of the batch, and for each payload what keeps it out: the place of one that
-        cannot be read, or that holds NaN or Inf, is given to the next.
+        The buffer is the one in ``buffers``, and made or grown there. Returns the rows of the
+        batch, and for each payload what keeps it out: the place of one that cannot be read, or that
+        holds NaN or Inf, is given to the next.
         """
         total = sum(len(payload) for payload in payloads)
-        buffer = self._buffers.get(dtype)
+        buffer = buffers.get(dtype)
         if buffer is None or len(buffer) < total:
             # Grown at least twofold, so that it seldom is; page-locked where a GPU reads it.
             capacity = max(total, 2 * len(buffer) if buffer is not None else 0)
@@ -361,7 +368,7 @@ class Backend:
                 dtype=TORCH_TYPES[dtype],
                 pin_memory=self._device.type == "cuda",
             )
-            self._buffers[dtype] = buffer
+            buffers[dtype] = buffer
         host = buffer.view(FILL_TYPES[dtype]).numpy()
         start = 0
         errors: list[SemidError | None] = []
