@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,7 +27,10 @@ from semid_client.files import (
     open_rows,
 )
 from semid_client.files.ids import IdSpool
-from semid_client.files.outputs import TOKENS, number
+from semid_client.files.outputs import TOKENS, check_ids, number
+from semid_client.files.places import place
+from semid_client.files.rows import STDIN
+from semid_client.files.stream import ArrowOut
 from semid_client.files.work import SAVE_EVERY
 
 if TYPE_CHECKING:
@@ -35,11 +39,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from semid_client.files import Engine, Source
+    from semid_client.files import Engine, Progress, Source
+    from semid_client.files.pipeline import Sink
 
 F = TypeVar("F", bound="Callable[..., Any] | click.Command")
-
-PATH = click.Path(path_type=Path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,8 @@ class FileFlags:
     """The flags of `file_options`."""
 
     source: str
-    output: Path
+    output: str
+    work_dir: Path | None
     column: str | None
     id_column: str | None
     on_bad_row: OnBadRow
@@ -132,6 +136,13 @@ def file_options(env: str, source: str, output: str) -> Callable[[F], F]:
                 help="Seconds between records of progress: what a killed command repeats at most.",
             ),
             option(
+                "--work-dir",
+                env=env,
+                type=click.Path(path_type=Path, exists=True, file_okay=False, writable=True),
+                help="Folder for what is done until OUT is complete, as large as OUT. Default: "
+                "beside OUT; where OUT is a URL, the working directory.",
+            ),
+            option(
                 "--restart",
                 env=env,
                 is_flag=True,
@@ -152,10 +163,10 @@ def file_options(env: str, source: str, output: str) -> Callable[[F], F]:
                 *("-o", "--output"),
                 env=env,
                 required=True,
-                type=PATH,
                 metavar="OUT",
-                help=f"File to write, {output} by its name. It appears when it is complete; until "
-                "then OUT.partial holds what is done, for the same command to go on with.",
+                help=f"File or URL to write, {output} by its name. It appears when it is "
+                "complete; until then OUT.partial holds what is done, for the same command to go "
+                "on with. Or -, an Arrow stream on standard output, which has no such folder.",
             ),
         ):
             command = flag(command)
@@ -180,37 +191,115 @@ def convert(
         If the server or the checkpoint cannot be used.
     """
     check_engine(**engine_flags)
+    if flags.output == STDIN and sys.stdout.isatty():
+        raise click.UsageError("An Arrow stream is no text: redirect standard output.")
     source = open_rows(flags.source, what, column=flags.column, id_column=flags.id_column)
     with closing(source):
-        for file in source.files():
-            if flags.output.exists() and flags.output.samefile(file):
-                raise FileError(flags.output, "is the input too; give the output another name")
-        stream = source.n_rows is None  # begun anew, since it cannot be read again
-        with (
-            Work(
-                flags.output,
-                force=flags.force,
-                restart=flags.restart or stream,
-                save_every=flags.save_every,
-            ) as work,
-            closing(open_engine(**engine_flags)) as engine,
-        ):
-            todo = plan(engine, source)
-            task = {
-                "input": source.identity(),
-                "fingerprint": engine.info.fingerprint,
-                "column": flags.column,
-                "id_column": flags.id_column,
-                "on_bad_row": flags.on_bad_row,
-                **todo.options,
-            }
-            progress = work.begin(task, todo.width, todo.dtype)
-            began = time.monotonic()  # the speed told is that of the work, not of loading a model
-            job = _Job(flags, source, engine, todo, work, progress.rows_in, Stages())
-            if not work.published:
-                job.compute()
-                job.finish()
-            job.tell(time.monotonic() - began)
+        if flags.output == STDIN:
+            _to_stream(flags, source, plan, engine_flags)
+        else:
+            _to_file(flags, source, plan, engine_flags)
+
+
+def _to_file(
+    flags: FileFlags,
+    source: Source,
+    plan: Callable[[Engine, Source], Plan],
+    engine_flags: dict[str, Any],
+) -> None:
+    output = place(flags.output)
+    if any(output.same_as(found) for found in source.places()):
+        raise FileError(flags.output, "is the input too; give the output another name")
+    check_ids(flags.output, source)
+    stream = source.n_rows is None  # begun anew, since it cannot be read again
+    with (
+        Work(
+            flags.output,
+            force=flags.force,
+            restart=flags.restart or stream,
+            save_every=flags.save_every,
+            work_dir=flags.work_dir,
+        ) as work,
+        closing(open_engine(**engine_flags)) as engine,
+    ):
+        todo = plan(engine, source)
+        task = {
+            "input": source.identity(),
+            "fingerprint": engine.info.fingerprint,
+            "column": flags.column,
+            "id_column": flags.id_column,
+            "on_bad_row": flags.on_bad_row,
+            **todo.options,
+        }
+        progress = work.begin(task, todo.width, todo.dtype)
+        if output.local is None and not stream:
+            _tell_where(work)
+        began = time.monotonic()  # the speed told is that of the work, not of loading a model
+        job = _Job(flags, source, engine, todo, progress.rows_in, Stages())
+        if not work.published:
+            spool = IdSpool.of(source, work.folder)
+            job.compute(work, spool.keep if spool else None)
+            if spool:
+                spool.close()
+            if source.identity() != task["input"]:
+                raise FileError(
+                    source.path, "has changed while it was read: --restart reads it anew"
+                )
+            job.finish(work)
+        bad_list = str(work.bad_list) if progress.bad_rows else None
+        job.tell(progress, bad_list, time.monotonic() - began)
+
+
+def _tell_where(work: Work) -> None:
+    """Say where the work on an object of a store can be gone on with."""
+    click.echo(
+        f"{work.output}: goes on with {work.progress.rows_in:,} rows in {work.folder}"
+        if work.progress.rows_in
+        else f"{work.output}: begins at row 0; what is done is kept in {work.folder}, and the same "
+        "command goes on with it where that folder is",
+        err=True,
+    )
+
+
+def _to_stream(
+    flags: FileFlags,
+    source: Source,
+    plan: Callable[[Engine, Source], Plan],
+    engine_flags: dict[str, Any],
+) -> None:
+    with closing(open_engine(**engine_flags)) as engine:
+        todo = plan(engine, source)
+        began = time.monotonic()
+        job = _Job(flags, source, engine, todo, 0, Stages())
+        sink = ArrowOut(
+            sys.stdout.buffer,
+            source,
+            width=todo.width,
+            dtype=todo.dtype,
+            column=todo.column,
+            null=flags.on_bad_row == "null",
+            metadata=job.metadata,
+        )
+        bad = _Listed(sink)
+        job.compute(bad, sink.keep_ids)
+        sink.close()
+        job.tell(sink.progress, None, time.monotonic() - began)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A stream whose bad rows are listed among the messages, for it has no file beside it."""
+
+    sink: ArrowOut
+
+    @property
+    def progress(self) -> Progress:
+        return self.sink.progress
+
+    def append(self, n_in: int, rows: NDArray[Any], bad: Mapping[int, str]) -> None:
+        for row, problem in bad.items():
+            click.echo(json.dumps({"row": row, "problem": problem}), err=True)
+        self.sink.append(n_in, rows, bad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,13 +310,21 @@ class _Job:
     source: Source
     engine: Engine
     plan: Plan
-    work: Work
     resumed: int
     stages: Stages
 
-    def compute(self) -> None:
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What an output records of the model."""
+        return {
+            "semid.fingerprint": self.engine.info.fingerprint,
+            "semid.model": self.engine.info.name,
+            **({"semid.unique": self.plan.unique} if self.plan.column == "codes" else {}),
+        }
+
+    def compute(self, work: Sink, keep_ids: Callable[[Any], None] | None) -> None:
         """Bring all rows of the source into the work, and show how far it is."""
-        source, engine, work, stages = self.source, self.engine, self.work, self.stages
+        source, engine, stages = self.source, self.engine, self.stages
         with tqdm(
             total=source.n_rows,
             initial=work.progress.rows_in,
@@ -245,7 +342,6 @@ class _Job:
                 )
                 bar.update(n_rows)
 
-            spool = IdSpool.of(source, work.folder)
             Pipeline(
                 source=source,
                 work=work,
@@ -253,51 +349,54 @@ class _Job:
                 compute=self.plan.compute,
                 on_bad_row=self.flags.on_bad_row,
                 report=report,
-                keep_ids=spool.keep if spool else None,
+                keep_ids=keep_ids,
                 stages=stages,
             ).run()
-            if spool:
-                spool.close()
 
-    def finish(self) -> None:
+    def finish(self, work: Work) -> None:
         """Write the output, of rows that are all on the disk."""
-        source, engine, work, stages = self.source, self.engine, self.work, self.stages
         began = time.perf_counter()
-        metadata = {
-            "semid.fingerprint": engine.info.fingerprint,
-            "semid.model": engine.info.name,
-            **({"semid.unique": self.plan.unique} if self.plan.column == "codes" else {}),
-        }
-        with closing(work.rows()) as rows:
+        rows_in = work.progress.rows_in
+        with (
+            closing(work.rows()) as rows,
+            # Two or three times through what was computed: numbers, perhaps ids, the output.
+            tqdm(total=rows_in, unit="row", unit_scale=True, disable=None, leave=False) as bar,
+        ):
+            bar.set_description("numbering" if self.plan.unique != "none" else "writing")
+
+            def report(n_rows: int) -> None:
+                if bar.n + n_rows > rows_in:
+                    bar.reset()
+                    bar.set_description("writing")
+                bar.update(n_rows)
 
             def made(digits: Any) -> Made:
                 return Made(
-                    source=source,
+                    source=self.source,
                     rows=rows,
-                    n_in=work.progress.rows_in,
+                    n_in=rows_in,
                     bad=work.bad_rows(),
                     null=self.flags.on_bad_row == "null",
-                    metadata=metadata,
+                    metadata=self.metadata,
                     digits=digits,
                     tokens=self.plan.tokens,
                     column=self.plan.column,
+                    report=report,
                 )
 
             output = number(made, self.plan.unique, work.folder)
             path = make_output(self.flags.output, output, work.folder)
         work.publish(path)
-        stages.writing += time.perf_counter() - began
+        self.stages.writing += time.perf_counter() - began
 
-    def tell(self, seconds: float) -> None:
-        """Print the summary."""
-        flags, engine, work, stages = self.flags, self.engine, self.work, self.stages
-        resumed = self.resumed
-        progress = work.progress
+    def tell(self, progress: Progress, bad_list: str | None, seconds: float) -> None:
+        """Print the summary; beside a stream, among the messages."""
+        flags, engine, stages = self.flags, self.engine, self.stages
+        resumed, aside = self.resumed, self.flags.output == STDIN
         speed = (progress.rows_in - resumed) / seconds
-        bad_list = str(work.bad_list) if progress.bad_rows else None
         if flags.as_json:
             summary = {
-                "output": str(flags.output),
+                "output": flags.output,
                 "model": engine.info.name,
                 "fingerprint": engine.info.fingerprint,
                 "rows": progress.rows_in,
@@ -315,11 +414,13 @@ class _Job:
                 },
                 "bottleneck": stages.bottleneck(engine.stage),
             }
-            click.echo(json.dumps(summary, indent=2))
+            click.echo(json.dumps(summary, indent=2), err=aside)
             return
         went_on = f", {resumed:,} of them by an earlier command" if resumed else ""
-        bad = f", {progress.bad_rows:,} bad ones listed in {bad_list}" if bad_list else ""
+        listed = f" listed in {bad_list}" if bad_list else ""
+        bad = f", {progress.bad_rows:,} bad ones{listed}" if progress.bad_rows else ""
         click.echo(
             f"{flags.output}: {progress.rows_in:,} rows in {seconds:.2f} s "
-            f"({speed:,.0f} rows/s){went_on}{bad}, fingerprint {engine.info.fingerprint}"
+            f"({speed:,.0f} rows/s){went_on}{bad}, fingerprint {engine.info.fingerprint}",
+            err=aside,
         )

@@ -30,12 +30,12 @@ def extra_digit_option(env: str) -> Callable[[F], F]:
         env=env,
         default=None,
         help="Whether the last code of each row is the extra digit of --unique, not a code. "
-        "Default: as a .parquet file records, yes for .pt, else no.",
+        "Default: as .parquet, .safetensors and streams record, yes for .pt, else no.",
     )
 
 
 @click.command(short_help="Semantic IDs to reconstructed embeddings.")
-@file_options(ENV, "IN", ".npy or .parquet")
+@file_options(ENV, "IN", ".npy, .npz, .parquet, .safetensors, .jsonl or .pt")
 @extra_digit_option(ENV)
 @option(
     "--mode",
@@ -49,8 +49,9 @@ def extra_digit_option(env: str) -> Callable[[F], F]:
 def decode(mode: Literal["sum", "calibrated"], *, extra_digit: bool | None, **flags: Any) -> None:
     """Write the reconstruction behind each semantic ID of IN to OUT.
 
-    IN is a .npy, .npz, .parquet, .jsonl or GRID .pt file of codes (n, l) of any integer type, the
-    first l of the model's L; OUT will hold float32 (n, D). Files may be larger than memory.
+    IN is a .npy, .npz, .parquet, .safetensors, .jsonl or GRID .pt file of codes (n, l) of any
+    integer type, the first l of the model's L, or -, an Arrow stream on standard input; OUT will
+    hold float32 (n, D). Files may be larger than memory, and URLs.
     """
     files = {name: flags.pop(name) for name in FileFlags.__dataclass_fields__}
     given = FileFlags(**files)

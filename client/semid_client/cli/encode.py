@@ -12,6 +12,7 @@ from semid_client.cli._convert import FileFlags, Plan, convert, file_options
 from semid_client.cli._options import option
 from semid_client.files import FileError, Unique, check_output
 from semid_client.files.outputs import TOKENS, check_tokens
+from semid_client.files.places import suffix_of
 
 if TYPE_CHECKING:
     from semid_client.files import Engine, Source
@@ -20,7 +21,7 @@ ENV = "SEMID_ENCODE"
 
 
 @click.command(short_help="Embeddings to semantic IDs.")
-@file_options(ENV, "IN", ".npy, .parquet, .jsonl or GRID's .pt")
+@file_options(ENV, "IN", ".npy, .npz, .parquet, .safetensors, .jsonl or GRID's .pt")
 @option(
     "--tokens",
     env=ENV,
@@ -41,7 +42,8 @@ def encode(tokens: str, unique: Unique | None, **flags: Any) -> None:
 
     IN is a .npy, .npz, .safetensors or .pt file with a matrix (n, D) of float32, float16, bfloat16
     or float64; a .parquet file, a folder or a pattern of them, with a column of lists; or -, an
-    Arrow stream on standard input. Files may be larger than memory.
+    Arrow stream on standard input. Files may be larger than memory, and URLs: s3://, gs:// or
+    whatever fsspec knows.
     """
     files = {name: flags.pop(name) for name in FileFlags.__dataclass_fields__}
     given = FileFlags(**files)
@@ -62,7 +64,7 @@ def encode(tokens: str, unique: Unique | None, **flags: Any) -> None:
                 f"takes embeddings of {info.input_dim}",
             )
         n_codes = info.n_layers + (convention != "none")
-        if given.output.suffix == ".jsonl":
+        if suffix_of(given.output) == ".jsonl":
             check_tokens(given.output, tokens, n_codes)
         return Plan(
             width=info.n_layers,

@@ -1,20 +1,24 @@
 """Complete outputs, made of rows that are on the disk already. The same rows give the same bytes.
 
-By the end of its name an output is ``.npy``, ``.parquet``, ``.jsonl`` or GRID's ``.pt``.
+By the end of its name an output is ``.npy``, ``.npz``, ``.parquet``, ``.safetensors``, ``.jsonl``
+or ``.pt``; of codes the last is GRID's.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import string
+import zipfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import IO, TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
 from semid_client.files._errors import FileError
 from semid_client.files._extras import need
-from semid_client.files.rows import Source, tensor_files
+from semid_client.files.places import reserve, suffix_of
+from semid_client.files.rows import STDIN, Source, tensor_files
 from semid_client.files.unique import Convention, Digits, extra_digits
 
 if TYPE_CHECKING:
@@ -34,7 +38,12 @@ WRITE_ROWS: Final = 1 << 17
 TOKENS: Final = "<{letter}_{code}>"
 """Token of a code, as recommenders that generate semantic IDs have in their vocabulary."""
 
-SUFFIXES: Final = {"codes": (".npy", ".parquet", ".jsonl", ".pt"), "rows": (".npy", ".parquet")}
+SUFFIXES: Final = (".npy", ".npz", ".parquet", ".safetensors", ".jsonl", ".pt")
+
+NULLS: Final = (".parquet", ".jsonl", "")
+"""Outputs that have null; the one without a name is a stream."""
+
+SAFETENSORS_TYPES: Final = {"u1": "U8", "u2": "U16", "u4": "U32", "f4": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,8 @@ class Made:
         Template of tokens.
     column : str
         Name of the column of rows, ``codes`` or ``embedding``.
+    report : callable, optional
+        Called with a number of rows of the input whenever these have been gone through.
     """
 
     source: Source
@@ -81,6 +92,7 @@ class Made:
     digits: Digits | None = None
     tokens: str = TOKENS
     column: str = "codes"
+    report: Callable[[int], None] | None = None
 
     @property
     def width(self) -> int:
@@ -99,50 +111,71 @@ class Made:
         """Rows of the output."""
         return self.rows.shape[0]
 
-    def slices(self) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:
-        """Rows of the output, `WRITE_ROWS` of the input at a time, and which of the input's."""
-        at = 0
+    def spans(self) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+        """`WRITE_ROWS` rows of the input at a time: the first one's index, and which are good."""
         for start in range(0, self.n_in, WRITE_ROWS):
             n = min(WRITE_ROWS, self.n_in - start)
             valid = np.ones(n, np.bool_)
             valid[self.bad[slice(*np.searchsorted(self.bad, [start, start + n]))] - start] = False
-            kept = n if self.null else int(valid.sum())
-            rows = self.rows[at : at + kept]
+            yield start, valid
+
+    def slices(self) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:
+        """Rows of the output, `WRITE_ROWS` of the input at a time, and which of the input's."""
+        at = 0
+        for _, valid in self.spans():
+            n = len(valid) if self.null else int(valid.sum())
+            rows = self.rows[at : at + n]
             if self.digits is not None:
-                digits = self.digits[at : at + kept]
+                digits = self.digits[at : at + n]
                 rows = np.column_stack([rows.astype(self.dtype), digits.astype(self.dtype)])
-            at += kept
+            at += n
             yield rows, valid
+            if self.report is not None:
+                self.report(len(valid))
+
+    def ids(self) -> Iterator[Any]:
+        """Ids of the rows of the output: arrow arrays, or the rows' indices in the input."""
+        found = self.source.ids(WRITE_ROWS)
+        for start, valid in self.spans():
+            some: Any = np.arange(start, start + len(valid)) if found is None else next(found)
+            yield some if self.null else kept(some, valid)
 
     def pieces(self) -> Iterator[Piece]:
         """Rows of the output with their ids."""
-        ids = self.source.ids(WRITE_ROWS)
-        start = 0
-        for rows, valid in self.slices():
-            some: Any = np.arange(start, start + len(valid)) if ids is None else next(ids)
-            start += len(valid)
-            if self.null:
-                yield Piece(rows, valid, some)
-            else:
-                if not valid.all():
-                    some = (
-                        some[valid]
-                        if ids is None
-                        else some.filter(need("pyarrow", "").array(valid))
-                    )
-                yield Piece(rows, np.ones(len(rows), np.bool_), some)
+        for (rows, valid), ids in zip(self.slices(), self.ids(), strict=True):
+            yield Piece(rows, valid if self.null else np.ones(len(rows), np.bool_), ids)
+
+
+def kept(ids: Any, valid: NDArray[np.bool_]) -> Any:
+    """Those of some ids whose rows are kept."""
+    if valid.all():
+        return ids
+    return (
+        ids[valid] if isinstance(ids, np.ndarray) else ids.filter(need("pyarrow", "").array(valid))
+    )
 
 
 def check_output(
-    path: Path, *, what: Literal["codes", "rows"], unique: Unique | None, on_bad_row: OnBadRow
+    path: str | os.PathLike[str],
+    *,
+    what: Literal["codes", "rows"],
+    unique: Unique | None,
+    on_bad_row: OnBadRow,
 ) -> Unique:
     """Refuse what this kind of output cannot hold, before any work; tell the convention it has."""
-    suffix = path.suffix
-    if suffix not in SUFFIXES[what]:
-        raise FileError(path, f"give it a name that ends in {', '.join(SUFFIXES[what])}")
-    if suffix == ".npy" and on_bad_row == "null":
-        raise FileError(path, "a .npy file has no null: use --on-bad-row skip, or .parquet")
-    if suffix == ".pt":
+    if os.fspath(path) == STDIN:
+        need("pyarrow", "standard output")
+        if unique not in {None, "none"}:
+            raise FileError(
+                "standard output", "the extra digit is known when all rows are: write to a file"
+            )
+        return "none"
+    suffix = suffix_of(path)
+    if suffix not in SUFFIXES:
+        raise FileError(
+            path, f"give it a name that ends in {', '.join(SUFFIXES)}, or - for an Arrow stream"
+        )
+    if suffix == ".pt" and what == "codes":
         tensor_files(path)
         if on_bad_row != "fail":
             raise FileError(
@@ -151,12 +184,30 @@ def check_output(
         if unique == "none":
             raise FileError(path, "a GRID file has the extra digit: --unique grid or tiger")
         return unique or "grid"
+    if suffix not in NULLS and on_bad_row == "null":
+        raise FileError(
+            path, f"a {suffix} file has no null: use --on-bad-row skip, or .parquet or .jsonl"
+        )
+    if suffix == ".pt":
+        tensor_files(path)
     if suffix == ".parquet":
         need("pyarrow.parquet", path)
     return unique or "none"
 
 
-def check_tokens(path: Path, template: str, n_codes: int) -> None:
+def check_ids(path: str | os.PathLike[str], source: Source) -> None:
+    """Refuse ids that this kind of output cannot hold, before any work."""
+    if suffix_of(path) != ".npz" or source.id_type is None:
+        return
+    types = need("pyarrow", path).types
+    kind = source.id_type
+    if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
+        raise FileError(
+            path, f"an .npz file has no ids of type {kind}, as {source.path} has: use .parquet"
+        )
+
+
+def check_tokens(path: str | os.PathLike[str], template: str, n_codes: int) -> None:
     """Refuse a template that does not give a token for each of ``n_codes`` codes."""
     try:
         for layer in range(n_codes):
@@ -169,14 +220,24 @@ def check_tokens(path: Path, template: str, n_codes: int) -> None:
         ) from error
 
 
-def make_output(path: Path, made: Made, folder: Path) -> Path:
+def make_output(path: str | os.PathLike[str], made: Made, folder: Path) -> Path:
     """Write the whole output to a file in ``folder`` and return that; ``path`` says the format."""
-    if path.suffix == ".npy" and made.digits is None:
-        return folder / made.rows.path.name  # as it stands
-    writer = {".npy": _npy, ".parquet": _parquet, ".jsonl": _json_lines, ".pt": _grid}[path.suffix]
-    to = folder / f"output{path.suffix}"
+    suffix = suffix_of(path)
+    rows = made.rows.place.local
+    assert rows is not None  # noqa: S101 -- work is on this machine
+    if suffix == ".npy" and made.digits is None:
+        return rows  # as it stands
+    writer = {
+        ".npy": _npy,
+        ".npz": _npz,
+        ".parquet": _parquet,
+        ".safetensors": _safetensors,
+        ".jsonl": _json_lines,
+        ".pt": _grid if made.column == "codes" else _tensor,
+    }[suffix]
+    to = folder / f"output{suffix}"
     try:
-        writer(to, path, made)
+        writer(to, os.fspath(path), made)
     except OSError as error:
         raise FileError.of(path, error) from error
     return to
@@ -201,49 +262,109 @@ def number(made: Callable[[Digits | None], Made], convention: Unique, folder: Pa
         raise FileError.of(folder, error) from error
 
 
-def _npy(to: Path, path: Path, made: Made) -> None:  # noqa: ARG001 -- as its siblings
-    header = {
-        "descr": np.lib.format.dtype_to_descr(made.dtype.newbyteorder("<")),
-        "fortran_order": False,
-        "shape": (made.n_rows, made.width),
-    }
+def _npy(to: Path, path: str, made: Made) -> None:  # noqa: ARG001 -- as its siblings
     with to.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+        _write_npy(file, made)
+
+
+def _write_npy(file: IO[bytes], made: Made) -> None:
+    _write_header(file, made.dtype, (made.n_rows, made.width))
+    for rows, _ in made.slices():
+        file.write(np.ascontiguousarray(rows, made.dtype.newbyteorder("<")).data)
+
+
+def _write_header(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    descr = np.lib.format.dtype_to_descr(dtype.newbyteorder("<"))
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _npz(to: Path, path: str, made: Made) -> None:
+    with zipfile.ZipFile(to, "w") as archive:
+        with _member(archive, made.column) as file:
+            _write_npy(file, made)
+        with _member(archive, "id") as file:
+            dtype = _id_dtype(path, made)
+            _write_header(file, dtype, (made.n_rows,))
+            for ids in made.ids():
+                file.write(np.ascontiguousarray(np.asarray(ids, dtype)).data.cast("B"))
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    info = zipfile.ZipInfo(f"{name}.npy")  # of the year 1980: the same rows give the same bytes
+    info.external_attr = 0o600 << 16
+    return archive.open(info, "w", force_zip64=True)
+
+
+def _id_dtype(path: str, made: Made) -> np.dtype[Any]:
+    """Type of the ids of an ``.npz``: for strings, one that holds the longest."""
+    if made.source.id_type is None:
+        return np.dtype(np.int64)
+    longest = 1
+    text = not need("pyarrow", path).types.is_integer(made.source.id_type)
+    for ids in made.ids():
+        if ids.null_count:
+            raise FileError(path, "an .npz file has no null, as some ids are: use .parquet")
+        if text and len(ids):
+            lengths = need("pyarrow.compute", path).utf8_length(ids)
+            longest = max(longest, need("pyarrow.compute", path).max(lengths).as_py())
+    if text:
+        return np.dtype(f"<U{longest}")
+    found: np.dtype[Any] = np.dtype(made.source.id_type.to_pandas_dtype())
+    return found
+
+
+def _safetensors(to: Path, path: str, made: Made) -> None:  # noqa: ARG001 -- as its siblings
+    """Write a header and then the numbers, of which the library would want all at once."""
+    dtype = made.dtype.newbyteorder("<")
+    shape = [made.n_rows, made.width]
+    tensor = {
+        "dtype": SAFETENSORS_TYPES[dtype.str[1:]],
+        "shape": shape,
+        "data_offsets": [0, shape[0] * shape[1] * dtype.itemsize],
+    }
+    header = json.dumps({"__metadata__": dict(made.metadata), made.column: tensor}).encode()
+    header += b" " * (-len(header) % 8)
+    with to.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
         for rows, _ in made.slices():
-            file.write(np.ascontiguousarray(rows, made.dtype.newbyteorder("<")).data)
+            file.write(np.ascontiguousarray(rows, dtype).data)
 
 
-def _parquet(to: Path, path: Path, made: Made) -> None:
+def _tensor(to: Path, path: str, made: Made) -> None:
+    tensor_files(path).write(to, made.rows.mapped())
+
+
+def _parquet(to: Path, path: str, made: Made) -> None:
     pa, pq = need("pyarrow", path), need("pyarrow.parquet", path)
-    writer = None
-    lists = pa.list_(pa.from_numpy_dtype(made.dtype.newbyteorder("=")), made.width)
-    for piece in made.pieces():
-        ids = pa.array(piece.ids) if isinstance(piece.ids, np.ndarray) else piece.ids
-        if writer is None:
-            writer = _parquet_writer(to, pq, _schema(pa, made, ids.type, lists))
-        writer.write_batch(
-            pa.record_batch([ids, _lists(pa, piece, lists)], schema=writer.schema), WRITE_ROWS
-        )
-    if writer is None:
-        writer = _parquet_writer(to, pq, _schema(pa, made, pa.int64(), lists))
-    writer.close()
+    schema = arrow_schema(
+        made.column, made.source.id_type or pa.int64(), made.width, made.dtype, made.metadata
+    )
+    with pq.ParquetWriter(to, schema, compression="zstd", use_dictionary=["id"]) as writer:
+        for piece in made.pieces():
+            lists = arrow_lists(piece, schema.field(1).type)
+            batch = pa.record_batch([pa.array(piece.ids), lists], schema=schema)
+            writer.write_batch(batch, WRITE_ROWS)
 
 
-def _schema(pa: Any, made: Made, id_type: Any, lists: Any) -> Any:
-    return pa.schema({"id": id_type, made.column: lists}, metadata=dict(made.metadata))
+def arrow_schema(
+    column: str, id_type: Any, width: int, dtype: np.dtype[Any], metadata: Mapping[str, str]
+) -> Any:
+    """Columns ``id`` and that of rows, as lists of one length."""
+    pa = need("pyarrow", "Arrow")
+    lists = pa.list_(pa.from_numpy_dtype(dtype.newbyteorder("=")), width)
+    return pa.schema({"id": id_type, column: lists}, metadata=dict(metadata))
 
 
-def _parquet_writer(to: Path, pq: Any, schema: Any) -> Any:
-    return pq.ParquetWriter(to, schema, compression="zstd", use_dictionary=["id"])
-
-
-def _lists(pa: Any, piece: Piece, lists: Any) -> Any:
+def arrow_lists(piece: Piece, kind: Any) -> Any:
+    """Rows of a piece as an array of lists, null where they are not valid."""
+    pa = need("pyarrow", "Arrow")
     values = pa.array(np.ascontiguousarray(piece.rows).reshape(-1))
     mask = None if piece.valid.all() else pa.array(~piece.valid)
-    return pa.FixedSizeListArray.from_arrays(values, type=lists, mask=mask)
+    return pa.FixedSizeListArray.from_arrays(values, type=kind, mask=mask)
 
 
-def _json_lines(to: Path, path: Path, made: Made) -> None:  # noqa: ARG001 -- as its siblings
+def _json_lines(to: Path, path: str, made: Made) -> None:  # noqa: ARG001 -- as its siblings
     known: dict[tuple[int, int], str] = {}
 
     def token(layer: int, code: int) -> str:
@@ -251,20 +372,28 @@ def _json_lines(to: Path, path: Path, made: Made) -> None:  # noqa: ARG001 -- as
             known[layer, code] = json.dumps(_token(made.tokens, layer, code))[1:-1]
         return known[layer, code]
 
+    def told(row: list[Any] | None) -> str:
+        if made.column != "codes":
+            return f'"{made.column}": {"null" if row is None else row}'
+        if row is None:
+            return '"codes": null, "tokens": null'
+        tokens = "".join(token(layer, code) for layer, code in enumerate(row))
+        return f'"codes": {row}, "tokens": "{tokens}"'
+
     with to.open("w", encoding="utf-8") as file:
         for piece in made.pieces():
             ids = piece.ids.tolist() if isinstance(piece.ids, np.ndarray) else piece.ids.to_pylist()
-            lines = []
-            for id_, codes, valid in zip(
-                ids, piece.rows.tolist(), piece.valid.tolist(), strict=True
-            ):
-                name = id_ if type(id_) is int else json.dumps(id_, default=str)
-                if valid:
-                    tokens = "".join(token(layer, code) for layer, code in enumerate(codes))
-                    lines.append(f'{{"id": {name}, "codes": {codes}, "tokens": "{tokens}"}}\n')
-                else:
-                    lines.append(f'{{"id": {name}, "codes": null, "tokens": null}}\n')
-            file.writelines(lines)
+            file.writelines(
+                f'{{"id": {json_id(id_)}, {told(row if valid else None)}}}\n'
+                for id_, row, valid in zip(
+                    ids, piece.rows.tolist(), piece.valid.tolist(), strict=True
+                )
+            )
+
+
+def json_id(id_: Any) -> str:
+    """What a line of JSON has for an id: what JSON has not is written as text."""
+    return str(id_) if type(id_) is int else json.dumps(id_, default=str)
 
 
 def _token(template: str, layer: int, code: int) -> str:
@@ -274,17 +403,17 @@ def _token(template: str, layer: int, code: int) -> str:
     return template.format(layer=layer, code=code, **letters)
 
 
-def _grid(to: Path, path: Path, made: Made) -> None:
+def _grid(to: Path, path: str, made: Made) -> None:
     """Write int64 (L+1, n), a column an item; put together on the disk, for it may be large."""
     turned = to.with_name("turned")
     shape = (made.width, made.n_rows)
-    with turned.open("wb") as file:
-        file.truncate(8 * shape[0] * shape[1])
+    reserve(turned, 8 * shape[0] * shape[1])
     at = 0
     for rows, _ in made.slices():
         for layer in range(made.width):
             mapped = np.memmap(turned, np.int64, "r+", 8 * (layer * made.n_rows + at), (len(rows),))
             mapped[:] = rows[:, layer]
         at += len(rows)
-    tensor_files(path).write(to, turned, shape)
+    matrix = np.memmap(turned, np.int64, "r+", 0, shape) if at else np.empty(shape, np.int64)
+    tensor_files(path).write(to, matrix)
     turned.unlink()

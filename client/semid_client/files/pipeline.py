@@ -21,14 +21,14 @@ from semid_client.files._errors import FileError
 from semid_client.files.rows import Block
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
     from semid_client._model import ModelInfo
     from semid_client.files.outputs import OnBadRow
     from semid_client.files.rows import Source
-    from semid_client.files.work import Work
+    from semid_client.files.work import Progress
 
 AHEAD: Final = 2
 """Blocks that are read ahead, and that wait for each thread of the engine."""
@@ -65,6 +65,17 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of it."""
+
+
+class Sink(Protocol):
+    """What takes the rows that were computed: `Work`, or a stream."""
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+
+    def append(self, n_in: int, rows: NDArray[Any], bad: Mapping[int, str]) -> None:
+        """Add what the next ``n_in`` rows of the input gave; ``bad`` by index in the input."""
 
 
 @dataclass(slots=True)
@@ -106,7 +117,7 @@ class Pipeline:
     """
 
     source: Source
-    work: Work
+    work: Sink
     engine: Engine
     compute: Callable[[NDArray[Any]], NDArray[Any]]
     on_bad_row: OnBadRow

@@ -5,22 +5,25 @@ A source is read block by block, from any row on; how is its format's business.
 
 from __future__ import annotations
 
-import glob
 import io
 import json
 import sys
 import zipfile
 from abc import ABC, abstractmethod
+from bisect import bisect_right
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from glob import has_magic
 from importlib.metadata import entry_points
-from pathlib import Path
+from itertools import islice
 from typing import IO, TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
 from semid_client.files._errors import FileError
 from semid_client.files._extras import need
-from semid_client.files.npy import NpyReader, read_header
+from semid_client.files.npy import Matrix, NpyReader, read_header
+from semid_client.files.places import AHEAD_BYTES, Place, place
 
 if TYPE_CHECKING:
     import os
@@ -32,6 +35,18 @@ STDIN: Final = "-"
 What = Literal["embeddings", "codes"]
 ID_COLUMNS: Final = ("id", "item_id")
 """Columns that are taken for the ids where none is named."""
+
+PARQUET_BYTES: Final = 1 << 20
+"""Bytes of a Parquet column that are read at a time."""
+
+SAFETENSORS_HEADER: Final = 100_000_000
+"""Bytes that the header of a ``.safetensors`` file may have."""
+
+SAFETENSORS_TYPES: Final = {
+    **{f"F{8 * n}": f"<f{n}" for n in (2, 4, 8)},
+    **{f"I{8 * n}": f"<i{n}" for n in (1, 2, 4, 8)},
+    **{f"U{8 * n}": f"<u{n}" for n in (1, 2, 4, 8)},
+}
 
 PLUGS: Final = "semid.tensor-files"
 """Entry points, by suffix, of what reads and writes files that only torch knows."""
@@ -76,6 +91,8 @@ class Source(ABC):
         Whether the last code of a row is the extra digit, where the file records that.
     metadata : dict
         Fingerprint and name of the model, where the file records them.
+    id_type : arrow type, optional
+        Of the ids; None if those are the rows' indices.
     """
 
     path: str
@@ -83,6 +100,7 @@ class Source(ABC):
     width: int
     dtype: np.dtype[Any]
     extra_digit: bool | None = None
+    id_type: Any = None
 
     def __init__(self) -> None:
         self.metadata: dict[str, str] = {}
@@ -92,8 +110,13 @@ class Source(ABC):
         """Blocks of at most ``n_rows`` rows, from row ``start`` to the end."""
 
     @abstractmethod
-    def files(self) -> list[Path]:
+    def places(self) -> list[Place]:
         """All files that the rows come from."""
+
+    def reads_on(self, at: int, start: int) -> bool:
+        """Whether from row ``at`` to row ``start`` one reads on, or else begins anew there."""
+        del at, start
+        return False
 
     def ids(self, n_rows: int) -> Iterator[Any] | None:
         """Ids of all rows, in arrow arrays of ``n_rows`` and a rest; None: the rows' indices."""
@@ -102,11 +125,7 @@ class Source(ABC):
 
     def identity(self) -> list[list[Any]]:
         """Name, size and time of each file: what changes when its content does."""
-        found = []
-        for path in self.files():
-            status = path.stat()
-            found.append([str(path), status.st_size, status.st_mtime_ns])
-        return found
+        return [found.identity() for found in self.places()]
 
     def close(self) -> None:  # noqa: B027 -- most have nothing to close
         """Close what is open."""
@@ -119,15 +138,20 @@ class MatrixRows(Source):
     ----------
     path : str
         Its file.
+    what : "embeddings" or "codes"
+        What the rows are.
     matrix : object
         Has ``shape``, ``dtype`` and slices of rows.
     """
 
-    def __init__(self, path: str, matrix: Any) -> None:
+    def __init__(self, path: str, what: What, matrix: Any) -> None:
         super().__init__()
-        self.path, self._matrix = path, matrix
+        self.path, self._matrix, self._place = path, matrix, place(path)
         self.n_rows, self.width = matrix.shape
         self.dtype = matrix.dtype
+        self.metadata = getattr(matrix, "metadata", {})
+        if what == "codes" and "semid.unique" in self.metadata:
+            self.extra_digit = self.metadata["semid.unique"] != "none"
 
     def blocks(self, start: int, n_rows: int) -> Iterator[Block]:
         """Read slice by slice."""
@@ -135,9 +159,9 @@ class MatrixRows(Source):
         for at in range(start, self.n_rows, n_rows):
             yield Block(at, self._matrix[at : min(at + n_rows, self.n_rows)])
 
-    def files(self) -> list[Path]:
+    def places(self) -> list[Place]:
         """The one file."""
-        return [Path(self.path)]
+        return [self._place]
 
     def close(self) -> None:
         """Close the matrix, where it can be."""
@@ -146,58 +170,125 @@ class MatrixRows(Source):
             close()
 
 
-class SafetensorsMatrix:
-    """A tensor of a ``.safetensors`` file, opened anew for each slice: see `NpyReader`."""
+class PtRows(MatrixRows):
+    """Rows of a tensor in a file of `torch.save`; from a store, a copy of it is made first."""
+
+    def __init__(self, path: str, what: What, column: str | None) -> None:
+        files = tensor_files(path)
+        with ExitStack() as stack:
+            copy = stack.enter_context(place(path).on_disk())
+            super().__init__(path, what, files.read(copy, what, column, name=path))
+            self.extra_digit = what == "codes"
+            self._copy = stack.pop_all()
+
+    def close(self) -> None:
+        """Remove the copy, if there is one."""
+        self._copy.close()
+
+
+class SafetensorsMatrix(Matrix):
+    """A tensor of a ``.safetensors`` file, whose header tells where its numbers are.
+
+    Read here, for the library takes a file of a store as a whole: eight bytes of the header's
+    length, a JSON object, the numbers (https://github.com/huggingface/safetensors#format).
+    """
 
     def __init__(self, path: str, column: str | None) -> None:
-        self._path, self._open = path, need("safetensors", path).safe_open
-        with _reading(path, "safetensors"), self._open(path, "numpy") as file:
-            if "BF16" in {file.get_slice(name).get_dtype() for name in file.keys()}:  # noqa: SIM118 -- not a dict
-                need("ml_dtypes", path)  # teaches numpy the type
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 -- not a dict
-            matrices = [name for name, shape in shapes.items() if len(shape) == 2]  # noqa: PLR2004 -- a matrix
-            self._name = _the_one(path, "two-dimensional tensors", matrices, column)
-            self.shape = tuple(shapes[self._name])
-        if min(self.shape):
-            self.dtype = self[0:1].dtype
-        else:
-            raise FileError(path, f"tensor {self._name!r} has shape {self.shape}; it holds nothing")
+        super().__init__(path)
+        try:
+            with _reading(path, "safetensors"):
+                self._read_header(column)
+        except BaseException:
+            self.close()
+            raise
 
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
-        with _reading(self._path, "safetensors"), self._open(self._path, "numpy") as file:
-            found: NDArray[Any] = file.get_slice(self._name)[rows]
-            return found
+    def _read_header(self, column: str | None) -> None:
+        length = int.from_bytes(self.head(8), "little")
+        if not 0 < length <= min(SAFETENSORS_HEADER, self._file.size - 8):
+            raise ValueError(f"its header of {length} bytes is not there")
+        tensors = json.loads(self.head(length, 8))
+        self.metadata = {
+            key: str(value)
+            for key, value in tensors.pop("__metadata__", {}).items()
+            if key.startswith("semid.")
+        }
+        matrices = [name for name, tensor in tensors.items() if len(tensor["shape"]) == 2]  # noqa: PLR2004 -- a matrix
+        name = _the_one(self.name, "two-dimensional tensors", matrices, column)
+        tensor, (start, stop) = tensors[name], tensors[name]["data_offsets"]
+        if tensor["dtype"] == "BF16":
+            self.dtype = np.dtype(need("ml_dtypes", self.name).bfloat16)
+        elif tensor["dtype"] in SAFETENSORS_TYPES:
+            self.dtype = np.dtype(SAFETENSORS_TYPES[tensor["dtype"]])
+        else:
+            raise ValueError(f"tensor {name!r} is of {tensor['dtype']}; expected numbers")
+        self.shape, self._offset = (*map(int, tensor["shape"]),), 8 + length + int(start)
+        if min(self.shape) < 0 or stop - start != (
+            self.shape[0] * self.shape[1] * self.dtype.itemsize
+        ):
+            raise ValueError(f"tensor {name!r} of shape {self.shape} does not take {stop - start}")
+        self._check_size()
 
 
 class NpzRows(Source):
-    """Rows of an array of a ``.npz`` file, read as a stream: it is compressed, or may be."""
+    """Rows of an array of a ``.npz`` file, read as a stream: it is compressed, or may be.
 
-    def __init__(self, path: str, column: str | None) -> None:
+    Ids are those of an array of one dimension, of integers or strings, that is named as they are.
+    """
+
+    def __init__(self, path: str, what: What, column: str | None, id_column: str | None) -> None:
         super().__init__()
-        self.path = path
-        with _reading(path, ".npz"), zipfile.ZipFile(path) as archive:
-            shapes = {}
+        self.path, self._place = path, place(path)
+        shapes = {}
+        with self._archive() as archive:
             for member in archive.namelist():
-                with archive.open(member) as file:
-                    shape, fortran, dtype = read_header(file)
-                if len(shape) == 2 and not dtype.hasobject:  # noqa: PLR2004 -- a matrix
-                    shapes[member.removesuffix(".npy")] = shape, fortran, dtype
-        self._name = _the_one(path, "two-dimensional arrays", list(shapes), column)
+                if member.endswith(".npy"):
+                    with archive.open(member) as file:
+                        shapes[member.removesuffix(".npy")] = read_header(file)
+        matrices = [
+            name
+            for name, (shape, _, dtype) in shapes.items()
+            if len(shape) == 2 and not dtype.hasobject  # noqa: PLR2004 -- a matrix
+        ]
+        if column is None and what in matrices:
+            column = what
+        self._name = _the_one(path, "two-dimensional arrays", matrices, column)
         (self.n_rows, self.width), fortran, self.dtype = shapes[self._name]
         if fortran and self.n_rows > 1 and self.width > 1:
             raise FileError(
                 path, f"array {self._name!r} is stored by columns: save a copy in C order"
             )
+        self._take_ids(shapes, id_column)
 
-    def blocks(self, start: int, n_rows: int) -> Iterator[Block]:
-        """Read on from the beginning, which costs time but no memory."""
-        assert self.n_rows is not None  # noqa: S101 -- an array has a shape
-        row_bytes = self.width * self.dtype.itemsize
+    def _take_ids(self, shapes: dict[str, Any], asked: str | None) -> None:
+        self._id_name = asked or next((name for name in ID_COLUMNS if name in shapes), None)
+        if self._id_name is None:
+            return
+        if self._id_name not in shapes:
+            raise FileError(
+                self.path, f"has no array {self._id_name!r}; there are {', '.join(shapes)}"
+            )
+        shape, _, self._id_dtype = shapes[self._id_name]
+        if shape != (self.n_rows,) or self._id_dtype.kind not in "iuUS":
+            raise FileError(
+                self.path,
+                f"array {self._id_name!r} is {self._id_dtype} of shape {shape}; expected an "
+                f"integer or a string for each of {self.n_rows} rows",
+            )
+        self.id_type = need("pyarrow", self.path).array(np.empty(0, self._id_dtype)).type
+
+    @contextmanager
+    def _archive(self) -> Iterator[zipfile.ZipFile]:
         with (
+            self._place.open() as file,
             _reading(self.path, ".npz"),
-            zipfile.ZipFile(self.path) as archive,
-            archive.open(f"{self._name}.npy") as file,
+            zipfile.ZipFile(file) as archive,
         ):
+            yield archive
+
+    def _pieces(self, name: str, start: int, n_rows: int, row_bytes: int) -> Iterator[Any]:
+        """Index of the first row, and the bytes, of up to ``n_rows`` rows of an array."""
+        assert self.n_rows is not None  # noqa: S101 -- an array has a shape
+        with self._archive() as archive, archive.open(f"{name}.npy") as file:
             read_header(file)
             file.seek(start * row_bytes, io.SEEK_CUR)
             for at in range(start, self.n_rows, n_rows):
@@ -205,13 +296,32 @@ class NpzRows(Source):
                 data = file.read(n * row_bytes)
                 if len(data) != n * row_bytes:
                     raise FileError(
-                        self.path, f"array {self._name!r} ends within rows {at} to {at + n - 1}"
+                        self.path, f"array {name!r} ends within rows {at} to {at + n - 1}"
                     )
-                yield Block(at, np.frombuffer(data, self.dtype).reshape(n, self.width))
+                yield at, data
 
-    def files(self) -> list[Path]:
+    def blocks(self, start: int, n_rows: int) -> Iterator[Block]:
+        """Read on from the beginning, which costs time but no memory."""
+        row_bytes = self.width * self.dtype.itemsize
+        for at, data in self._pieces(self._name, start, n_rows, row_bytes):
+            rows = np.frombuffer(data, self.dtype)
+            yield Block(at, rows.reshape(len(data) // row_bytes, self.width))
+
+    def reads_on(self, at: int, start: int) -> bool:
+        """Forward."""
+        return at <= start
+
+    def ids(self, n_rows: int) -> Iterator[Any] | None:
+        """Ids, where there is an array of them."""
+        if self._id_name is None:
+            return None
+        pa, dtype = need("pyarrow", self.path), self._id_dtype
+        found = self._pieces(self._id_name, 0, n_rows, dtype.itemsize)
+        return (pa.array(np.frombuffer(data, dtype)) for _, data in found)
+
+    def places(self) -> list[Place]:
         """The one file."""
-        return [Path(self.path)]
+        return [self._place]
 
 
 class ArrowStreamRows(Source):
@@ -226,17 +336,13 @@ class ArrowStreamRows(Source):
         with _reading(self.path, "an Arrow IPC stream"):
             self._reader = pa.ipc.open_stream(stream)
         columns = _Columns(self.path, self._reader.schema, what, column, id_column)
-        self._columns = columns
+        self._columns, self.id_type = columns, columns.id_type
+        self.metadata, self.extra_digit = _recorded(self._reader.schema, what)
         with _reading(self.path, "an Arrow IPC stream"):
             self._first = next(iter(self._reader), None)
         self.width, self.dtype = columns.width_and_type(self._first)
 
         self.spooled_ids: Callable[[int], Iterator[Any]] | None = None
-
-    @property
-    def id_type(self) -> Any:
-        """Arrow type of the ids; None if they are the rows' indices."""
-        return self._columns.id_type
 
     def ids(self, n_rows: int) -> Iterator[Any] | None:
         """Ids that were kept while the rows were read; see `IdSpool`."""
@@ -255,7 +361,7 @@ class ArrowStreamRows(Source):
             with _reading(self.path, "an Arrow IPC stream"):
                 batch = next(iter(self._reader), None)
 
-    def files(self) -> list[Path]:
+    def places(self) -> list[Place]:
         """None that could be looked at again."""
         return []
 
@@ -267,40 +373,52 @@ class ParquetRows(Source):
         super().__init__()
         self.path = path
         self._pq = need("pyarrow.parquet", path)
-        self._paths = _parquet_files(path)
-        self._starts = [0]
-        for file in self._paths:
-            with _reading(file, "Parquet"), self._pq.ParquetFile(file) as parquet:
-                if file == self._paths[0]:
+        self._places = _parquet_files(path)
+        self._starts, self._groups = [0], [0]
+        for found in self._places:
+            with self._opened(found) as parquet:
+                if found == self._places[0]:
                     schema = parquet.schema_arrow
                     self._columns = _Columns(path, schema, what, column, id_column)
-                    self.metadata = {
-                        key.decode(): value.decode()
-                        for key, value in (schema.metadata or {}).items()
-                        if key.startswith(b"semid.")
-                    }
+                    self.id_type = self._columns.id_type
+                    self.metadata, self.extra_digit = _recorded(schema, what)
                 else:
-                    self._columns.check_same(file, parquet.schema_arrow)
+                    self._columns.check_same(found.name, parquet.schema_arrow)
                 self._starts.append(self._starts[-1] + parquet.metadata.num_rows)
+                for group in range(parquet.num_row_groups):
+                    self._groups.append(
+                        self._groups[-1] + parquet.metadata.row_group(group).num_rows
+                    )
         self.n_rows = self._starts[-1]
-        if what == "codes" and "semid.unique" in self.metadata:
-            self.extra_digit = self.metadata["semid.unique"] != "none"
         first = next(self._batches(0, 1, self._columns.names), None)
         self.width, self.dtype = self._columns.width_and_type(first and first[1])
 
-    def _batches(self, start: int, n_rows: int, columns: list[str]) -> Iterator[tuple[int, Any]]:
+    @contextmanager
+    def _opened(self, found: Place, ahead: int = PARQUET_BYTES) -> Iterator[Any]:
+        # Without a buffer, or with what the library calls a pre-buffer, it would hold a whole
+        # row group: of a file that has but one, everything.
+        options = {"buffer_size": PARQUET_BYTES, "pre_buffer": False}
+        with ExitStack() as stack:
+            opened = stack.enter_context(found.open(ahead))
+            stack.enter_context(_reading(found.name, "Parquet"))
+            file = found.local or opened  # of a path the library reads without Python
+            yield stack.enter_context(self._pq.ParquetFile(file, **options))
+
+    def _batches(
+        self, start: int, n_rows: int, columns: list[str], ahead: int = PARQUET_BYTES
+    ) -> Iterator[tuple[int, Any]]:
         """Record batches of at most ``n_rows`` rows, each with the index of its first row."""
-        for file, begin, end in zip(self._paths, self._starts, self._starts[1:], strict=False):
+        for found, begin, end in zip(self._places, self._starts, self._starts[1:], strict=False):
             if end <= start:
                 continue
-            with _reading(file, "Parquet"), self._pq.ParquetFile(file) as parquet:
+            with self._opened(found, ahead) as parquet:
                 at = begin
                 for group in range(parquet.num_row_groups):
                     stop = at + parquet.metadata.row_group(group).num_rows
                     if stop <= start:
                         at = stop
                         continue
-                    with _reading(file, "Parquet", f"row group {group}"):
+                    with _reading(found.name, "Parquet", f"row group {group}"):
                         for batch in parquet.iter_batches(n_rows, [group], columns):
                             skipped = min(max(0, start - at), len(batch))
                             if skipped < len(batch):
@@ -309,7 +427,8 @@ class ParquetRows(Source):
 
     def blocks(self, start: int, n_rows: int) -> Iterator[Block]:
         """Read row group by row group, a piece at a time."""
-        for at, batch in self._batches(start, n_rows, self._columns.names[:1]):
+        columns = self._columns.names[:1]
+        for at, batch in self._batches(start, n_rows, columns, AHEAD_BYTES):
             rows, bad = self._columns.rows(batch, at, self.width, self.dtype)
             yield Block(at, rows, bad)
 
@@ -320,9 +439,13 @@ class ParquetRows(Source):
         found = self._batches(0, n_rows, [self._columns.id_name])
         return rechunked((batch.column(0) for _, batch in found), n_rows)
 
-    def files(self) -> list[Path]:
+    def places(self) -> list[Place]:
         """All files."""
-        return self._paths
+        return self._places
+
+    def reads_on(self, at: int, start: int) -> bool:
+        """Within a row group, which is read from its beginning."""
+        return at <= start and bisect_right(self._groups, at) == bisect_right(self._groups, start)
 
 
 class _Columns:
@@ -354,7 +477,7 @@ class _Columns:
         self.id_type = None if id_column is None else schema.field(id_column).type
         self.names = [self._name] + ([id_column] if id_column else [])
 
-    def check_same(self, file: Path, schema: Any) -> None:
+    def check_same(self, file: str, schema: Any) -> None:
         """Refuse a further file whose columns are of other types."""
         for name, kind in ((self._name, self._type), (self.id_name, self.id_type)):
             if name is None:
@@ -414,55 +537,68 @@ class JsonLinesCodes(Source):
 
     def __init__(self, path: str, id_column: str | None) -> None:
         super().__init__()
-        self.path, self._id = path, id_column or "id"
+        self.path, self._place, self._id = path, place(path), id_column or "id"
         self.dtype = np.dtype(np.int64)
         self.n_rows, self.width = 0, 0
-        for _, codes in self._lines():
+        for id_, codes in self._lines():
+            if not self.n_rows and id_ is not None:
+                with _reading(path, "lines of JSON"):
+                    self.id_type = need("pyarrow", path).array([id_]).type
             self.n_rows += 1
             self.width = self.width or len(codes or ())
-        if not self.width:
+        if self.n_rows and not self.width:
             raise FileError(path, "holds no codes")
 
     def _lines(self) -> Iterator[tuple[Any, list[int] | None]]:
-        with _opened(self.path) as file:
+        with self._place.open() as file:
             for number, line in enumerate(file, 1):
                 try:
                     item = json.loads(line)
-                    yield item.get(self._id), item["codes"]
+                    id_, codes = item.get(self._id), item["codes"]
                 except (ValueError, KeyError, AttributeError) as error:
                     raise FileError(
                         self.path, f'line {number} is not an object with "codes": {error!r}'
                     ) from error
+                if codes is not None and not (
+                    isinstance(codes, list) and all(type(code) is int for code in codes)
+                ):
+                    raise FileError(
+                        self.path, f"line {number}: its codes are no list of whole numbers"
+                    )
+                yield id_, codes
 
     def blocks(self, start: int, n_rows: int) -> Iterator[Block]:
         """Read line by line."""
-        held: list[list[int]] = []
-        bad: dict[int, str] = {}
-        at = 0
-        for index, (_, codes) in enumerate(self._lines()):
-            if index < start:
-                at = index + 1
-                continue
-            if codes is None or len(codes) != self.width:
-                bad[index] = "is null" if codes is None else f"has {len(codes)} codes"
-            held.append(codes if index not in bad else [0] * self.width)  # type: ignore[arg-type]  # None is bad
-            if len(held) == n_rows:
-                yield Block(at, np.array(held, self.dtype), bad)
-                at, held, bad = index + 1, [], {}
-        if held:
-            yield Block(at, np.array(held, self.dtype), bad)
+        lines = islice(self._lines(), start, None)
+        at = start
+        while some := list(islice(lines, n_rows)):
+            bad, held = {}, []
+            for index, (_, codes) in enumerate(some, at):
+                if codes is None or len(codes) != self.width:
+                    bad[index] = "is null" if codes is None else f"has {len(codes)} codes"
+                    codes = [0] * self.width  # noqa: PLW2901 -- of a bad row
+                held.append(codes)
+            with _reading(self.path, "codes", f"lines {at + 1} to {at + len(some)}"):
+                yield Block(at, np.array(held, self.dtype).reshape(len(some), self.width), bad)
+            at += len(some)
+
+    def reads_on(self, at: int, start: int) -> bool:
+        """Forward."""
+        return at <= start
 
     def ids(self, n_rows: int) -> Iterator[Any] | None:
         """Ids, if the first line has one."""
-        first, _ = next(self._lines())
-        if first is None:
-            return None
-        pa = need("pyarrow", self.path)
-        return rechunked((pa.array([item]) for item, _ in self._lines()), n_rows)
+        return None if self.id_type is None else self._ids(n_rows)
 
-    def files(self) -> list[Path]:
+    def _ids(self, n_rows: int) -> Iterator[Any]:
+        pa, lines = need("pyarrow", self.path), self._lines()
+        while some := [id_ for id_, _ in islice(lines, n_rows)]:
+            with _reading(self.path, "ids"):
+                yield pa.array(some, self.id_type)
+
+    def places(self) -> list[Place]:
         """The one file."""
-        return [Path(self.path)]
+        return [self._place]
 
 
 def open_rows(  # noqa: PLR0911 -- one for each format
@@ -486,22 +622,21 @@ def open_rows(  # noqa: PLR0911 -- one for each format
     FileError
         If it cannot be read, or needs a library that is not installed.
     """
-    suffix = Path(path).suffix
     if path == STDIN:
         return ArrowStreamRows(sys.stdin.buffer, what, column, id_column)
+    found = place(path)
+    suffix = found.suffix
     if suffix == ".npz":
-        return NpzRows(_found(path), column)
+        return NpzRows(path, what, column, id_column)
     if suffix == ".safetensors":
-        return MatrixRows(path, SafetensorsMatrix(_found(path), column))
+        return MatrixRows(path, what, SafetensorsMatrix(path, column))
     if suffix == ".pt":
-        source = MatrixRows(path, tensor_files(path).read(_found(path), what, column))
-        source.extra_digit = what == "codes"
-        return source
+        return PtRows(path, what, column)
     if suffix == ".jsonl" and what == "codes":
-        return JsonLinesCodes(_found(path), id_column)
-    if suffix != ".npy" and (suffix == ".parquet" or Path(path).is_dir() or glob.has_magic(path)):
+        return JsonLinesCodes(path, id_column)
+    if suffix == ".parquet" or (suffix != ".npy" and (has_magic(path) or found.is_folder())):
         return ParquetRows(path, what, column, id_column)
-    return MatrixRows(path, NpyReader(path))
+    return MatrixRows(path, what, NpyReader(found))
 
 
 def tensor_files(path: str | os.PathLike[str]) -> Any:
@@ -537,31 +672,28 @@ def _joined(arrays: list[Any]) -> Any:
     return arrays[0] if len(arrays) == 1 else need("pyarrow", "ids").concat_arrays(arrays)
 
 
-def _parquet_files(path: str) -> list[Path]:
-    if Path(path).is_dir():
-        found = sorted(
-            p for p in Path(path).rglob("*.parquet") if not p.name.startswith((".", "_"))
-        )
-    elif glob.has_magic(path) and not Path(path).exists():
-        found = sorted(map(Path, glob.glob(path, recursive=True)))  # noqa: PTH207 -- any pattern
+def _recorded(schema: Any, what: What) -> tuple[dict[str, str], bool | None]:
+    """What an Arrow schema records of the model, and whether there is an extra digit."""
+    metadata = {
+        key.decode(): value.decode()
+        for key, value in (schema.metadata or {}).items()
+        if key.startswith(b"semid.")
+    }
+    unique = metadata.get("semid.unique") if what == "codes" else None
+    return metadata, None if unique is None else unique != "none"
+
+
+def _parquet_files(path: str) -> list[Place]:
+    found = place(path)
+    if has_magic(path) and not (found.local and found.exists()):
+        files = found.matching()
+    elif found.is_folder():
+        files = found.below("*.parquet")
     else:
-        found = [Path(_found(path))]
-    if not found:
+        return [found]
+    if not files:
         raise FileError(path, "there are no .parquet files")
-    return found
-
-
-def _found(path: str) -> str:
-    """Refuse what is no file."""
-    _opened(path).close()
-    return path
-
-
-def _opened(path: str) -> IO[bytes]:
-    try:
-        return Path(path).open("rb")
-    except OSError as error:
-        raise FileError.of(path, error) from error
+    return files
 
 
 def _the_one(path: str, what: str, names: list[str], asked: str | None) -> str:

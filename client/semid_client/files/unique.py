@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
+from semid_client.files.places import reserve
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -36,8 +38,7 @@ class Digits:
 
     def __init__(self, path: Path, n_rows: int) -> None:
         self.path, self.n_rows, self.largest = path, n_rows, 0
-        with path.open("wb") as file:
-            file.truncate(4 * n_rows)
+        reserve(path, 4 * n_rows)
 
     def __getitem__(self, rows: slice) -> NDArray[np.uint32]:
         """Digits of a slice of rows."""

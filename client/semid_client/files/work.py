@@ -9,17 +9,24 @@ While ``OUT`` is being made there is a folder ``OUT.partial`` beside it:
 
 Rows are on the disk before the progress that counts them, so that whatever a kill leaves behind
 the count is cut off. ``OUT`` itself appears by being renamed, and the folder goes after that.
+
+Where ``OUT`` is an object of a store, to which nothing can be added, the folder is in the working
+directory or where ``--work-dir`` says, its name tells outputs of one name apart, and ``OUT``
+appears by being uploaded. A command that is killed while it uploads makes the same bytes again; if
+they are there already, it is done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
 
 import numpy as np
@@ -27,12 +34,14 @@ from numpy.lib import format as npy
 
 from semid_client.files._errors import FileError
 from semid_client.files.npy import NpyReader
+from semid_client.files.places import place, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from semid_client.files.places import Place
 
 SAVE_EVERY: Final = 1.0
 """Seconds between two records of progress."""
@@ -50,8 +59,10 @@ class Progress:
         Rows of the input that are done, and rows that they gave.
     bad_rows, bad_bytes : int
         How many of them are listed as bad, and the length of that list.
-    finished : list of int
-        Inode, size and time of the complete output; empty while there is none.
+    publishing : bool
+        Whether what is to be found in the output's place may be this work's.
+    finished : list
+        Identity of the complete output; empty while there is none.
     """
 
     task: dict[str, Any]
@@ -59,7 +70,8 @@ class Progress:
     rows_out: int = 0
     bad_rows: int = 0
     bad_bytes: int = 0
-    finished: list[int] = field(default_factory=list)
+    publishing: bool = False
+    finished: list[Any] = field(default_factory=list)
 
 
 class Work:
@@ -70,14 +82,16 @@ class Work:
 
     Parameters
     ----------
-    output : Path
-        The file to be made.
+    output : path or str
+        The file to be made, or its URL.
     force : bool
         Replace a file of that name.
     restart : bool
         Throw away what an earlier command has done.
     save_every : float
         Seconds between two records of progress.
+    work_dir : Path, optional
+        Where the folder is. Default: beside the output; of a store's, the working directory.
 
     Raises
     ------
@@ -87,17 +101,23 @@ class Work:
 
     def __init__(
         self,
-        output: Path,
+        output: str | os.PathLike[str],
         *,
         force: bool = False,
         restart: bool = False,
         save_every: float = SAVE_EVERY,
+        work_dir: Path | None = None,
     ) -> None:
         self.output, self._force, self._save_every = output, force, save_every
-        self.folder = output.with_name(f"{output.name}.partial")
-        self.bad_list = output.with_name(f"{output.name}.bad-rows.jsonl")
-        if output.is_dir():
+        self._progress: Progress | None = None
+        self.place = place(output)
+        self.folder = _folder(self.place, work_dir)
+        self._bad_place = self.place.sibling(".bad-rows.jsonl")
+        self.bad_list: Path | str = self._bad_place.local or self._bad_place.name
+        if self.place.local is not None and self.place.is_folder():
             raise FileError(output, "is a folder; expected a file to write")
+        if self.place.local is not None and not self.place.local.parent.is_dir():
+            raise FileError(output, "No such file or directory: make the folder first")
         if not self.folder.exists():
             self._check_free()
         with self._naming_output():
@@ -112,7 +132,6 @@ class Work:
             ) from error
         self._rows: BinaryIO | None = None
         self._bad: BinaryIO | None = None
-        self._progress: Progress | None = None
         try:
             if restart:
                 self._clear()
@@ -133,7 +152,7 @@ class Work:
     def published(self) -> bool:
         """Whether the output was completed by a command that was killed right after."""
         done = self._progress.finished if self._progress else []
-        return bool(done) and done == _identity(self.output)
+        return bool(done) and done == _identity(self.place)
 
     def begin(self, task: Mapping[str, Any], columns: int, dtype: np.dtype[Any]) -> Progress:
         """Begin, or go on with, rows of ``columns`` numbers; tell how far the work is.
@@ -201,7 +220,7 @@ class Work:
                 out.flush()
                 os.fsync(out.fileno())
             new.replace(self.folder / "progress.json")
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         self._saved_at = time.monotonic()
 
     def rows(self) -> NpyReader:
@@ -220,17 +239,31 @@ class Work:
 
     def publish(self, made: Path) -> None:
         """Give the output its name, when ``made``, in this folder, is complete."""
-        with self._naming_output():
-            _sync(made)
-            if self.progress.bad_rows:
-                copy = self.folder / "bad-rows.jsonl.copy"
-                shutil.copyfile(self.folder / "bad-rows.jsonl", copy)
-                copy.replace(self.bad_list)
-            self._check_free()  # once more: the work may have taken hours
-            self.progress.finished = _identity(made)
+        self._publish_bad_rows()
+        there = not self._check_free(made)  # once more: the work may have taken hours
+        self.progress.publishing = True
+        if not there:
+            if self._moves(made):
+                # Known beforehand: nothing is written between the renaming and the end.
+                self.progress.finished = _identity(place(made))
             self.save()
-            made.replace(self.output)
-            _sync_folder(self.output.parent)
+            self.place.put(made)
+        self.progress.finished = _identity(self.place)
+        self.save()
+
+    def _moves(self, made: Path) -> bool:
+        """Whether ``made`` itself becomes the output, not a copy."""
+        to = self.place.local
+        return to is not None and to.parent.stat().st_dev == made.stat().st_dev
+
+    def _publish_bad_rows(self) -> None:
+        if self.progress.bad_rows:
+            copy = self.folder / "bad-rows.jsonl.copy"
+            with self._naming_output():
+                shutil.copyfile(self.folder / "bad-rows.jsonl", copy)
+            self._bad_place.put(copy)
+        elif self._force and self._bad_place.exists():
+            self._bad_place.remove()  # of the output that is replaced
 
     def __enter__(self) -> Self:
         return self
@@ -280,9 +313,19 @@ class Work:
                     "begin again by --restart",
                 )
 
-    def _check_free(self) -> None:
-        if self.output.exists() and not self._force:
-            raise FileError(self.output, "exists already; --force replaces it")
+    def _check_free(self, made: Path | None = None) -> bool:
+        """Refuse an output that is taken; tell whether its place is free for ``made``.
+
+        It is not where an earlier command of this work has put the same there already.
+        """
+        if self._force or not self.place.exists():
+            return True
+        if self._progress is not None and self._progress.publishing:
+            if made is None:
+                return True  # to be seen when it is made
+            if self.place.holds(made):
+                return False
+        raise FileError(self.output, "exists already; --force replaces it")
 
     def _write_header(self) -> None:
         # numpy leaves room for the number of rows: headers of all lengths are equally long.
@@ -292,11 +335,12 @@ class Work:
 
     @contextlib.contextmanager
     def _naming_output(self) -> Iterator[None]:
-        """Let an error of the system name the output, not a file of this folder."""
+        """Let an error of the system name the output, or the folder where that is elsewhere."""
         try:
             yield
         except OSError as error:
-            raise FileError.of(self.output, error) from error
+            beside = self.place.local is not None and self.place.local.parent == self.folder.parent
+            raise FileError.of(self.output if beside else self.folder, error) from error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -310,25 +354,21 @@ def _write(file: BinaryIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _folder(output: Place, work_dir: Path | None) -> Path:
+    if work_dir is None and output.local is not None:
+        return output.local.with_name(f"{output.local.name}.partial")
+    whole = output.name if output.local is None else str(output.local.absolute())
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    name = whole.rpartition("/")[2]
+    return (work_dir or Path()) / f"{name}.{digest}.partial"
 
 
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # or a power cut may take a name away again
-    finally:
-        os.close(folder)
-
-
-def _identity(path: Path) -> list[int]:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
+def _identity(output: Place) -> list[Any]:
+    if not output.exists():
         return []
-    return [status.st_ino, status.st_size, status.st_mtime_ns]
+    _, size, version = output.identity()
+    inode = [output.local.stat().st_ino] if output.local is not None else []
+    return [*inode, size, version]
 
 
 def _short(value: Any) -> str:

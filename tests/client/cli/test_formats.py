@@ -262,7 +262,10 @@ def test_a_row_group_that_cannot_be_read_is_named_and_what_came_before_is_kept(s
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["-o", "out.csv"], "out.csv: give it a name that ends in .npy, .parquet, .jsonl, .pt"),
+        (
+            ["-o", "out.csv"],
+            "out.csv: give it a name that ends in .npy, .npz, .parquet",
+        ),
         (["-o", "out.npy", "--on-bad-row", "null"], "out.npy: a .npy file has no null"),
         (["-o", "out.pt", "--on-bad-row", "skip"], "out.pt: the columns of a GRID file are the"),
         (["-o", "out.pt", "--unique", "none"], "out.pt: a GRID file has the extra digit"),
@@ -282,7 +285,10 @@ def test_an_output_that_cannot_be_is_one_sentence_before_any_work(server, folder
     ("module", "arguments", "says"),
     [
         ("pyarrow", ["in.parquet", "-o", "out.npy"], "needs pyarrow, which is not installed"),
-        ("safetensors", ["in.safetensors", "-o", "out.npy"], "needs safetensors, which is not"),
+        ("pyarrow", ["in.npy", "-o", "-"], "needs pyarrow, which is not installed"),
+        ("fsspec", ["s3://b/in.npy", "-o", "out.npy"], "needs fsspec, which is not installed"),
+        ("s3fs", ["s3://b/in.npy", "-o", "out.npy"], "what speaks to s3:// is not installed"),
+        ("gcsfs", ["in.npy", "-o", "gs://b/out.npy"], "speaks to gs:// is not installed"),
         ("torch", ["in.pt", "-o", "out.npy"], "a .pt file needs torch, which is not installed"),
         ("torch", ["in.npy", "-o", "out.pt"], "a .pt file needs torch, which is not installed"),
         ("torch", ["in.npy", "-o", "out.npy", "--checkpoint", "x"], "--checkpoint needs torch"),
