@@ -30,6 +30,7 @@ from semid_client._errors import (
     UnavailableError,
     UnimplementedError,
 )
+from semid_client._fingerprints import FingerprintChangedWarning
 from semid_client._model import Layer, Limits, ModelInfo
 from semid_client._transfer import RowSource
 
@@ -44,6 +45,7 @@ __all__ = [
     "ConfigurationError",
     "DeadlineExceededError",
     "FailedPreconditionError",
+    "FingerprintChangedWarning",
     "FingerprintMismatchError",
     "InvalidArgumentError",
     "InvalidInputError",

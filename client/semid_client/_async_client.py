@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import grpc
 
 from semid_client._base import BaseClient, Flow
 from semid_client._errors import ClientClosedError
+from semid_client._hedging import METHODS, settles
 from semid_client._transfer import Decoding, Encoding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from numpy.typing import ArrayLike, NDArray
 
     from semid_client._channel import Settings
+    from semid_client._hedging import Hedging
     from semid_client._model import ModelInfo
     from semid_client._transfer import RowSource
 
@@ -100,9 +104,10 @@ class AsyncClient(BaseClient):
         return grpc.aio.secure_channel(settings.target, settings.credentials, settings.options)
 
     def _start(self, method: str, request: Any, timeout: float, *, alone: bool) -> Any:  # noqa: ARG002 -- all calls wait alike here
-        return getattr(self._stub, method)(
-            request, timeout=timeout, metadata=self._settings.metadata
-        )
+        call = partial(getattr(self._stub, method), request, metadata=self._settings.metadata)
+        if self._hedging and method in METHODS:
+            return _Hedged(call, timeout, self._hedging)
+        return call(timeout=timeout)
 
     def _pause(self, seconds: float) -> Any:
         return asyncio.sleep(seconds)
@@ -130,3 +135,46 @@ class AsyncClient(BaseClient):
         if self._closed and not (task and task.cancelling()):
             return ClientClosedError(f"the client of {self.target} was closed")
         return error
+
+
+class _Hedged:
+    """A call that is made a second time if its answer does not come soon; see `Hedging`."""
+
+    def __init__(self, start: Callable[..., Any], timeout: float, hedging: Hedging) -> None:
+        self._start, self._timeout, self._hedging = start, timeout, hedging
+        self._began = time.monotonic()
+        self._calls = [start(timeout=timeout)]
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._first_answer().__await__()
+
+    async def _first_answer(self) -> Any:
+        attempts = [asyncio.ensure_future(self._calls[0])]
+        try:
+            done, _ = await asyncio.wait(attempts, timeout=self._hedging.wait(self._began))
+            left = self._timeout - (time.monotonic() - self._began)
+            if not done and left > 0 and self._hedging.take():
+                self._calls.append(self._start(timeout=left))
+                attempts.append(asyncio.ensure_future(self._calls[1]))
+            answer = await self._settled(attempts)
+        finally:
+            self.cancel()
+        self._hedging.earn()
+        return answer
+
+    @staticmethod
+    async def _settled(attempts: list[asyncio.Future[Any]]) -> Any:
+        """Return or raise the first outcome that settles the call, or else the last one."""
+        for attempt in asyncio.as_completed(attempts):
+            try:
+                return await attempt
+            except grpc.RpcError as error:
+                failure = error
+                if settles(error):
+                    break
+        raise failure
+
+    def cancel(self) -> None:
+        """Cancel what is under way."""
+        for call in self._calls:
+            call.cancel()

@@ -32,6 +32,8 @@ from semid_client._errors import (
     UnavailableError,
     call_error,
 )
+from semid_client._fingerprints import Fingerprints, OnFingerprintChange
+from semid_client._hedging import Hedging
 from semid_client._model import ModelInfo
 from semid_client._tensor import as_matrix
 from semid_client._transfer import Answers, Collected, Decoding, Encoding, spans
@@ -49,6 +51,10 @@ DEFAULT_TIMEOUT: Final = 60.0
 
 PAUSE: Final = 0.25
 """Seconds between attempts, each of which gRPC has retried with backoff already."""
+
+OTHER_REPLICAS: Final = 5
+"""How often a message is sent again because a model other than the one that its call began with
+answered it: while a fleet changes its codebook, round robin finds a replica that has it still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,6 @@ class _Job:
 
     transfer: Encoding | Decoding
     info: ModelInfo
-    expected_fingerprint: str
     answers: Answers
     patient: bool
 
@@ -96,8 +101,11 @@ class BaseClient(ABC):
         *,
         model: str = "",
         expected_fingerprint: str = "",
+        on_fingerprint_change: OnFingerprintChange = "warn",
         timeout: float = DEFAULT_TIMEOUT,
         max_in_flight: int = 4,
+        hedge_after: float | None = None,
+        health_checks: bool = True,
         tls: TLS | None = None,
         token: str | None = None,
         allow_plaintext_token: bool = False,
@@ -106,15 +114,21 @@ class BaseClient(ABC):
             target=target,
             model=model,
             expected_fingerprint=expected_fingerprint,
+            on_fingerprint_change=on_fingerprint_change,
             timeout=timeout,
             max_in_flight=max_in_flight,
+            hedge_after=hedge_after,
+            health_checks=health_checks,
             tls=tls,
             token=token,
             allow_plaintext_token=allow_plaintext_token,
         )
+        self._fingerprints = Fingerprints(target, expected_fingerprint, on_fingerprint_change)
+        self._hedging = None if hedge_after is None else Hedging(hedge_after)
         self._channel = self._open_channel(self._settings)
         self._stub = SemanticIdServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self._info: ModelInfo | None = None
+        self._heard = False
         self._closed = False
         self._pid = os.getpid()
 
@@ -122,6 +136,14 @@ class BaseClient(ABC):
     def target(self) -> str:
         """The server's address, as given."""
         return self._settings.target
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Fingerprints of the models that have answered so far, the first one first.
+
+        More than one means that the model was replaced, or that replicas differ.
+        """
+        return self._fingerprints.seen
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
@@ -147,23 +169,28 @@ class BaseClient(ABC):
 
     def _call(self, method: str, request: Any, deadline: Deadline) -> Flow[Any]:
         with self._errors_of(method):
-            return (yield self._start(method, request, deadline.remaining(), alone=True))
+            response = yield self._start(method, request, deadline.remaining(), alone=True)
+        self._heard = True
+        return response
 
     def _model_flow(self, timeout: float | None) -> Flow[ModelInfo]:
         return (yield from self._fetch_model(self._deadline(timeout)))
 
     def _fetch_model(self, deadline: Deadline) -> Flow[ModelInfo]:
         request = pb.GetModelRequest(model=self._settings.model)
-        response = yield from self._call("GetModel", request, deadline)
-        info = ModelInfo.from_message(response.model)
-        expected = self._settings.expected_fingerprint
-        if expected and info.fingerprint != expected:
-            raise FingerprintMismatchError(
-                f"model {info.name!r} at {self.target} has fingerprint {info.fingerprint}, but "
-                f"{expected} is expected: its codes belong to another codebook"
-            )
-        self._info = info
-        return info
+        replicas_left = OTHER_REPLICAS
+        while True:
+            response = yield from self._call("GetModel", request, deadline)
+            info = ModelInfo.from_message(response.model)
+            try:
+                self._fingerprints.met(info.fingerprint)
+            except FingerprintMismatchError:
+                if not replicas_left:
+                    raise
+                replicas_left -= 1
+            else:
+                self._info = info
+                return info
 
     def _models_flow(self, timeout: float | None) -> Flow[tuple[ModelInfo, ...]]:
         deadline = self._deadline(timeout)
@@ -221,9 +248,9 @@ class BaseClient(ABC):
         """
         deadline = self._deadline(timeout)
         info = self._info or (yield from self._fetch_model(deadline))
-        expected = self._settings.expected_fingerprint or (info.fingerprint if patient else "")
-        job = _Job(transfer, info, expected, Answers(transfer, expected, sink), patient)
-        names_bytes = len(self._settings.model.encode()) + len(expected.encode())
+        expected = self._fingerprints.expected or (info.fingerprint if patient else "")
+        job = _Job(transfer, info, Answers(transfer, expected, sink), patient)
+        names_bytes = len(self._settings.model.encode()) + len(info.fingerprint.encode())
         in_flight: deque[_Sent] = deque()
         try:
             for span in spans(transfer, info, names_bytes=names_bytes):
@@ -248,18 +275,28 @@ class BaseClient(ABC):
 
     def _finish(self, job: _Job, sent: _Sent) -> Flow[None]:
         """Wait for one message's answer, and hand it on."""
+        replicas_left = OTHER_REPLICAS
         while True:
             try:
                 with self._errors_of(job.transfer.method):
-                    job.answers.take(sent.span, (yield sent.call))
-            except CallError as error:
-                pause = _pause_after(error) if job.patient else None
+                    response = yield sent.call
+                self._heard = True
+                if response.fingerprint:
+                    self._fingerprints.met(response.fingerprint)
+                job.answers.take(sent.span, response)
+            except (CallError, FingerprintMismatchError) as error:
+                failure = _explained(error, job, sent.span)
+                if isinstance(failure, FingerprintMismatchError) and replicas_left:
+                    replicas_left -= 1
+                    pause: float | None = 0.0
+                else:
+                    pause = _pause_after(error) if job.patient else None
                 if pause is None or sent.deadline.remaining() <= pause:
-                    explained = _explained(error, job, sent.span)
-                    if explained is error:
+                    if failure is error:
                         raise
-                    raise explained from error.__cause__
-                yield self._pause(pause)
+                    raise failure from error.__cause__
+                if pause:
+                    yield self._pause(pause)
                 sent.call = self._send(job, sent.span, sent.deadline)
             else:
                 return
@@ -273,7 +310,7 @@ class BaseClient(ABC):
 
     def _send(self, job: _Job, span: slice, deadline: Deadline) -> Any:
         request = job.transfer.request(
-            span, model=self._settings.model, expected_fingerprint=job.expected_fingerprint
+            span, model=self._settings.model, expected_fingerprint=job.answers.fingerprint
         )
         alone = span.stop - span.start == job.transfer.source.shape[0]
         with self._errors_of(job.transfer.method):
@@ -294,7 +331,7 @@ class BaseClient(ABC):
         except grpc.RpcError as error:
             if self._closed:
                 raise ClientClosedError(f"the client of {self.target} was closed") from error
-            raise call_error(error, target=self.target, method=method) from error
+            raise call_error(error, target=self.target, method=method, heard=self._heard) from error
         except (ValueError, RuntimeError, grpc.aio.UsageError) as error:
             # How gRPC says that the channel was closed by another thread or task.
             if not self._closed or isinstance(error, SemidClientError):
@@ -302,18 +339,21 @@ class BaseClient(ABC):
             raise ClientClosedError(f"the client of {self.target} was closed") from error
 
 
-def _pause_after(error: CallError) -> float | None:
+def _pause_after(error: SemidClientError) -> float | None:
     """Seconds after which a message may be sent again; None if that cannot help."""
+    if not isinstance(error, CallError):
+        return None
     if error.retry_after is None and isinstance(error, UnavailableError):
         return PAUSE
     return error.retry_after
 
 
-def _explained(error: CallError, job: _Job, span: slice) -> SemidClientError:
+def _explained(error: SemidClientError, job: _Job, span: slice) -> SemidClientError:
     """Say of a refusal where it is in the array given, not in the message that was sent."""
     if isinstance(error, FailedPreconditionError):
         # The status stands for a missing decode mode too; only a mismatch names the fingerprint.
-        if job.expected_fingerprint and job.expected_fingerprint in error.details:
+        expected = job.answers.fingerprint
+        if expected and expected in error.details:
             return FingerprintMismatchError(str(error))
         return error
     if not isinstance(error, InvalidArgumentError):

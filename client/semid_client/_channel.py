@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 
 from semid_client._errors import ConfigurationError
+from semid_client._fingerprints import ON_FINGERPRINT_CHANGE
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
+
+    from semid_client._fingerprints import OnFingerprintChange
 
 SERVICE: Final = "semid.v1.SemanticIdService"
 
@@ -47,6 +50,11 @@ SERVICE_CONFIG: Final = {
     # half is left. An outage so adds 50 retries, then a tenth of the traffic, not three times it.
     "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
 }
+
+HEALTH_CHECKS: Final = {"healthCheckConfig": {"serviceName": SERVICE}}
+"""A server that says NOT_SERVING, as one does first thing when it stops, gets no more calls (gRPC
+proposal A17). Retries alone would not do: several attempts may all meet the one that stops. A
+server without the health service counts as healthy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +109,11 @@ class Settings:
     target: str
     model: str
     expected_fingerprint: str
+    on_fingerprint_change: OnFingerprintChange
     timeout: float
     max_in_flight: int
+    hedge_after: float | None
+    health_checks: bool
     tls: TLS | None
     token: str | None = field(repr=False)
     allow_plaintext_token: bool
@@ -114,6 +125,15 @@ class Settings:
         check_timeout(self.timeout)
         if self.max_in_flight < 1:
             raise ConfigurationError(f"max_in_flight is {self.max_in_flight}; expected at least 1")
+        if self.on_fingerprint_change not in ON_FINGERPRINT_CHANGE:
+            raise ConfigurationError(
+                f"on_fingerprint_change is {self.on_fingerprint_change!r}; "
+                f"expected one of {', '.join(ON_FINGERPRINT_CHANGE)}"
+            )
+        if self.hedge_after is not None and not 0 < self.hedge_after < float("inf"):
+            raise ConfigurationError(
+                f"hedge_after is {self.hedge_after}; expected a positive number of seconds, or None"
+            )
         if self.token is None:
             return
         if not (self.token and self.token.isascii() and self.token.isprintable()):
@@ -136,14 +156,21 @@ class Settings:
     @property
     def options(self) -> Sequence[tuple[str, Any]]:
         """Options of the channel."""
+        config = SERVICE_CONFIG | (HEALTH_CHECKS if self.health_checks else {})
         return (
-            ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+            ("grpc.service_config", json.dumps(config)),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             # A request larger than this buffer (256 KiB by default) is silently not retried.
             ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
-            # A server that comes back is found within seconds, not within gRPC's two minutes.
+            # A server that comes back is found within a second, not within gRPC's two minutes:
+            # before the next one of a rolling restart goes.
             ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 5_000),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+            # How long an address may take to accept a connection; gRPC's own is 20 s.
+            ("grpc.min_reconnect_backoff_ms", 5_000),
+            # When a connection is lost the name is asked for again, but no more often than this.
+            # In gRPC's own 30 s an orchestrator can replace every address that is known.
+            ("grpc.dns_min_time_between_resolutions_ms", 1_000),
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.primary_user_agent", f"semid-client/{version('semid')}"),

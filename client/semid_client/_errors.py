@@ -25,7 +25,7 @@ Every error takes its message alone, so that all of them survive pickling betwee
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import grpc
 
@@ -70,7 +70,8 @@ class InvalidInputError(SemidClientError, ValueError):
 class FingerprintMismatchError(SemidClientError):
     """The model that is served is not the one that is expected.
 
-    Nothing is returned of a call that meets two models: an item never gets two IDs.
+    Nothing is returned of a call that meets two models: an item never gets two IDs. Where several
+    servers share the target, a few of them were asked.
     """
 
 
@@ -188,8 +189,36 @@ ERROR_OF_STATUS: Mapping[grpc.StatusCode, type[CallError]] = MappingProxyType(
 """Every status but OK. A test proves it complete."""
 
 
-def call_error(error: grpc.RpcError, *, target: str, method: str) -> CallError:
+ADVICE_BY_CAUSE: Final = (
+    ("errors resolving", "check the name, and that this machine can resolve it"),
+    ("Hostname Verification", "the certificate there is of another name than the target's"),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "the certificate there is not of the authorities given (the public ones by default)",
+    ),
+    ("security handshaker", "the certificates or the key given to TLS are not valid PEM"),
+    ("WRONG_VERSION_NUMBER", "whoever listens there speaks no TLS, while this client does"),
+    ("before receiving SETTINGS", "whoever listens there is no gRPC server, or hangs"),
+    (
+        "Socket closed",
+        "if the server speaks TLS, so must the client; it may ask for a client certificate too",
+    ),
+    (
+        "backend unhealthy",
+        "every server there is loading, draining, or has no room to be asked how it is",
+    ),
+)
+"""What to look at first when no server can be reached, by words of what gRPC says of it."""
+
+NEVER_HEARD: Final = (
+    "no answer has ever come from there: check the address, and that nothing between drops packets"
+)
+
+
+def call_error(error: grpc.RpcError, *, target: str, method: str, heard: bool = True) -> CallError:
     """Translate what gRPC raised; the caller raises the result ``from`` it.
+
+    ``heard`` tells whether any answer ever came from the target.
 
     Every RpcError that reaches a caller of grpc or of grpc.aio has a status, details and trailing
     metadata, though its class does not say so.
@@ -197,9 +226,13 @@ def call_error(error: grpc.RpcError, *, target: str, method: str) -> CallError:
     call: Any = error
     code, details = call.code(), call.details() or "no details"
     kind = ERROR_OF_STATUS[code]
-    advice = f"; {kind.advice}" if kind.advice else ""
+    advice = kind.advice
+    if kind is DeadlineExceededError and not heard:
+        advice = NEVER_HEARD
+    elif kind is UnavailableError:
+        advice = next((then for cause, then in ADVICE_BY_CAUSE if cause in details), advice)
     return kind(
-        f"{method} at {target} failed with {code.name}: {details}{advice}",
+        f"{method} at {target} failed with {code.name}: {details}{advice and '; '}{advice}",
         target=target,
         method=method,
         code=code,

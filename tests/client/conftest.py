@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc
@@ -56,11 +57,18 @@ class FakeServer(semid_pb2_grpc.SemanticIdServiceServicer):
     metadata: list[dict[str, str]] = field(default_factory=list)
     time_remaining: list[float] = field(default_factory=list)
     largest_message: int = 0
+    health: health.HealthServicer = field(default_factory=health.HealthServicer)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def target(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    def says_serving(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        self.health.set(
+            "semid.v1.SemanticIdService", status.SERVING if serving else status.NOT_SERVING
+        )
 
     def calls(self, method: str) -> int:
         return len(self.requests[method])
@@ -165,6 +173,8 @@ def make_server() -> Iterator[Callable[..., FakeServer]]:
         options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)]
         server = grpc.server(ThreadPoolExecutor(16), options=options)
         semid_pb2_grpc.add_SemanticIdServiceServicer_to_server(fake, server)
+        health_pb2_grpc.add_HealthServicer_to_server(fake.health, server)
+        fake.says_serving(serving=True)
         address = f"127.0.0.1:{fake.port}"
         if credentials is None:
             fake.port = server.add_insecure_port(address)
@@ -194,6 +204,10 @@ class BlockingAsyncClient:
             return AsyncClient(*arguments, **keywords)
 
         self.client = self.loop.run_until_complete(make())
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        return self.client.fingerprints
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self.client, name)

@@ -1,11 +1,20 @@
 """How a client reaches its server: addresses, tokens, encryption, processes."""
 
+import socket
+import threading
 from pathlib import Path
 
 import grpc
 import pytest
+import trustme
 
-from semid_client import TLS, Client, ConfigurationError, UnavailableError
+from semid_client import (
+    TLS,
+    Client,
+    ConfigurationError,
+    DeadlineExceededError,
+    UnavailableError,
+)
 from semid_client._channel import SERVICE_CONFIG, is_loopback
 
 PEMS = Path(__file__).parent / "tls"
@@ -80,6 +89,9 @@ def test_a_token_is_shown_nowhere():
         ({"timeout": 0}, "timeout is 0"),
         ({"timeout": float("inf")}, "timeout is inf"),
         ({"max_in_flight": 0}, "max_in_flight is 0"),
+        ({"hedge_after": 0}, "hedge_after is 0"),
+        ({"hedge_after": float("nan")}, "hedge_after is nan"),
+        ({"on_fingerprint_change": "ignore"}, "'ignore'; expected one of warn, error"),
         ({"token": ""}, "token is empty"),
         ({"token": "a\nb"}, "token is empty, or holds other than printable ASCII"),
         ({"token": "é"}, "token is empty, or holds other than printable ASCII"),
@@ -168,3 +180,115 @@ def test_a_client_carried_over_a_fork_says_so_and_does_not_hang(server, run_pyth
     )
     assert "made before a fork" in done.stdout
     assert done.returncode == 0
+
+
+# What is said when nobody answers.
+
+
+def test_a_name_that_does_not_resolve_is_named(connect):
+    with pytest.raises(UnavailableError, match=r"no-such-name.invalid:1.*; check the name") as said:
+        connect("dns:///no-such-name.invalid:1").model()
+    assert "semid server runs" not in str(said.value)
+
+
+def test_a_certificate_of_another_name_is_told_from_a_wrong_authority(make_server, connect):
+    authority = trustme.CA()
+    issued = authority.issue_cert("semid.example")
+    key, chain = issued.private_key_pem.bytes(), issued.cert_chain_pems[0].bytes()
+    server = make_server(credentials=grpc.ssl_server_credentials([(key, chain)]))
+    with pytest.raises(UnavailableError, match=f"{server.target}.*is of another name"):
+        connect(server, tls=TLS(authority.cert_pem.bytes())).model()
+    with pytest.raises(UnavailableError, match=f"{server.target}.*not of the authorities given"):
+        connect(server, tls=TLS(trustme.CA().cert_pem.bytes())).model()
+    with pytest.raises(UnavailableError, match=r"if the server speaks TLS, so must the client"):
+        connect(server).model()
+    assert not server.metadata
+
+
+def test_tls_to_a_server_without_it_is_told(server, connect):
+    with pytest.raises(UnavailableError, match="speaks no TLS, while this client does"):
+        connect(server, tls=TLS(pem("server.pem"))).model()
+
+
+def test_a_target_that_never_answered_is_told_from_a_slow_one(make_server, connect):
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        target = f"127.0.0.1:{deaf.getsockname()[1]}"
+        with pytest.raises(DeadlineExceededError, match=f"{target}.*no answer has ever come"):
+            connect(target, timeout=0.3).model()
+    release = threading.Event()
+    server = make_server()
+    client = connect(server)
+    client.model()
+    server.script["GetModel"].append(lambda *_: release.wait())
+    with pytest.raises(DeadlineExceededError, match="longer timeout"):
+        client.model(timeout=0.3)
+    release.set()
+
+
+# Several servers behind one target.
+
+
+@pytest.fixture
+def pair(make_server):
+    return make_server(), make_server()
+
+
+def target_of(servers):
+    return "ipv4:" + ",".join(server.target for server in servers)
+
+
+def test_calls_go_to_all_servers_in_turn(pair, connect):
+    client = connect(target_of(pair))
+    while not all(server.calls("GetModel") for server in pair):
+        client.model()
+    for server in pair:
+        server.requests.clear()
+    for _ in range(10):
+        client.model()
+    assert [server.calls("GetModel") for server in pair] == [5, 5]
+
+
+def test_a_call_that_one_server_turns_away_is_tried_on_the_next(pair, connect):
+    client = connect(target_of(pair))
+    while not all(server.calls("GetModel") for server in pair):
+        client.model()
+    for server in pair:
+        server.requests.clear()
+    turned_away = iter([True])
+
+    def turn_away_once(_request, context):
+        if next(turned_away, False):
+            context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
+
+    for server in pair:
+        server.script["GetModel"].append(turn_away_once)
+    client.model()
+    assert [server.calls("GetModel") for server in pair] == [1, 1]
+
+
+def test_a_server_that_says_it_stops_gets_no_calls_until_it_is_back(pair, connect):
+    one, other = pair
+    client = connect(target_of(pair))
+    one.says_serving(serving=False)
+    streak = 0
+    while streak < 20:  # the news takes a moment
+        before = one.calls("GetModel")
+        client.model()
+        streak = streak + 1 if one.calls("GetModel") == before else 0
+    one.says_serving(serving=True)
+    while one.calls("GetModel") == before:
+        client.model()
+    assert other.calls("GetModel") > 20
+
+
+def test_a_target_without_a_server_that_serves_says_so(server, connect):
+    server.says_serving(serving=False)
+    with pytest.raises(UnavailableError, match=r"unhealthy.*every server there is loading"):
+        connect(server).model()
+
+
+def test_health_can_be_left_alone(server, connect):
+    server.says_serving(serving=False)
+    assert connect(server, health_checks=False).model().name == "fake"

@@ -28,7 +28,9 @@ class ServerEngine:
 
     def __init__(self, *, in_flight: int, **connection: Any) -> None:
         self.threads = min(2, in_flight)
-        self._client = connect(in_flight=in_flight // self.threads, **connection)
+        self._client = connect(
+            in_flight=in_flight // self.threads, on_fingerprint_change="error", **connection
+        )
         try:
             self.info = self._client.model()
         except BaseException:

@@ -12,6 +12,8 @@ from semid_client._client import Client
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from semid_client._fingerprints import OnFingerprintChange
+
 F = TypeVar("F", bound="Callable[..., Any] | click.Command")
 
 PEM = click.Path(exists=True, dir_okay=False)
@@ -113,12 +115,14 @@ def connect(
     key: str | None,
     token: str | None,
     allow_plaintext_token: bool,
+    on_fingerprint_change: OnFingerprintChange = "warn",
 ) -> Client:
     """Make a client of what the flags say."""
     return Client(
         target,
         model=model,
         expected_fingerprint=fingerprint,
+        on_fingerprint_change=on_fingerprint_change,
         timeout=timeout,
         max_in_flight=in_flight,
         tls=TLS.from_files(ca, cert, key) if tls or ca or cert or key else None,
