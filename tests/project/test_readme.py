@@ -25,6 +25,7 @@ DEFAULTS_IN_WORDS = {
     "off",
     "on",
     "from the file",
+    "none",
     "all cores",
     "as `--host`",
     "the checkpoint's",

@@ -160,6 +160,19 @@ def _default(name: str) -> dict[str, Any]:
     help="Port of the Prometheus endpoint; 0 picks a free one and prints it.",
 )
 @_option(
+    "--admin-host",
+    default=None,
+    help="Address of the admin port, if not --host: set it to keep that port internal.",
+)
+@_option(
+    "--admin-port",
+    type=click.IntRange(0, 65535),
+    default=None,
+    help="Port of health and reflection alone, without TLS, tokens and limits: for probes that "
+    "have no certificate, and that many callers must not crowd out. Reflection is then there "
+    "only. 0 picks a free one and prints it. Default: none; both are with the service.",
+)
+@_option(
     "--device",
     **_default("device"),
     help="auto, cpu, cuda or cuda:i. auto takes the first GPU if there is one; name the device "
@@ -226,6 +239,13 @@ def _default(name: str) -> dict[str, Any]:
     "one connection a quarter of it. The memory is theirs. 0 takes none.",
 )
 @_option(
+    "--keepalive",
+    type=click.FloatRange(0),
+    **_default("keepalive"),
+    help="Seconds of silence after which a connection is asked for a sign of life; without one "
+    "for as long again (20 s at most) it is closed and its calls end. 0 asks after two hours.",
+)
+@_option(
     "--grace",
     type=click.FloatRange(0),
     **_default("grace"),
@@ -269,7 +289,8 @@ def _default(name: str) -> dict[str, Any]:
 @_option(
     "--reflection/--no-reflection",
     **_default("reflection"),
-    help="Whether clients may ask for the contract; tools at a keyboard need it, services do not.",
+    help="Whether clients may ask for the contract: tools at a keyboard need it, services do not. "
+    "--admin-port has it elsewhere.",
 )
 @_option(
     "--metrics/--no-metrics",

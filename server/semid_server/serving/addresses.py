@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import socket
-from typing import TYPE_CHECKING
+import sys
+import threading
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app
 
 from semid_server.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from wsgiref.simple_server import WSGIServer
-
     from prometheus_client import CollectorRegistry
 
     from semid_server.serving.config import ServeConfig
+
+logger = logging.getLogger(__name__)
+
+SCRAPE_PATIENCE: Final = 10.0
+"""Seconds that a scraper may take to ask, and to read each piece of the answer."""
 
 
 def bracketed(host: str) -> str:
@@ -22,46 +30,100 @@ def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
-def cannot_listen(config: ServeConfig, why: str) -> ConfigurationError:
-    """Build the error of an address that cannot be had."""
-    return ConfigurationError(
-        f"cannot listen on {bracketed(config.host)}:{config.port}: {why}; "
-        "choose another with --port or --host"
+class Address(NamedTuple):
+    """Where to listen, and the flags that say so."""
+
+    host: str
+    port: int
+    flags: str
+
+    def __str__(self) -> str:
+        return f"{bracketed(self.host)}:{self.port}"
+
+    def refused(self, why: str) -> ConfigurationError:
+        """Build the error of an address that cannot be had."""
+        return ConfigurationError(
+            f"cannot listen on {self}: {why}; choose another with {self.flags}"
+        )
+
+    def find(self) -> tuple[socket.AddressFamily, socket.SocketKind, int, Any]:
+        """Look it up; return family, kind, protocol and what `socket.bind` takes.
+
+        Raises
+        ------
+        OSError
+            There is no such host.
+        """
+        host = self.host.strip("[]")
+        found = socket.getaddrinfo(
+            host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = found[0]
+        return family, kind, protocol, address
+
+
+def service_address(config: ServeConfig) -> Address:
+    """Where calls are served."""
+    return Address(config.host, config.port, "--port or --host")
+
+
+def admin_address(config: ServeConfig) -> Address | None:
+    """Where health and reflection are served to those who run the service; None if nowhere."""
+    if config.admin_port is None:
+        return None
+    return Address(
+        config.admin_host or config.host, config.admin_port, "--admin-port or --admin-host"
     )
 
 
-def check_address(config: ServeConfig) -> None:
+def check_address(address: Address) -> None:
     """Bind the address and let go of it: gRPC itself says why it cannot only to its own log."""
-    _bind(config, config.port, shared=False).close()
+    _bind(address, shared=False).close()
 
 
-def share_address(config: ServeConfig) -> socket.socket:
+def share_address(address: Address) -> socket.socket:
     """Take a port that several servers of this user may bind, and keep it until it is closed.
 
     The socket returned never listens: connections go to the servers alone.
     """
-    check_address(config)
-    return _bind(config, config.port, shared=True)
+    check_address(address)
+    return _bind(address, shared=True)
 
 
-def _bind(config: ServeConfig, port: int, *, shared: bool) -> socket.socket:
-    host = config.host.strip("[]")
+def _bind(address: Address, *, shared: bool) -> socket.socket:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
+        family, kind, protocol, where = address.find()
         bound = socket.socket(family, kind, protocol)
         try:
             # As gRPC does: what a server before this one left in TIME_WAIT is no obstacle.
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if shared:
                 bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            bound.bind(address)
+            bound.bind(where)
         except OSError:
             bound.close()
             raise
     except OSError as error:
-        raise cannot_listen(config, error.strerror or str(error)) from error
+        raise address.refused(error.strerror or str(error)) from error
     return bound
+
+
+class _MetricsServer(ThreadingMixIn, WSGIServer):
+    """A thread for each scrape: one that is slow holds up no other, nor the end of the process."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: object, client_address: Any) -> None:  # noqa: ARG002 - inherited
+        """Say that a scrape failed: the scraper was too slow, or left."""
+        logger.info("a scrape by %s failed: %s", client_address[0], sys.exception())
+
+
+class _ScrapeHandler(WSGIRequestHandler):
+    timeout = SCRAPE_PATIENCE
+
+    def log_message(self, *_: object) -> None:
+        """Log no line for each scrape."""
 
 
 def open_metrics(config: ServeConfig, registry: CollectorRegistry) -> tuple[WSGIServer, str]:
@@ -72,12 +134,15 @@ def open_metrics(config: ServeConfig, registry: CollectorRegistry) -> tuple[WSGI
     ConfigurationError
         Its address cannot be had.
     """
-    host = config.metrics_host or config.host
+    address = Address(
+        config.metrics_host or config.host, config.metrics_port, "--metrics-port or --metrics-host"
+    )
     try:
-        server, _ = start_http_server(config.metrics_port, addr=host, registry=registry)
+        family, _, _, where = address.find()
+        kind = type("_MetricsServer", (_MetricsServer,), {"address_family": family})
+        server: WSGIServer = kind(where[:2], _ScrapeHandler)
     except OSError as error:
-        raise ConfigurationError(
-            f"cannot listen on {bracketed(host)}:{config.metrics_port} for metrics: "
-            f"{error.strerror}; choose another with --metrics-port or --metrics-host"
-        ) from error
-    return server, f"{bracketed(host)}:{server.server_port}"
+        raise address.refused(f"{error.strerror or error} (for metrics)") from error
+    server.set_app(make_wsgi_app(registry))
+    threading.Thread(target=server.serve_forever, name="semid-metrics", daemon=True).start()
+    return server, f"{bracketed(address.host)}:{server.server_port}"

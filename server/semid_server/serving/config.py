@@ -33,6 +33,8 @@ RANGES = {
     "max_queue_bytes": (1, math.inf, ""),
     "max_concurrent_rpcs": (1, math.inf, ""),
     "shared_memory_bytes": (0, math.inf, ""),
+    "admin_port": (0, 65535, ""),
+    "keepalive": (0, math.inf, " seconds"),
     "grace": (0, math.inf, " seconds"),
     "watch": (0, math.inf, " seconds"),
 }
@@ -60,6 +62,8 @@ class ServeConfig:
     port: int = 50051
     metrics_host: str | None = None
     metrics_port: int = 9464
+    admin_host: str | None = None
+    admin_port: int | None = None
     processes: int = 1
     device: str = "auto"
     threads: int | None = None
@@ -72,6 +76,7 @@ class ServeConfig:
     max_queue_bytes: int = 256 * MIB
     max_concurrent_rpcs: int = 4096
     shared_memory_bytes: int = 1024 * MIB
+    keepalive: float = 60.0
     grace: float = 30.0
     watch: float = 0.0
     tls: TlsFiles | None = None

@@ -33,7 +33,13 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from semid_server.errors import ConfigurationError, SemidError
-from semid_server.serving.addresses import bracketed, open_metrics, share_address
+from semid_server.serving.addresses import (
+    admin_address,
+    bracketed,
+    open_metrics,
+    service_address,
+    share_address,
+)
 from semid_server.serving.server import Server
 
 if TYPE_CHECKING:
@@ -108,10 +114,17 @@ class Processes:
         ConfigurationError
             An address cannot be had, or a child could not begin to serve; the message is its.
         """
-        with self._signals(), share_address(self._config) as reserved:
-            port = reserved.getsockname()[1]
-            with self._metrics():
-                await self._keep_all(replace(self._config, port=port))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._signals())
+            config = self._config
+            service = stack.enter_context(share_address(service_address(config)))
+            config = replace(config, port=service.getsockname()[1])
+            if (admin := admin_address(config)) is not None:
+                shared = stack.enter_context(share_address(admin))
+                config = replace(config, admin_port=shared.getsockname()[1])
+                self._announce(f"admin on {bracketed(admin.host)}:{config.admin_port}")
+            stack.enter_context(self._metrics())
+            await self._keep_all(config)
 
     async def _keep_all(self, config: ServeConfig) -> None:
         cores = len(os.sched_getaffinity(0))
@@ -356,7 +369,8 @@ def _serve(config: ServeConfig, prepare: Callable[[], None], connection: Connect
 
     async def run() -> None:
         def announce(line: str) -> None:
-            connection.send(("serving", line.removeprefix("serving ").rpartition(" on ")[0]))
+            if line.startswith("serving "):
+                connection.send(("serving", line.removeprefix("serving ").rpartition(" on ")[0]))
 
         server = Server(config, announce=announce)
 

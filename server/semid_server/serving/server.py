@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,11 @@ from grpc_reflection.v1alpha import reflection
 from semid.v1 import semid_pb2 as pb
 from semid_server.errors import ConfigurationError, SemidError
 from semid_server.serving.addresses import (
+    admin_address,
     bracketed,
-    cannot_listen,
     check_address,
     open_metrics,
+    service_address,
 )
 from semid_server.serving.backend import Backend, Device
 from semid_server.serving.batcher import Batcher, BatchLimits
@@ -76,6 +78,9 @@ QUIET = 0.05
 """Seconds without a call after which gRPC may stop."""
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
+
+MAX_PING_PATIENCE = 20_000
+"""Milliseconds in which a peer has to answer a ping, at most."""
 
 LAST_WORDS = 1.0
 """Seconds for the last answers to leave, and after the grace period for those who are told that
@@ -135,7 +140,9 @@ class Server:
         """
         with self._signals():
             if self._config.processes == 1:
-                check_address(self._config)
+                check_address(service_address(self._config))
+                if (admin := admin_address(self._config)) is not None:
+                    check_address(admin)
             if not self._config.metrics:
                 await self._serve()
                 return
@@ -163,6 +170,7 @@ class Server:
         )
         health_servicer = HealthServicer()
         server, address = await self._open_grpc(servicer, health_servicer)
+        admin = await self._open_admin(health_servicer)
         await server.start()
         try:
             if await self._load():
@@ -176,6 +184,8 @@ class Server:
             self._metrics.serving.set(0)
             await health_servicer.enter_graceful_shutdown()
             await self._drain(server, servicer)
+            if admin is not None:
+                await admin.stop(None)
 
     async def _load(self) -> bool:
         """Load and warm up the models; False if told to stop before that was done."""
@@ -323,11 +333,7 @@ class Server:
             options=(
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
                 ("grpc.max_send_message_length", self._config.max_message_bytes),
-                # Unless asked for, a second server on the same port is a mistake.
-                ("grpc.so_reuseport", int(self._config.processes > 1)),
-                # Clients may ping an idle connection every 30 s to keep it open.
-                ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
-                ("grpc.keepalive_permit_without_calls", 1),
+                *self._connection_options(),
             ),
         )
         add_to_server(servicer, server)
@@ -337,21 +343,55 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         # As constructed, the servicer calls the server healthy: it is not until it has a model.
         await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
-        if self._config.reflection:
-            reflection.enable_server_reflection(
-                (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-            )
-        host = bracketed(self._config.host)
-        address = f"{host}:{self._config.port}"
+        if self._config.reflection and self._config.admin_port is None:
+            _enable_reflection(server)
+        address = service_address(self._config)
         try:
             if self._config.tls is None:
-                port = server.add_insecure_port(address)
+                port = server.add_insecure_port(str(address))
             else:
                 credentials = Certificates(self._config.tls).credentials()
-                port = server.add_secure_port(address, credentials)
+                port = server.add_secure_port(str(address), credentials)
         except RuntimeError as error:
-            raise cannot_listen(self._config, "gRPC could not bind it") from error
-        return server, f"{host}:{port}"
+            raise address.refused("gRPC could not bind it") from error
+        return server, f"{bracketed(address.host)}:{port}"
+
+    async def _open_admin(self, health_servicer: Any) -> grpc.aio.Server | None:
+        """Start to serve health and reflection at an address of their own, if there is one.
+
+        Without encryption, tokens and limits, for who runs the service: a probe knows no
+        certificate, and must not be refused because callers are many.
+        """
+        address = admin_address(self._config)
+        if address is None:
+            return None
+        server = grpc.aio.server(options=self._connection_options())
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        if self._config.reflection:
+            _enable_reflection(server)
+        try:
+            port = server.add_insecure_port(str(address))
+        except RuntimeError as error:
+            raise address.refused("gRPC could not bind it") from error
+        await server.start()
+        self._announce(f"admin on {bracketed(address.host)}:{port}")
+        return server
+
+    def _connection_options(self) -> list[tuple[str, int]]:
+        options = [
+            # Unless asked for, a second server on the same port is a mistake.
+            ("grpc.so_reuseport", int(self._config.processes > 1)),
+            # Clients may ping an idle connection every 30 s to keep it open.
+            ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+        if self._config.keepalive:
+            milliseconds = math.ceil(1000 * self._config.keepalive)
+            options += [
+                ("grpc.keepalive_time_ms", milliseconds),
+                ("grpc.keepalive_timeout_ms", min(milliseconds, MAX_PING_PATIENCE)),
+            ]
+        return options
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -395,6 +435,12 @@ def stamp(path: Path) -> Stamp:
         )
     except OSError:  # in the middle of being replaced, or gone: the version in memory serves on
         return None
+
+
+def _enable_reflection(server: grpc.aio.Server) -> None:
+    reflection.enable_server_reflection(
+        (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
 
 
 async def _set_health(servicer: Any, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

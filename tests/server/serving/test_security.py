@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 
@@ -206,6 +207,57 @@ async def test_reflection_can_be_turned_off(run_server, ready):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await services(address)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def status_of_health(address):
+    async with grpc.aio.insecure_channel(address) as channel:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        return answer.status
+
+
+async def test_with_an_admin_port_reflection_is_there_alone(run_server, ready):
+    server = run_server(ready, admin_port=0, admin_host="127.0.0.1")
+    address = await server.address()
+    admin = await server.line("admin on ")
+    assert "semid.v1.SemanticIdService" in await services(admin)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await services(address)
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert await ask(admin) == grpc.StatusCode.UNIMPLEMENTED, "no calls are served there"
+
+
+async def test_at_the_admin_port_a_probe_needs_neither_certificate_nor_token(
+    run_server, backend, device, identity, token_file
+):
+    trustme.CA().cert_pem.write_to_path(identity.client_ca)
+    server = run_server(
+        backend,
+        tls=identity.files(mutual=True),
+        token_file=token_file,
+        admin_port=0,
+        reflection=False,
+    )
+    admin = await server.line("admin on ")
+    assert await status_of_health(admin) == health_pb2.HealthCheckResponse.NOT_SERVING
+    backend.may_load.set()
+    device.free()
+    await server.address()
+    assert await status_of_health(admin) == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await services(admin)
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_probe_at_the_admin_port_is_not_crowded_out_by_callers(run_server, ready):
+    server = run_server(ready, admin_port=0, max_concurrent_rpcs=1)
+    address, admin = await server.address(), await server.line("admin on ")
+    async with grpc.aio.insecure_channel(address) as channel:
+        stream = pb_grpc.SemanticIdServiceStub(channel).EncodeStream()
+        await stream.wait_for_connection()
+        while await ask(address) != grpc.StatusCode.RESOURCE_EXHAUSTED:
+            await asyncio.sleep(0)
+        assert await status_of_health(admin) == health_pb2.HealthCheckResponse.SERVING
+        stream.cancel()
 
 
 async def test_metrics_can_be_turned_off(run_server, ready):

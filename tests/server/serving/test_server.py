@@ -155,7 +155,7 @@ async def test_signal_handlers_are_given_back(run_server, backend):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-@pytest.mark.parametrize("setting", ["port", "metrics_port"])
+@pytest.mark.parametrize("setting", ["port", "metrics_port", "admin_port"])
 async def test_a_port_that_is_taken_is_named_with_the_flag_to_change(run_server, backend, setting):
     backend.may_load.set()
     with socket.socket() as holder:
