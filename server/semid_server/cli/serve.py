@@ -246,6 +246,14 @@ def _default(name: str) -> dict[str, Any]:
     "for as long again (20 s at most) it is closed and its calls end. 0 asks after two hours.",
 )
 @_option(
+    "--max-connection-age",
+    type=click.FloatRange(0),
+    **_default("max_connection_age"),
+    help="Seconds after which a client is told to connect again, once its calls are done, so that "
+    "it asks for the name's addresses anew: how long a server that was added to a fleet may wait "
+    "for its share. 0 never does.",
+)
+@_option(
     "--grace",
     type=click.FloatRange(0),
     **_default("grace"),

@@ -35,6 +35,7 @@ RANGES = {
     "shared_memory_bytes": (0, math.inf, ""),
     "admin_port": (0, 65535, ""),
     "keepalive": (0, math.inf, " seconds"),
+    "max_connection_age": (0, math.inf, " seconds"),
     "grace": (0, math.inf, " seconds"),
     "watch": (0, math.inf, " seconds"),
 }
@@ -77,6 +78,7 @@ class ServeConfig:
     max_concurrent_rpcs: int = 4096
     shared_memory_bytes: int = 1024 * MIB
     keepalive: float = 60.0
+    max_connection_age: float = 300.0
     grace: float = 30.0
     watch: float = 0.0
     tls: TlsFiles | None = None

@@ -391,6 +391,10 @@ class Server:
                 ("grpc.keepalive_time_ms", milliseconds),
                 ("grpc.keepalive_timeout_ms", min(milliseconds, MAX_PING_PATIENCE)),
             ]
+        if self._config.max_connection_age:
+            # Calls in progress end in their own time: gRPC sets no limit unless told one.
+            milliseconds = math.ceil(1000 * self._config.max_connection_age)
+            options.append(("grpc.max_connection_age_ms", milliseconds))
         return options
 
     @property
