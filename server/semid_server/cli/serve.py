@@ -214,6 +214,13 @@ def _default(name: str) -> dict[str, Any]:
     help="Bytes of a batch at most; at least --max-message-bytes. Bounds the device's buffers.",
 )
 @_option(
+    "--max-batch-seconds",
+    type=click.FloatRange(0.0001),
+    **_default("max_batch_seconds"),
+    help="Seconds that a batch is made to take at most, by what earlier ones took; larger requests "
+    "are done in parts. Lower it to let small callers wait less for large ones.",
+)
+@_option(
     "--max-queue-requests",
     type=click.IntRange(1),
     **_default("max_queue_requests"),

@@ -69,9 +69,18 @@ MAX_NAMED_ROWS = 8
 
 
 class Device(Runner[WorkKey, Payload, "npt.NDArray[Any]"]):
-    """Hands each batch to the version of the model that it was admitted for."""
+    """Hands each batch to the version of the model that it was admitted for.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    quick : bool
+        Whether short batches may be run by the event loop's thread: see `Backend.quick`.
+    """
+
+    divisible = True
+
+    def __init__(self, *, quick: bool = False) -> None:
+        self.quick = quick
         self._last: Backend | None = None
 
     def run(
@@ -133,6 +142,16 @@ class Device(Runner[WorkKey, Payload, "npt.NDArray[Any]"]):
                 logger.exception("a request of %d rows failed", len(half[0]))
                 answers.append(DeviceError("the device failed while it computed this request"))
         return answers
+
+    def part(self, payload: Payload, start: int, stop: int) -> Payload:
+        """Return rows ``start`` to ``stop``, as a view."""
+        if isinstance(payload, SharedRows):
+            return payload.part(start, stop)
+        return payload[start:stop]
+
+    def join(self, answers: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Put the answers to the parts of a request together."""
+        return np.concatenate(answers)
 
     def after(self) -> None:
         """Do what its model does after a batch, and let go of it."""
@@ -265,6 +284,14 @@ class Backend:
             return False
         return True
 
+    @property
+    def quick(self) -> bool:
+        """Whether any thread may run a short batch, and have done in no time.
+
+        So it is on a CPU. A GPU is waited for, and verifying rows takes far longer than encoding.
+        """
+        return self._device.type == "cpu" and self._verifier is None
+
     def drift(self) -> Sequence[LayerDrift]:
         """Code usage and quantisation error of the last rows, by layer."""
         return self._drift.summary()
@@ -299,9 +326,12 @@ class Backend:
         self._to_sample = min(self._to_sample + len(codes) * SAMPLED_SHARE, SAMPLED_ROWS)
         count = min(int(self._to_sample), len(codes))
         self._to_sample -= count
-        # Spread over the batch: its requests may differ.
-        sample = np.linspace(0, len(codes) - 1, count).astype(np.int64)
-        self._drift.observe(codes, rows[torch.from_numpy(sample)], codes[sample])
+        if count:
+            # Spread over the batch: its requests may differ.
+            sample = np.linspace(0, len(codes) - 1, count).astype(np.int64)
+            self._drift.observe(codes, rows[torch.from_numpy(sample)], codes[sample])
+        else:
+            self._drift.observe(codes)
         if self._verifier is not None:
             self._verify(self._verifier, rows, codes)
 

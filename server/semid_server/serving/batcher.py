@@ -1,24 +1,30 @@
 """Requests in, batches out: admission, batches across callers, exactly one answer to each.
 
 A request that is admitted waits in a queue of its key (what can run together shares a key). One
-thread, the worker, owns whatever runs the batches. Whenever it is free it takes the request whose
-turn it is and all others of the same key that fit beside it, runs them, and hands the answers back
-to the event loop. So a lone request never waits for company, and a batch grows by itself while
-the worker is busy. Nothing polls.
+thread, the worker, owns whatever runs the batches. Whenever it is free it takes a *turn*: requests
+of one key, as many as it is known to run within `BatchLimits.max_batch_seconds`. It runs them and
+hands the answers back to the event loop. So a lone request never waits for company, and a batch
+grows by itself while the worker is busy. Nothing polls.
 
-Whose turn it is: requests are ordered by the time at which each would have been done had it come
-to an idle worker. A small one thereby goes ahead of a large one that came a little before it, and
-nobody starves: whatever comes later than that time goes behind.
+**Who is in a turn.** Keys that wait take turns. Within a key, requests are ordered by the time at
+which each would have been done had it come to an idle worker: a small one goes ahead of a large one
+that came a little before it, and does not overtake for ever. A request that fills more than a turn
+is taken in parts, and gets a quarter of each turn for certain, more only if nobody else wants it.
+So a large caller delays small ones by no more than a turn, and small ones never starve a large one.
+
+**Short turns.** Handing work to a thread and back costs more than a small batch itself. Where
+the runner allows it (`Runner.quick`), and only while the worker rests, the event loop runs batches
+that are known to take less than `QUICK` seconds itself, once it has read all that had arrived.
 
 The life of a request::
 
-    admit() ── no room ──> OverloadedError
+    admit() ── no room, or no time ──> OverloadedError
       │
       ▼
     QUEUED ── its future is cancelled ──> withdrawn: room is given back at once
-      │  └─── its deadline has passed when it is reached ──> DeadlineExpiredError
+      │  └─── its deadline cannot be met when it is reached ──> DeadlineExpiredError
       ▼
-    TAKEN ──> the batch's answer, or its error, sets the future
+    TAKEN, in parts if it is large ──> the answer, or an error, sets the future
 
 Everything that the loop and the worker share is guarded by one condition variable.
 """
@@ -27,22 +33,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from semid_server.errors import (
     DeadlineExpiredError,
     DeviceError,
     DeviceLostError,
+    InvalidInputError,
     NotServingError,
     OverloadedError,
     SemidError,
 )
+from semid_server.serving.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -57,13 +66,42 @@ T = TypeVar("T")
 MIN_RETRY_AFTER = 0.05
 MAX_RETRY_AFTER = 5.0
 
+QUICK: Final = 0.00025
+"""Seconds that a batch may take which the event loop runs itself: about what the way to the worker
+and back costs, and too little to be missed by the other calls."""
+
+LARGE_SHARE: Final = 4
+"""A request larger than a turn gets one part in so many of each turn while others wait."""
+
+MAX_PACES: Final = 64
+"""Keys whose speed is remembered: those seen last."""
+
 
 class Runner(ABC, Generic[Key, Payload, Answer]):
-    """What runs batches. Every method is called by the worker thread alone."""
+    """What runs batches: one at a time, called by the worker thread alone unless it is quick.
+
+    Attributes
+    ----------
+    quick : bool
+        Whether the event loop's thread may run short batches as well, while the worker rests.
+    divisible : bool
+        Whether requests may be run in parts; `part` and `join` are needed then.
+    """
+
+    quick: bool = False
+    divisible: bool = False
 
     @abstractmethod
     def run(self, key: Key, payloads: Sequence[Payload]) -> Sequence[Answer | SemidError]:
         """Answer each payload, in order; an error in a place answers that payload alone."""
+
+    def part(self, payload: Payload, start: int, stop: int) -> Payload:
+        """Return rows ``start`` to ``stop`` of a payload."""
+        raise NotImplementedError
+
+    def join(self, answers: Sequence[Answer]) -> Answer:
+        """Return the answer to a payload from those to its parts."""
+        raise NotImplementedError
 
     def after(self) -> None:
         """Do what may wait until the answers of the batch are on their way."""
@@ -79,10 +117,10 @@ class Observer(Protocol):
         """Told by its caller's task that a request was admitted; `ran` is given what it returns."""
 
     def refused(self, key: Hashable) -> None:
-        """Told that a request found no room."""
+        """Told that a request found no room, or not enough time left."""
 
     def expired(self, key: Hashable) -> None:
-        """Told that a request's deadline passed before it was taken."""
+        """Told that a request was dropped, since its deadline could not be met."""
 
     def withdrawn(self, key: Hashable) -> None:
         """Told that a caller left while its request was queued."""
@@ -99,7 +137,8 @@ class Observer(Protocol):
     ) -> None:
         """Told that a batch ran: its rows, the seconds each request waited, and its own.
 
-        ``marks`` are what `admitted` returned for each of its requests.
+        ``marks`` are what `admitted` returned for each of its requests; ``waits`` leave out those
+        that an earlier batch had begun with.
         """
 
 
@@ -113,12 +152,15 @@ class BatchLimits:
         A batch holds no more than either. A single request may not be larger: see `Batcher.admit`.
     max_queue_requests, max_queue_bytes : int
         The queue, not counting the batch that runs, holds no more than either.
+    max_batch_seconds : float
+        A batch is made to take about so long at most, by what earlier ones took.
     """
 
     max_batch_rows: int
     max_batch_bytes: int
     max_queue_requests: int
     max_queue_bytes: int
+    max_batch_seconds: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +177,16 @@ class _Entry(Generic[Key, Payload, Answer]):
 
     __slots__ = (
         "admitted",
+        "answers",
         "deadline",
+        "done",
         "future",
         "key",
         "mark",
         "nbytes",
         "payload",
         "rows",
+        "seconds",
         "turn",
     )
 
@@ -154,14 +199,40 @@ class _Entry(Generic[Key, Payload, Answer]):
         nbytes: int,
         deadline: float | None,
         admitted: float,
-        turn: tuple[float, int],
+        seconds: float,
+        ticket: int,
         future: asyncio.Future[Answer],
         mark: object,
     ) -> None:
         self.key, self.payload = key, payload
         self.rows, self.nbytes = rows, nbytes
-        self.deadline, self.admitted, self.turn = deadline, admitted, turn
+        self.deadline, self.admitted = deadline, admitted
+        # What it would take alone, and its place in the order.
+        self.seconds, self.turn = seconds, (admitted + seconds, ticket)
         self.future, self.mark = future, mark
+        # Rows that were taken, and the answers to them, if it is taken in parts.
+        self.done = 0
+        self.answers: list[Answer] = []
+
+    @property
+    def left(self) -> int:
+        return self.rows - self.done
+
+
+@dataclass(slots=True)
+class _Batch(Generic[Key, Payload, Answer]):
+    """What one turn runs: requests, and the rows of each that are in it."""
+
+    parts: list[tuple[_Entry[Key, Payload, Answer], int, int]] = field(default_factory=list)
+    rows: int = 0
+    nbytes: int = 0
+
+    def add(self, entry: _Entry[Key, Payload, Answer], rows: int) -> None:
+        self.parts.append((entry, entry.done, entry.done + rows))
+        entry.done += rows
+        self.rows += rows
+        whole = rows == entry.rows
+        self.nbytes += entry.nbytes if whole else -(-entry.nbytes * rows // entry.rows)
 
 
 class Batcher(Generic[Key, Payload, Answer]):
@@ -185,13 +256,18 @@ class Batcher(Generic[Key, Payload, Answer]):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits, self._observer, self._clock = limits, observer, clock
-        self._changed = threading.Condition()
-        # Each in the order of turns.
+        self._changed = threading.Condition(threading.Lock())
+        # Each in the order of turns; the keys in the order in which they were served.
         self._queues: dict[Key, list[_Entry[Key, Payload, Answer]]] = {}
+        self._paces: dict[Key, Pace] = {}
         self._next_ticket = 0
         self._requests = self._rows = self._nbytes = 0
+        # Seconds of work that wait, and the time at which what runs is expected to end.
+        self._seconds = self._busy_until = 0.0
         self._stopped = False
-        self._rows_per_second = 0.0
+        # Whether the worker waits to be told of work; and whether the loop is about to do it.
+        self._resting = self._quick_due = False
+        self._runner: Runner[Key, Payload, Answer]
         self._waiting_for_room: deque[asyncio.Future[None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lost: asyncio.Future[DeviceLostError]
@@ -212,6 +288,19 @@ class Batcher(Generic[Key, Payload, Answer]):
             target=self._work, args=(make_runner, made), name="semid-device", daemon=True
         ).start()
         return await made
+
+    def refusal(self) -> OverloadedError | None:
+        """Return what a request would be refused with now, whatever it is; None if it may come.
+
+        Cheap: for refusing a call before its message is read.
+        """
+        # Without the lock: a number that is a moment old refuses or admits one call more.
+        limits = self._limits
+        if self._requests == 0 or (
+            self._requests < limits.max_queue_requests and self._nbytes < limits.max_queue_bytes
+        ):
+            return None
+        return self._overloaded()
 
     def admit(
         self, key: Key, payload: Payload, *, rows: int, nbytes: int, deadline: float | None
@@ -238,48 +327,11 @@ class Batcher(Generic[Key, Payload, Answer]):
         Raises
         ------
         OverloadedError
-            The queue is full.
+            The queue is full, or what is ahead in it takes longer than the deadline allows.
         NotServingError
             The batcher has stopped.
         """
-        if rows > self._limits.max_batch_rows or nbytes > self._limits.max_batch_bytes:
-            raise ValueError(
-                f"a request of {rows} rows and {nbytes} bytes exceeds a batch of "
-                f"{self._limits.max_batch_rows} rows and {self._limits.max_batch_bytes} bytes"
-            )
-        assert self._loop is not None, "start() comes first"  # noqa: S101 - a bug of ours
-        with self._changed:
-            if self._stopped:
-                raise NotServingError("the server has shut down")
-            if not self._has_room(nbytes):
-                self._observer.refused(key)
-                raise OverloadedError(
-                    f"the queue is full: {self._requests} requests with {self._nbytes} bytes wait "
-                    f"(limits: {self._limits.max_queue_requests} requests, "
-                    f"{self._limits.max_queue_bytes} bytes)",
-                    retry_after=self._time_to_clear(),
-                )
-            now = self._clock()
-            alone = rows / self._rows_per_second if self._rows_per_second else 0.0
-            self._next_ticket += 1
-            entry = _Entry(
-                key,
-                payload,
-                rows=rows,
-                nbytes=nbytes,
-                deadline=deadline,
-                admitted=now,
-                turn=(now + alone, self._next_ticket),
-                future=self._loop.create_future(),
-                mark=self._observer.admitted(key),
-            )
-            insort(self._queues.setdefault(key, []), entry, key=_turn)
-            self._count(entry, +1)
-            self._changed.notify()
-        entry.future.add_done_callback(
-            lambda future: self._withdraw(entry) if future.cancelled() else None
-        )
-        return entry.future
+        return self._admit(key, payload, rows, nbytes, deadline, patient=False)
 
     async def admit_when_room(
         self, key: Key, payload: Payload, *, rows: int, nbytes: int, deadline: float | None
@@ -293,7 +345,7 @@ class Batcher(Generic[Key, Payload, Answer]):
             with self._changed:
                 stopped, room = self._stopped, self._has_room(nbytes)
             if stopped or (room and my_turn):
-                future = self.admit(key, payload, rows=rows, nbytes=nbytes, deadline=deadline)
+                future = self._admit(key, payload, rows, nbytes, deadline, patient=True)
                 self._wake_next_waiter()
                 return future
             waiter = asyncio.get_running_loop().create_future()
@@ -317,12 +369,13 @@ class Batcher(Generic[Key, Payload, Answer]):
             self._stopped = True
             for queue in self._queues.values():
                 for entry in queue:
-                    self._count(entry, -1)
+                    self._uncount(entry)
                     if not entry.future.done():
                         entry.future.set_exception(
                             NotServingError("the server shut down before this request was reached")
                         )
             self._queues.clear()
+            self._resting = False
             self._changed.notify()
         while self._waiting_for_room:
             self._wake_next_waiter()
@@ -331,36 +384,143 @@ class Batcher(Generic[Key, Payload, Answer]):
         """Wait until the device is lost, if ever it is; nothing is admitted from then on."""
         return await asyncio.shield(self._lost)
 
-    def _lose(self, error: DeviceLostError) -> None:
-        if not self._lost.done():
-            self._lost.set_result(error)
-        self.stop()
-
     @property
     def queue(self) -> QueueState:
         """How full the queue is now."""
         with self._changed:
             return QueueState(self._requests, self._rows, self._nbytes)
 
+    def _admit(
+        self,
+        key: Key,
+        payload: Payload,
+        rows: int,
+        nbytes: int,
+        deadline: float | None,
+        *,
+        patient: bool,
+    ) -> asyncio.Future[Answer]:
+        limits = self._limits
+        if rows > limits.max_batch_rows or nbytes > limits.max_batch_bytes:
+            raise ValueError(
+                f"a request of {rows} rows and {nbytes} bytes exceeds a batch of "
+                f"{limits.max_batch_rows} rows and {limits.max_batch_bytes} bytes"
+            )
+        assert self._loop is not None, "start() comes first"  # noqa: S101 - a bug of ours
+        with self._changed:
+            if self._stopped:
+                raise NotServingError("the server has shut down")
+            if not self._has_room(nbytes):
+                self._observer.refused(key)
+                raise self._overloaded()
+            now = self._clock()
+            self._next_ticket += 1
+            entry = _Entry(
+                key,
+                payload,
+                rows=rows,
+                nbytes=nbytes,
+                deadline=deadline,
+                admitted=now,
+                seconds=self._pace(key).work(rows),
+                ticket=self._next_ticket,
+                future=self._loop.create_future(),
+                mark=None,
+            )
+            if deadline is not None and not patient:
+                self._refuse_if_hopeless(entry, deadline, now)
+            entry.mark = self._observer.admitted(key)
+            insort(self._queues.setdefault(key, []), entry, key=_turn)
+            self._requests += 1
+            self._rows += rows
+            self._nbytes += nbytes
+            self._seconds += entry.seconds
+            if self._resting and not self._quick_due:
+                self._rouse(key)
+        entry.future.add_done_callback(
+            lambda future: self._withdraw(entry) if future.cancelled() else None
+        )
+        return entry.future
+
+    def _refuse_if_hopeless(
+        self, entry: _Entry[Key, Payload, Answer], deadline: float, now: float
+    ) -> None:
+        """Refuse what would expire in the queue: its caller can still ask somebody else.
+
+        What nothing is ahead of is always tried: it shows how long such requests take by now.
+        """
+        running = max(0.0, self._busy_until - now)
+        if now + running + self._seconds + entry.seconds <= deadline:
+            return
+        queue = self._queues.get(entry.key, [])
+        # Those that fill more than a turn let this one pass, if it does not.
+        most = max(entry.seconds, self._limits.max_batch_seconds)
+        ahead = [
+            other
+            for other in queue[: bisect_left(queue, entry.turn, key=_turn)]
+            if other.seconds <= most
+        ]
+        seconds = running + sum(other.seconds * other.left / max(1, other.rows) for other in ahead)
+        if seconds and now + seconds + entry.seconds > deadline:
+            self._observer.refused(entry.key)
+            raise OverloadedError(
+                f"the deadline is {max(0.0, deadline - now):.3f} s away, and the {len(ahead)} "
+                f"requests ahead of this one take about {seconds:.3f} s",
+                retry_after=self._time_to_clear(),
+            )
+
+    def _rouse(self, key: Key) -> None:
+        """Have the work that waits be done: by the loop itself if it is short, else the worker."""
+        assert self._loop is not None, "start() comes first"  # noqa: S101 - a bug of ours
+        if self._runner.quick and self._is_quick(key):
+            self._quick_due = True
+            self._loop.call_soon(self._run_quickly)
+        else:
+            self._resting = False
+            self._changed.notify()
+
+    def _is_quick(self, key: Key) -> bool:
+        pace = self._pace(key)
+        return pace.known and pace.predict(self._rows) <= QUICK
+
+    def _run_quickly(self) -> None:
+        """Run what has come since this was called for, unless it has become much."""
+        with self._changed:
+            self._quick_due = False
+            if not self._queues or not self._resting:
+                return
+            if len(self._queues) > 1 or not self._is_quick(next(iter(self._queues))):
+                self._resting = False
+                self._changed.notify()
+                return
+            expired: list[_Entry[Key, Payload, Answer]] = []
+            batch = self._form_batch(expired)
+        if expired:
+            self._drop(expired, self._answer)
+        self._wake_next_waiter()
+        # The worker rests until it is notified, which only this thread does: nobody else runs.
+        if batch.parts:
+            self._run(batch, self._answer)
+        with self._changed:
+            if self._queues and self._resting and not self._quick_due:
+                self._rouse(next(iter(self._queues)))
+
+    def _lose(self, error: DeviceLostError) -> None:
+        if not self._lost.done():
+            self._lost.set_result(error)
+        self.stop()
+
     def _withdraw(self, entry: _Entry[Key, Payload, Answer]) -> None:
         with self._changed:
-            queue = self._queues.get(entry.key, [])
-            place = bisect_left(queue, entry.turn, key=_turn)
-            if place == len(queue) or queue[place] is not entry:
+            if not self._remove(entry):
                 return  # a batch has taken it; its answer will find nobody
-            del queue[place]
-            if not queue:
-                del self._queues[entry.key]
-            self._count(entry, -1)
         self._observer.withdrawn(entry.key)
         self._wake_next_waiter()
 
-    def _deliver(
-        self,
-        batch: Sequence[_Entry[Key, Payload, Answer]],
-        answers: Sequence[Answer | SemidError],
+    def _answer(
+        self, finished: Sequence[tuple[_Entry[Key, Payload, Answer], Answer | SemidError]]
     ) -> None:
-        for entry, answer in zip(batch, answers, strict=True):
+        for entry, answer in finished:
             if entry.future.done():  # its caller left
                 continue
             if isinstance(answer, SemidError):
@@ -384,30 +544,138 @@ class Batcher(Generic[Key, Payload, Answer]):
             and self._nbytes + nbytes <= self._limits.max_queue_bytes
         )
 
-    def _count(self, entry: _Entry[Key, Payload, Answer], sign: int) -> None:
-        self._requests += sign
-        self._rows += sign * entry.rows
-        self._nbytes += sign * entry.nbytes
+    def _overloaded(self) -> OverloadedError:
+        return OverloadedError(
+            f"the queue is full: {self._requests} requests with {self._nbytes} bytes wait "
+            f"(limits: {self._limits.max_queue_requests} requests, "
+            f"{self._limits.max_queue_bytes} bytes)",
+            retry_after=self._time_to_clear(),
+        )
 
     def _time_to_clear(self) -> float:
-        if self._rows_per_second <= 0:
-            return MIN_RETRY_AFTER
-        return min(MAX_RETRY_AFTER, max(MIN_RETRY_AFTER, self._rows / self._rows_per_second))
+        return min(MAX_RETRY_AFTER, max(MIN_RETRY_AFTER, self._seconds))
+
+    def _pace(self, key: Key) -> Pace:
+        pace = self._paces.get(key)
+        if pace is None:
+            pace = self._paces[key] = Pace()
+            if len(self._paces) > MAX_PACES:
+                del self._paces[next(iter(self._paces))]
+        return pace
+
+    def _remove(self, entry: _Entry[Key, Payload, Answer]) -> bool:
+        """Take a request out of its queue; False if it is not there."""
+        queue = self._queues.get(entry.key, [])
+        place = bisect_left(queue, entry.turn, key=_turn)
+        if place == len(queue) or queue[place] is not entry:
+            return False
+        del queue[place]
+        if not queue:
+            del self._queues[entry.key]
+        self._uncount(entry)
+        return True
+
+    def _uncount(self, entry: _Entry[Key, Payload, Answer]) -> None:
+        """Count a request that leaves the queue out, with what is left of it."""
+        self._requests -= 1
+        self._nbytes -= entry.nbytes
+        self._uncount_rows(entry, entry.left)
+
+    def _uncount_rows(self, entry: _Entry[Key, Payload, Answer], rows: int) -> None:
+        self._rows -= rows
+        # Sums of floats do not come back to 0 by themselves.
+        share = rows / entry.rows if entry.rows else 1.0
+        self._seconds = max(0.0, self._seconds - entry.seconds * share) if self._requests else 0.0
+
+    def _form_batch(
+        self, expired: list[_Entry[Key, Payload, Answer]]
+    ) -> _Batch[Key, Payload, Answer]:
+        """Take a turn's requests, of the key that waits longest for one."""
+        batch: _Batch[Key, Payload, Answer] = _Batch()
+        while self._queues and not batch.parts:
+            key = next(iter(self._queues))
+            queue = self._queues.pop(key)
+            gone = self._take_from(key, queue, batch, expired)
+            if left := [entry for entry in queue if entry not in gone]:
+                self._queues[key] = left  # behind the other keys
+            if batch.parts:
+                self._busy_until = self._clock() + self._pace(key).predict(batch.rows)
+        return batch
+
+    def _take_from(
+        self,
+        key: Key,
+        queue: list[_Entry[Key, Payload, Answer]],
+        batch: _Batch[Key, Payload, Answer],
+        expired: list[_Entry[Key, Payload, Answer]],
+    ) -> set[_Entry[Key, Payload, Answer]]:
+        """Fill a batch from the queue of its key; returns the requests that are in it no more."""
+        room = self._limits.max_batch_rows
+        if self._limits.max_batch_seconds < math.inf:
+            room = min(room, self._pace(key).rows_within(self._limits.max_batch_seconds))
+        # What cannot be divided is never too large: it makes its turn longer.
+        large = {entry for entry in queue if self._runner.divisible and entry.left > room}
+        gone: set[_Entry[Key, Payload, Answer]] = set()
+
+        def drop_if_late(entry: _Entry[Key, Payload, Answer]) -> bool:
+            # The first is given a try, as nothing better could be done meanwhile.
+            needed = self._pace(key).predict(min(entry.left, room)) if batch.parts else 0.0
+            if entry.deadline is None or entry.deadline > self._clock() + needed:
+                return False
+            gone.add(entry)
+            expired.append(entry)
+            self._uncount(entry)
+            return True
+
+        for_small = room - room // LARGE_SHARE if large else room
+        for entry in queue:
+            if batch.parts and batch.rows >= for_small:
+                break
+            if (
+                entry not in large
+                and not drop_if_late(entry)
+                and (not batch.parts or self._fits(entry, batch, for_small))
+            ):
+                gone.add(entry)
+                self._uncount(entry)
+                batch.add(entry, entry.left)
+        if large:
+            for entry in queue:
+                if entry in large and batch.rows < room and not drop_if_late(entry):
+                    self._take_part(entry, batch, room)
+        return gone
+
+    def _fits(
+        self, entry: _Entry[Key, Payload, Answer], batch: _Batch[Key, Payload, Answer], room: int
+    ) -> bool:
+        return (
+            batch.rows + entry.left <= room
+            and batch.nbytes + entry.nbytes <= self._limits.max_batch_bytes
+        )
+
+    def _take_part(
+        self, entry: _Entry[Key, Payload, Answer], batch: _Batch[Key, Payload, Answer], room: int
+    ) -> None:
+        nbytes = self._limits.max_batch_bytes - batch.nbytes
+        rows = min(room - batch.rows, nbytes * entry.rows // max(1, entry.nbytes))
+        if rows > 0:
+            self._uncount_rows(entry, rows)
+            batch.add(entry, rows)
 
     # -- the worker's side -------------------------------------------------------------------
 
     def _work(self, make_runner: Callable[[], RunnerT], made: asyncio.Future[RunnerT]) -> None:
         try:
-            runner = make_runner()
+            runner = self._runner = make_runner()
         except BaseException as error:  # noqa: BLE001 - handed to whoever awaits start()
             self._in_loop(_fail, made, error)
             return
         self._in_loop(_fulfil, made, runner)
         while (batch := self._take()) is not None:
-            if batch:  # else all that was reached had expired
-                self._run(runner, batch)
+            if batch.parts:  # else all that was reached had expired
+                self._run(batch, self._answer_from_worker)
 
-    def _take(self) -> list[_Entry[Key, Payload, Answer]] | None:
+    def _take(self) -> _Batch[Key, Payload, Answer] | None:
         """Wait for work and take the next batch; None when stopped."""
         expired: list[_Entry[Key, Payload, Answer]] = []
         with self._changed:
@@ -415,61 +683,47 @@ class Batcher(Generic[Key, Payload, Answer]):
                 if self._stopped:
                     return None
                 batch = self._form_batch(expired)
-                if batch or expired:
+                if batch.parts or expired:
                     break
+                self._resting = True
                 self._changed.wait()
         if expired:
-            for entry in expired:
-                self._observer.expired(entry.key)
-            late = DeadlineExpiredError(
-                "the deadline passed while the request was queued; nothing was computed"
-            )
-            self._in_loop(self._deliver, expired, [late] * len(expired))
-        self._in_loop(self._wake_next_waiter)
+            self._drop(expired, self._answer_from_worker)
+        if self._waiting_for_room:
+            self._in_loop(self._wake_next_waiter)
         return batch
 
-    def _form_batch(
-        self, expired: list[_Entry[Key, Payload, Answer]]
-    ) -> list[_Entry[Key, Payload, Answer]]:
-        """Take the live request whose turn it is, and those of its key that fit beside it."""
-        now = self._clock()
-        batch: list[_Entry[Key, Payload, Answer]] = []
-        while self._queues and not batch:
-            key = min(self._queues, key=lambda key: self._queues[key][0].turn)
-            left: list[_Entry[Key, Payload, Answer]] = []
-            rows = nbytes = 0
-            for entry in self._queues[key]:
-                if entry.deadline is not None and entry.deadline <= now:
-                    expired.append(entry)
-                elif not batch or self._fits(rows + entry.rows, nbytes + entry.nbytes):
-                    batch.append(entry)
-                    rows += entry.rows
-                    nbytes += entry.nbytes
-                else:  # those behind it may be small enough
-                    left.append(entry)
-                    continue
-                self._count(entry, -1)
-            if left:
-                self._queues[key] = left
-            else:
-                del self._queues[key]
-        return batch
+    def _drop(
+        self,
+        expired: list[_Entry[Key, Payload, Answer]],
+        deliver: Callable[..., None],
+    ) -> None:
+        for entry in expired:
+            self._observer.expired(entry.key)
+        deliver([(entry, _late(entry)) for entry in expired])
 
-    def _fits(self, rows: int, nbytes: int) -> bool:
-        return rows <= self._limits.max_batch_rows and nbytes <= self._limits.max_batch_bytes
+    # -- whoever runs a batch: the worker, or the loop while the worker rests --------------------
 
     def _run(
-        self, runner: Runner[Key, Payload, Answer], batch: list[_Entry[Key, Payload, Answer]]
+        self,
+        batch: _Batch[Key, Payload, Answer],
+        deliver: Callable[..., None],
     ) -> None:
-        key = batch[0].key
-        rows = sum(entry.rows for entry in batch)
+        runner, key = self._runner, batch.parts[0][0].key
         started = self._clock()
         failed = False
-        answers: Sequence[Answer | SemidError]
+        finished: list[tuple[_Entry[Key, Payload, Answer], Answer | SemidError]]
         try:
-            answers = runner.run(key, [entry.payload for entry in batch])
+            payloads = [
+                entry.payload
+                if stop - start == entry.rows
+                else runner.part(entry.payload, start, stop)
+                for entry, start, stop in batch.parts
+            ]
+            finished = self._finish(batch, runner.run(key, payloads))
         except SemidError as error:
-            failed, answers = True, [error] * len(batch)
+            failed = True
+            finished = self._finish(batch, [error] * len(batch.parts))
             if isinstance(error, DeviceLostError):
                 logger.critical("%s", error)
                 with self._changed:
@@ -477,19 +731,25 @@ class Batcher(Generic[Key, Payload, Answer]):
                 self._in_loop(self._lose, error)
         except Exception:
             # The text stays in the log: it may hold what is no caller's business.
-            logger.exception("a batch of %d requests with %d rows failed", len(batch), rows)
+            logger.exception(
+                "a batch of %d requests with %d rows failed", len(batch.parts), batch.rows
+            )
             failed = True
-            answers = [DeviceError("the device failed while it computed this batch")] * len(batch)
+            told = DeviceError("the device failed while it computed this batch")
+            finished = self._finish(batch, [told] * len(batch.parts))
         seconds = self._clock() - started
-        if not failed and seconds > 0:
-            # A moving average, for the hint to refused callers.
-            rate = rows / seconds
-            smoothed = 0.8 * self._rows_per_second + 0.2 * rate
-            self._rows_per_second = smoothed if self._rows_per_second else rate
-        waits = [started - entry.admitted for entry in batch]
-        marks = [entry.mark for entry in batch]
-        self._observer.ran(key, rows=rows, waits=waits, seconds=seconds, failed=failed, marks=marks)
-        self._in_loop(self._deliver, batch, answers)
+        if not failed:
+            self._pace(key).observe(batch.rows, seconds)
+        self._busy_until = 0.0
+        self._observer.ran(
+            key,
+            rows=batch.rows,
+            waits=[started - entry.admitted for entry, start, _ in batch.parts if start == 0],
+            seconds=seconds,
+            failed=failed,
+            marks=[entry.mark for entry, _, _ in batch.parts],
+        )
+        deliver(finished)
         if failed:
             return
         try:
@@ -497,10 +757,55 @@ class Batcher(Generic[Key, Payload, Answer]):
         except Exception:
             logger.exception("what follows a batch failed; its answers are not affected")
 
+    def _finish(
+        self, batch: _Batch[Key, Payload, Answer], answers: Sequence[Answer | SemidError]
+    ) -> list[tuple[_Entry[Key, Payload, Answer], Answer | SemidError]]:
+        """Return the requests that a batch ends, with their answers; keep those to parts."""
+        finished: list[tuple[_Entry[Key, Payload, Answer], Answer | SemidError]] = []
+        for (entry, start, stop), answer in zip(batch.parts, answers, strict=True):
+            if isinstance(answer, SemidError):
+                if stop < entry.rows:
+                    with self._changed:
+                        self._remove(entry)
+                finished.append((entry, self._about_all(entry, answer) if start else answer))
+                continue
+            if stop - start == entry.rows:
+                finished.append((entry, answer))
+                continue
+            entry.answers.append(answer)
+            if stop == entry.rows:
+                finished.append((entry, self._runner.join(entry.answers)))
+        return finished
+
+    def _about_all(self, entry: _Entry[Key, Payload, Answer], error: SemidError) -> SemidError:
+        """Return what an error in a later part of a request is in the request as a whole.
+
+        It may name rows, and counts them from where the part begins. Bad rows are found before
+        anything is computed, so running all of them together costs little.
+        """
+        if not isinstance(error, InvalidInputError):
+            return error
+        (answer,) = self._runner.run(entry.key, [entry.payload])
+        return answer if isinstance(answer, SemidError) else error
+
+    def _answer_from_worker(
+        self, finished: Sequence[tuple[_Entry[Key, Payload, Answer], Answer | SemidError]]
+    ) -> None:
+        if finished:
+            self._in_loop(self._answer, finished)
+
     def _in_loop(self, function: Callable[..., None], *args: object) -> None:
         assert self._loop is not None, "start() comes first"  # noqa: S101 - a bug of ours
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *args)
+
+
+def _late(entry: _Entry[Any, Any, Any]) -> DeadlineExpiredError:
+    computed = f"{entry.done} of {entry.rows} rows were" if entry.done else "nothing was"
+    return DeadlineExpiredError(
+        f"the deadline passed, or could not be met, while the request was queued; {computed} "
+        "computed"
+    )
 
 
 def _turn(entry: _Entry[Any, Any, Any]) -> tuple[float, int]:

@@ -29,6 +29,7 @@ RANGES = {
     "max_message_bytes": (1, math.inf, ""),
     "max_batch_rows": (1, math.inf, ""),
     "max_batch_bytes": (1, math.inf, ""),
+    "max_batch_seconds": (0.0001, math.inf, ""),
     "max_queue_requests": (1, math.inf, ""),
     "max_queue_bytes": (1, math.inf, ""),
     "max_concurrent_rpcs": (1, math.inf, ""),
@@ -73,6 +74,7 @@ class ServeConfig:
     max_message_bytes: int = 16 * MIB
     max_batch_rows: int = 16384
     max_batch_bytes: int = 64 * MIB
+    max_batch_seconds: float = 0.005
     max_queue_requests: int = 4096
     max_queue_bytes: int = 256 * MIB
     max_concurrent_rpcs: int = 4096

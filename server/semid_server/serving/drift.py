@@ -32,6 +32,9 @@ SAMPLED_SHARE = 1 / 64
 
 _PARTS = 16
 
+_BATCHES = 64
+"""Batches whose codes are counted together, at most: counting costs more than a few codes do."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerDrift:
@@ -91,30 +94,56 @@ class DriftWatch:
         self._part_rows = max(1, window_rows // _PARTS)
         self._parts: deque[_Part] = deque(maxlen=_PARTS + 1)
         self._lock = threading.Lock()
+        self._nothing = np.zeros(len(codebooks))
+        self._uncounted: list[npt.NDArray[Any]] = []
+        self._uncounted_rows = 0
 
-    def observe(self, codes: npt.NDArray[Any], sample: Any, sample_codes: npt.NDArray[Any]) -> None:
-        """Count ``codes`` (n, L) of a batch, and take the error of ``sample`` rows with theirs."""
-        entering = left = np.zeros(len(self._codebooks))
-        if len(sample_codes):
-            entering, left = self._squared_lengths(sample, sample_codes)
+    def observe(
+        self,
+        codes: npt.NDArray[Any],
+        sample: Any = None,
+        sample_codes: npt.NDArray[Any] | None = None,
+    ) -> None:
+        """Count ``codes`` (n, L) of a batch, and take the error of ``sample`` rows with theirs.
+
+        The codes are kept, and counted with those of other batches when there are enough.
+        """
+        errors = None
+        if sample_codes is not None and len(sample_codes):
+            errors = self._squared_lengths(sample, sample_codes)
+        with self._lock:
+            self._uncounted.append(codes)
+            self._uncounted_rows += len(codes)
+            if (
+                errors is not None
+                or self._uncounted_rows >= self._part_rows // 2
+                or len(self._uncounted) >= _BATCHES
+            ):
+                self._count(*(errors or (self._nothing, self._nothing)))
+
+    def _count(self, entering: npt.NDArray[np.float64], left: npt.NDArray[np.float64]) -> None:
+        """Add what was observed to the newest part; the lock is held."""
+        codes = np.concatenate(self._uncounted)
+        self._uncounted.clear()
+        self._uncounted_rows = 0
         counts = [
             np.bincount(codes[:, layer], minlength=len(codebook))
             for layer, codebook in enumerate(self._codebooks)
         ]
-        with self._lock:
-            if not self._parts or self._parts[-1].rows >= self._part_rows:
-                nothing = np.zeros(len(counts))
-                empty = [np.zeros_like(count) for count in counts]
-                self._parts.append(_Part(0, empty, nothing, nothing))
-            part = self._parts[-1]
-            part.rows += len(codes)
-            part.counts = [a + b for a, b in zip(part.counts, counts, strict=True)]
-            part.entering = part.entering + entering
-            part.left = part.left + left
+        if not self._parts or self._parts[-1].rows >= self._part_rows:
+            empty = [np.zeros_like(count) for count in counts]
+            self._parts.append(_Part(0, empty, self._nothing, self._nothing))
+        part = self._parts[-1]
+        part.rows += len(codes)
+        part.counts = [a + b for a, b in zip(part.counts, counts, strict=True)]
+        part.entering = part.entering + entering
+        part.left = part.left + left
 
     def summary(self) -> list[LayerDrift]:
         """Return the figures of each layer, or nothing while no row was seen."""
         with self._lock:
+            if self._uncounted:
+                self._count(self._nothing, self._nothing)
             if not self._parts:
                 return []
             by_layer = zip(*(part.counts for part in self._parts), strict=True)

@@ -114,6 +114,7 @@ class Server:
             limits=BatchLimits(
                 max_batch_rows=config.max_batch_rows,
                 max_batch_bytes=config.max_batch_bytes,
+                max_batch_seconds=config.max_batch_seconds,
                 max_queue_requests=config.max_queue_requests,
                 max_queue_bytes=config.max_queue_bytes,
             ),
@@ -195,7 +196,7 @@ class Server:
 
         def make_device() -> Device:
             backends.extend(self._load_one(source) for source in self._config.models)
-            return Device()
+            return Device(quick=all(backend.quick for backend in backends))
 
         loading = asyncio.ensure_future(self._batcher.start(make_device))
         stopping = asyncio.ensure_future(self._stop.wait())

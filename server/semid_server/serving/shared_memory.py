@@ -161,6 +161,17 @@ class SharedRows:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def part(self, start: int, stop: int) -> SharedRows:
+        """Rows ``start`` to ``stop``."""
+        rows, columns = self.shape
+        row_bytes = self.nbytes // rows
+        return SharedRows(
+            self._segment,
+            self._offset + start * row_bytes,
+            (stop - start, columns),
+            (stop - start) * row_bytes,
+        )
+
     def read(self, into: memoryview, start: int) -> None:
         """Read the bytes from ``start`` on.
 

@@ -263,6 +263,8 @@ class FakeBackend:
             raise self.error
         return self
 
+    quick = False
+
     def warm_up(self): ...
 
     def proved_rows(self):

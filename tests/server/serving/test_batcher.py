@@ -464,3 +464,365 @@ def test_every_admitted_request_gets_exactly_its_own_answer(requests, observer):
         batcher.stop()
 
     asyncio.run(scenario())
+
+
+# -- turns ---------------------------------------------------------------------------------------
+
+
+class Rows(Runner):
+    """Answers rows with themselves, each of which takes a hundredth of a second of the clock.
+
+    Payloads are ranges. Held back until it may go on; bad rows are refused, by their place in the
+    payload that it was given.
+    """
+
+    divisible = True
+
+    def __init__(self, clock, *, bad=()):
+        self.clock, self.bad = clock, set(bad)
+        self.batches = []
+        self.threads = []
+        self.may_run = threading.Event()
+        self.began = threading.Semaphore(0)
+
+    def run(self, key, payloads):
+        self.began.release()
+        assert self.may_run.wait(30)
+        self.threads.append(threading.get_ident())
+        self.batches.append((key, [list(payload) for payload in payloads]))
+        self.clock.now += 0.01 * sum(map(len, payloads))
+        answers = []
+        for payload in payloads:
+            wrong = [place for place, row in enumerate(payload) if row in self.bad]
+            answers.append(InvalidInputError(f"row {wrong[0]} is bad") if wrong else list(payload))
+        return answers
+
+    def part(self, payload, start, stop):
+        return payload[start:stop]
+
+    def join(self, answers):
+        return [row for answer in answers for row in answer]
+
+    @property
+    def sizes(self):
+        return [[len(payload) for payload in payloads] for _, payloads in self.batches]
+
+
+@pytest.fixture
+async def make_turns(observer, clock):
+    """Return a function that starts a batcher over `Rows`, whose turns have 8 rows; and those."""
+    made = []
+
+    async def make(*, bad=(), quick=False, **limits):
+        settings = {
+            "max_batch_rows": 100,
+            "max_batch_bytes": 10_000,
+            "max_queue_requests": 100,
+            "max_queue_bytes": 10_000,
+            "max_batch_seconds": 0.08,
+        } | limits
+        batcher = Batcher(limits=BatchLimits(**settings), observer=observer, clock=clock)
+        rows = Rows(clock, bad=bad)
+        rows.quick = quick
+        await batcher.start(lambda: rows)
+        made.append((batcher, rows))
+        # Two batches, from which it knows how long a row takes, and that nothing else does.
+        rows.may_run.set()
+        for count in (1, 8):
+            await ask(batcher, range(count))
+            assert rows.began.acquire(timeout=30)
+        rows.may_run.clear()
+        rows.batches.clear()
+        rows.threads.clear()
+        return batcher, rows
+
+    yield make
+    for batcher, rows in made:
+        batcher.stop()
+        rows.may_run.set()
+
+
+def ask(batcher, rows, *, key="k", deadline=None):
+    return batcher.admit(key, rows, rows=len(rows), nbytes=len(rows), deadline=deadline)
+
+
+async def hold(batcher, rows):
+    """Have a first batch begin and wait."""
+    first = ask(batcher, range(1))
+    await asyncio.to_thread(rows.began.acquire)
+    return first
+
+
+async def test_a_large_request_is_done_in_parts_and_answered_whole(make_turns):
+    batcher, rows = await make_turns()
+    rows.may_run.set()
+    assert await ask(batcher, range(50)) == list(range(50))
+    assert rows.sizes == [[8]] * 6 + [[2]]
+    assert batcher.queue == QueueState(0, 0, 0)
+
+
+async def test_small_requests_wait_for_no_more_than_a_turn_of_a_large_one(make_turns):
+    batcher, rows = await make_turns()
+    first = await hold(batcher, rows)
+    large = [ask(batcher, range(60)) for _ in range(3)]
+    small = [ask(batcher, range(1)) for _ in range(4)]
+    rows.may_run.set()
+    await asyncio.gather(first, *large, *small)
+    # The large ones came first, and get what is left of the small ones' turn.
+    assert rows.sizes[1] == [1, 1, 1, 1, 4]
+
+
+async def test_a_large_request_gets_a_quarter_of_each_turn_however_many_small_ones_wait(
+    make_turns,
+):
+    batcher, rows = await make_turns()
+    first = await hold(batcher, rows)
+    large = ask(batcher, range(20))
+    small = [ask(batcher, range(2)) for _ in range(30)]
+    rows.may_run.set()
+    await asyncio.gather(first, large, *small)
+    # In six turns with three small ones each. What is left of it then is no longer large, and waits
+    # for those that came when it did.
+    assert rows.sizes[1:] == [[2, 2, 2, 2]] * 9 + [[8]]
+
+
+async def test_keys_that_wait_take_turns(make_turns):
+    batcher, rows = await make_turns(max_batch_rows=8)
+    first = await hold(batcher, rows)
+    waiting = [ask(batcher, range(8), key=key) for key in "aaabcc"]
+    rows.may_run.set()
+    await asyncio.gather(first, *waiting)
+    assert [key for key, _ in rows.batches[1:]] == ["a", "b", "c", "a", "c", "a"]
+
+
+async def test_an_error_in_a_later_part_is_told_of_the_whole_and_the_rest_is_not_run(make_turns):
+    batcher, rows = await make_turns(bad=[20])
+    rows.may_run.set()
+    with pytest.raises(InvalidInputError, match="row 20 is bad"):
+        await ask(batcher, range(50))
+    assert batcher.queue == QueueState(0, 0, 0)
+    assert await ask(batcher, range(3)) == [0, 1, 2]
+    assert rows.sizes == [[8], [8], [8], [50], [3]]
+
+
+async def test_a_batch_that_fails_ends_the_large_request_that_was_partly_in_it(make_turns):
+    batcher, rows = await make_turns()
+    rows.part = None  # not to be called: the parts cannot be made
+    rows.may_run.set()
+    with pytest.raises(DeviceError):
+        await ask(batcher, range(50))
+    assert batcher.queue == QueueState(0, 0, 0)
+    assert await ask(batcher, range(3)) == [0, 1, 2]
+
+
+async def test_a_large_request_withdrawn_between_its_parts_gives_its_room_back(
+    make_turns, observer
+):
+    batcher, rows = await make_turns()
+    large = ask(batcher, range(50))
+    await asyncio.to_thread(rows.began.acquire)
+    assert batcher.queue.rows == 42
+    large.cancel()
+    await asyncio.sleep(0)
+    assert batcher.queue == QueueState(0, 0, 0)
+    assert observer.withdrawals == ["k"]
+    rows.may_run.set()
+    assert await ask(batcher, range(2)) == [0, 1]
+    assert rows.sizes == [[8], [2]]
+
+
+async def test_the_wait_of_a_large_request_is_told_once(make_turns, observer):
+    batcher, rows = await make_turns()
+    observer.runs.clear()
+    rows.may_run.set()
+    await ask(batcher, range(20))
+    assert [(count, len(waits)) for _, count, waits, _, _ in observer.runs] == [
+        (8, 1),
+        (8, 0),
+        (4, 0),
+    ]
+
+
+# -- deadlines -----------------------------------------------------------------------------------
+
+
+async def test_what_would_expire_in_the_queue_is_refused_at_once_and_told_so(
+    make_turns, clock, observer
+):
+    batcher, rows = await make_turns()
+    first = await hold(batcher, rows)
+    queued = [ask(batcher, range(8)) for _ in range(10)]  # 0.8 s of work
+    with pytest.raises(OverloadedError, match=r"0\.500 s away.* take about 0\.8") as caught:
+        ask(batcher, range(8), deadline=clock.now + 0.5)
+    assert caught.value.retry_after == pytest.approx(0.8, abs=0.01)
+    assert observer.refusals == ["k"]
+    fine = ask(batcher, range(8), deadline=clock.now + 2)
+    rows.may_run.set()
+    await asyncio.gather(first, fine, *queued)
+
+
+async def test_a_small_request_is_not_refused_for_large_ones_that_let_it_pass(make_turns, clock):
+    batcher, rows = await make_turns()
+    first = await hold(batcher, rows)
+    large = ask(batcher, range(100))  # a second of work
+    small = ask(batcher, range(1), deadline=clock.now + 0.5)
+    rows.may_run.set()
+    await asyncio.gather(first, large, small)
+
+
+async def test_what_nothing_is_ahead_of_is_tried_whatever_its_deadline(make_turns, clock):
+    batcher, rows = await make_turns()
+    rows.may_run.set()
+    assert await ask(batcher, range(4), deadline=clock.now + 0.001) == [0, 1, 2, 3]
+
+
+async def test_what_could_not_be_done_in_time_gives_its_turn_to_others(make_turns, clock, observer):
+    batcher, rows = await make_turns()
+    first = await hold(batcher, rows)
+    queued = ask(batcher, range(4))
+    late = ask(batcher, range(4), deadline=clock.now + 0.10)
+    clock.now += 0.05  # by something that was not foreseen
+    rows.may_run.set()
+    with pytest.raises(DeadlineExpiredError, match="nothing was computed"):
+        await late
+    await asyncio.gather(first, queued)
+    assert rows.sizes == [[1], [4]]
+    assert observer.expiries == ["k"]
+
+
+async def test_a_refusal_is_told_before_there_is_a_request(make_turns):
+    batcher, rows = await make_turns(max_queue_requests=2)
+    first = await hold(batcher, rows)
+    assert batcher.refusal() is None
+    queued = [ask(batcher, range(1)) for _ in range(2)]
+    refusal = batcher.refusal()
+    assert isinstance(refusal, OverloadedError)
+    with pytest.raises(OverloadedError) as caught:
+        ask(batcher, range(1))
+    assert str(refusal) == str(caught.value)
+    assert refusal.retry_after == caught.value.retry_after
+    rows.may_run.set()
+    await asyncio.gather(first, *queued)
+
+
+# -- short batches -------------------------------------------------------------------------------
+
+
+class Instant(Rows):
+    """`Rows` that take no time worth a thread: a hundred thousandth of a second each."""
+
+    def run(self, key, payloads):
+        answers = super().run(key, payloads)
+        self.clock.now -= (0.01 - 0.00001) * sum(map(len, payloads))
+        return answers
+
+
+@pytest.fixture
+async def quick(observer, clock):
+    rows = Instant(clock)
+    rows.quick = True
+    rows.may_run.set()
+    batcher = Batcher(
+        limits=BatchLimits(
+            max_batch_rows=100,
+            max_batch_bytes=10_000,
+            max_queue_requests=100,
+            max_queue_bytes=10_000,
+            max_batch_seconds=0.005,
+        ),
+        observer=observer,
+        clock=clock,
+    )
+    await batcher.start(lambda: rows)
+    await ask(batcher, range(8))  # of which nothing is known yet
+    while not batcher._resting:
+        await asyncio.sleep(0)
+    yield batcher, rows
+    batcher.stop()
+
+
+async def test_the_loop_runs_short_batches_itself_with_all_that_has_come(quick):
+    batcher, rows = quick
+    rows.batches.clear()
+    rows.threads.clear()
+    answers = await asyncio.gather(*(ask(batcher, range(n)) for n in (1, 2, 3)))
+    assert answers == [[0], [0, 1], [0, 1, 2]]
+    assert rows.sizes == [[1, 2, 3]]
+    assert rows.threads == [threading.get_ident()]
+
+
+async def test_the_worker_runs_what_is_not_short_and_what_comes_meanwhile(quick):
+    batcher, rows = quick
+    rows.batches.clear()
+    rows.threads.clear()
+    rows.may_run.clear()
+    long = ask(batcher, range(60))
+    await asyncio.sleep(0)  # the loop has looked at it
+    short = ask(batcher, range(1))
+    rows.may_run.set()
+    assert await long == list(range(60))
+    assert await short == [0]
+    assert threading.get_ident() not in rows.threads
+
+
+async def test_what_fails_in_the_loop_fails_alone(quick):
+    batcher, rows = quick
+    rows.bad.add(7)
+    good, bad = ask(batcher, range(3)), ask(batcher, range(8))
+    with pytest.raises(InvalidInputError, match="row 7"):
+        await bad
+    assert await good == [0, 1, 2]
+
+
+ASKED = st.lists(
+    st.tuples(st.sampled_from("xyz"), st.integers(0, 60), st.booleans(), st.integers(0, 3)),
+    max_size=40,
+)
+
+
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(asked=ASKED, is_quick=st.booleans(), seconds=st.sampled_from([0.001, 0.08, 10.0]))
+def test_whatever_is_asked_each_gets_its_own_answer_and_nothing_is_left(
+    asked, is_quick, seconds, observer, clock
+):
+    async def scenario():
+        limits = BatchLimits(
+            max_batch_rows=60,
+            max_batch_bytes=100,
+            max_queue_requests=20,
+            max_queue_bytes=600,
+            max_batch_seconds=seconds,
+        )
+        batcher = Batcher(limits=limits, observer=observer, clock=clock)
+        rows = (Instant if is_quick else Rows)(clock, bad=[59])
+        rows.quick = is_quick
+        rows.may_run.set()
+        await batcher.start(lambda: rows)
+        futures = {}
+        for key, count, leaves, pauses in asked:
+            try:
+                future = batcher.admit(key, range(count), rows=count, nbytes=count, deadline=None)
+            except OverloadedError:
+                await asyncio.sleep(0)
+                continue
+            for _ in range(pauses):
+                await asyncio.sleep(0)
+            if leaves:
+                future.cancel()
+            else:
+                futures[future] = count
+        answers = await asyncio.gather(*futures, return_exceptions=True)
+        for answer, count in zip(answers, futures.values(), strict=True):
+            if count == 60:
+                assert str(answer) == "row 59 is bad"
+            else:
+                assert answer == list(range(count))
+        for _, payloads in rows.batches:
+            assert sum(map(len, payloads)) <= 60
+        await asyncio.sleep(0)
+        assert batcher.queue == QueueState(0, 0, 0)
+        batcher.stop()
+
+    asyncio.run(scenario())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid_server.errors import ConfigurationError
@@ -35,6 +35,7 @@ def test_a_setting_out_of_range_is_refused(settings, text):
         config(**settings)
 
 
+@settings(deadline=None)
 @given(input_dim=st.integers(1, 100_000), message=st.integers(MESSAGE_OVERHEAD + 1, 1 << 26))
 def test_the_rows_of_a_request_fit_a_batch_and_their_decoding_one_message(input_dim, message):
     made = config(max_message_bytes=message, max_batch_bytes=1 << 26)

@@ -31,6 +31,8 @@ class Version:
         self.number = number
         self.served = replace(served, fingerprint=f"{number:064x}", backend=self)
 
+    quick = False
+
     def warm_up(self): ...
 
     def after(self): ...

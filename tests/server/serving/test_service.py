@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from semid.v1 import semid_pb2 as pb
+from semid_server.serving.batcher import Runner
 from semid_server.serving.servicer import STREAM_WINDOW
 from semid_server.serving.types import DecodeKey, EncodeKey
 
@@ -83,7 +84,7 @@ async def test_encode_takes_every_type_of_number(toy, toy_runner, toy_served, to
 async def test_bfloat16_reaches_the_runner_as_its_bits(serve_runner, toy_served):
     seen = []
 
-    class Model:
+    class Model(Runner):
         def run(self, key, payloads):
             seen.append((key, payloads[0].copy()))
             return [np.zeros((len(rows), 3), np.uint16) for rows in payloads]
@@ -318,7 +319,7 @@ async def test_a_full_queue_is_told_with_a_retry_hint_in_details_and_pushback(se
 
 
 async def test_a_bug_is_internal_and_its_text_stays_in_the_log(serve_runner, caplog):
-    class Model:
+    class Model(Runner):
         def run(self, key, payloads):
             raise RuntimeError("secret path")
 

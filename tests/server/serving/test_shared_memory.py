@@ -30,6 +30,7 @@ from semid_server.errors import (
     SharedMemoryRefusedError,
 )
 from semid_server.serving import wire
+from semid_server.serving.batcher import Runner
 from semid_server.serving.fill import BLOCK_BYTES, read_finite
 from semid_server.serving.shared_memory import FOLDER, Bounds, Segment, SharedMemory, SharedRows
 from semid_server.serving.types import HOST_TYPES
@@ -321,7 +322,7 @@ def test_memory_that_fails_is_an_error_of_its_own():
 # -- the service -----------------------------------------------------------------------------
 
 
-class ReadingModel:
+class ReadingModel(Runner):
     """The toy model, which reads what is shared when its batch runs."""
 
     def __init__(self, toy, before=lambda: None) -> None:
