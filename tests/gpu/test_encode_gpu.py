@@ -6,8 +6,11 @@ import encode_cases as cases
 import pytest
 import torch
 
-from semid_server.encoding import EncodeCounts, ReferenceEncoder, make_encoder
-from semid_server.encoding.plan import TENSOR_CORE_UNIT
+from semid_server.encoding import EncodeCounts, ReferenceEncoder, make_encoder, tensor_cores
+from semid_server.errors import ConfigurationError
+
+gpu = pytest.importorskip("semid_server.encoding.gpu", reason="needs Triton")
+GpuEncoder = gpu.GpuEncoder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,13 +45,60 @@ def test_codes_are_those_of_the_reference_in_any_batch_and_from_either_memory(dt
     assert encoder.encode(rows[:0]).shape == (0, 3)
 
 
-def test_a_network_before_the_codebooks_keeps_the_promise():
-    model, spec = cases.random_network_model(64, (128, 64), 32, [256, 100])
+@pytest.mark.parametrize("widths", [[256, 100], [300, 40]])
+def test_a_network_before_the_codebooks_keeps_the_promise(widths):
+    model, spec = cases.random_network_model(64, (128, 64), 32, widths)
     rows = torch.cat([cases.near_ties(model, spec, 50, dtype=torch.float64), torch.zeros(3, 64)])
+    rows = torch.cat([rows, torch.randn(2000, 64, dtype=torch.float64)])
     want = ReferenceEncoder(model, spec, device=CPU).encode(rows)
-    encoder = make_encoder(model, spec, device=GPU)
+    encoder = GpuEncoder(model, spec, device=GPU, piece_bytes=1 << 17)
     assert torch.equal(encoder.encode(rows.to(GPU)).cpu(), want)
     assert torch.equal(encoder.encode(rows), want)
+    for size in (1, 7, 153, 200):
+        assert torch.equal(encoder.encode(rows[:size].to(GPU)).cpu(), want[:size])
+        assert torch.equal(encoder.encode(rows[:size]), want[:size])
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 5000, 1 << 16, 1 << 20])
+def test_pieces_of_any_size_bring_the_same_codes(piece_bytes):
+    model, spec = cases.random_model(48, [300, 70])
+    rows = torch.cat(
+        [cases.near_ties(model, spec, 100, dtype=torch.float32), torch.randn(6000, 48)]
+    )
+    want = ReferenceEncoder(model, spec, device=CPU).encode(rows)
+    encoder = GpuEncoder(model, spec, device=GPU, piece_bytes=piece_bytes)
+    n = 900 if piece_bytes == 1 else len(rows)
+    pinned, on_device = rows.pin_memory(), rows.to(GPU)
+    for _ in range(3):
+        # batches follow one another without a pause, through the same memory
+        few = encoder.encode(on_device[:200])
+        assert torch.equal(encoder.encode(pinned[:n]), want[:n])
+        assert torch.equal(encoder.encode(rows[: n - 1]), want[: n - 1])
+        assert torch.equal(encoder.encode(rows[300:557].half()), other(model, spec, rows[300:557]))
+        assert torch.equal(few.cpu(), want[:200])
+    assert encoder.encode(on_device[:0]).shape == encoder.encode(rows[:0]).shape == (0, 2)
+
+
+def other(model, spec, rows):
+    return ReferenceEncoder(model, spec, device=CPU).encode(rows.half())
+
+
+def test_rows_from_the_host_are_counted_once_though_pieces_are_padded():
+    model, spec = cases.random_model(48, [30, 70])
+    encoder = GpuEncoder(model, spec, device=GPU, piece_bytes=1 << 16)
+    encoder.warm_up()
+    for n in (1, 300, 1000, 5001):
+        encoder.encode(torch.randn(n, 48))
+    assert encoder.counts().rows == 6302
+
+
+def test_a_device_that_adds_up_less_exactly_than_assumed_is_refused(monkeypatch):
+    def lossy(rows, columns):
+        return torch.mm(rows, columns.T, out_dtype=torch.float32) * (1 + 2.0**-12)
+
+    monkeypatch.setattr(gpu, "_product", lossy)
+    with pytest.raises(ConfigurationError, match="times the error"):
+        GpuEncoder(*cases.random_model(48, [30, 70]), device=GPU)
 
 
 def test_the_reference_is_the_same_bits_on_the_device():
@@ -79,7 +129,7 @@ def test_tensor_cores_lose_no_more_than_the_certificate_allows(dim):
     b = torch.rand(256, dim, generator=generator, device=GPU).half()
     got = torch.mm(a, b.T, out_dtype=torch.float32).double()
     exact = a.double() @ b.double().T
-    assert ((got - exact).abs() <= dim * TENSOR_CORE_UNIT * exact).all()
+    assert ((got - exact).abs() <= tensor_cores.allowed(dim) * exact).all()
 
 
 @pytest.mark.parametrize("terms", [16, 32, 64])

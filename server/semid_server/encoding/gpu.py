@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 
 from semid_server.encoding import gpu_kernels as kernels
+from semid_server.encoding import tensor_cores
 from semid_server.encoding.network import Network
-from semid_server.encoding.plan import TENSOR_CORE_UNIT, Plan
+from semid_server.encoding.plan import Plan
 from semid_server.encoding.protocol import ROW_DTYPES, EncodeCounts, code_dtype_of
 from semid_server.encoding.reference import ReferenceEncoder
 from semid_server.encoding.rows import checked, spans
+from semid_server.encoding.staging import STAGES, Stage, convey, pieces
+from semid_server.errors import ConfigurationError
 from semid_server.model import NORM_EPS
 
 if TYPE_CHECKING:
@@ -33,17 +37,25 @@ _PRODUCT_BYTES = 1 << 29
 _MOST_ROWS = 1 << 17
 """Rows in flight: their products take at most so many bytes, and so many rows fill any GPU."""
 
-_STAGE_BYTES = 1 << 26
-"""Host rows are copied in pieces of 64 MiB, one while another is computed."""
+_PIECE_BYTES = 1 << 24
+_RAMP = 4
+"""Host rows are copied in pieces of 16 MiB, some while another is computed; the first and the last
+are of a quarter."""
 
 _GRAPH_ROWS = (1, 16, 64, 256)
-"""Batches up to the last are padded to one of these and replayed as a CUDA graph."""
+"""Batches up to the last are padded to one of these and replayed as a CUDA graph; so are the pieces
+of larger ones from the host, since queueing the kernels one by one takes longer than their copy."""
+
+_PROBED_ROWS = 4096
+"""A large batch, for the check of the product when an encoder is made."""
 
 _ALIGNMENT = 16
 """Rows of float16 are padded to a multiple of it, which the library's product likes."""
 
-_SCORES = 512
-"""Scores that one program of `gpu_kernels.prove` holds at once."""
+_PROVED_SCORES = 512
+_PROVED_PAIR = 2048
+"""One program of `gpu_kernels.prove` holds so many scores at once, or, up to layers of the second
+width, those of two rows (measured on an H100: 22 ns a row for three layers of 2,048, not 26)."""
 
 _DECIDERS = 4096
 """Programs of `gpu_kernels.decide`: what a large GPU runs at once."""
@@ -98,7 +110,7 @@ class Tables:
         padded = -(-plan.dim // _ALIGNMENT) * _ALIGNMENT
         columns = torch.zeros(plan.offsets[-1], padded, dtype=torch.float16, device=device)
         steps, errors = [], []
-        for layer, (start, stop) in enumerate(pairwise(plan.offsets)):
+        for layer, (start, stop) in enumerate(itertools.pairwise(plan.offsets)):
             # a power of two that brings the longest centroid to a length from 2^9 to 2^10
             _, exponent = math.frexp(float(plan.longest[layer]) or 1.0)
             step = 2.0 ** (exponent - 10)
@@ -108,7 +120,7 @@ class Tables:
             steps.append(step)
             errors.append((centroids - rounded.double() * step).norm(dim=1))
         # what adding up in tensor cores loses, in whatever order
-        lost = plan.dim * TENSOR_CORE_UNIT
+        lost = tensor_cores.allowed(plan.dim)
         spreads = 1.02 * (torch.cat(errors) + lost * plan.lengths.double())
         sizes = torch.tensor([0, *(gram.numel() for gram in plan.grams[:-1])])
         return cls(
@@ -128,7 +140,7 @@ class Tables:
     @property
     def widest(self) -> int:
         """The most columns that a layer has."""
-        return max(stop - start for start, stop in pairwise(self.plan.offsets))
+        return max(stop - start for start, stop in itertools.pairwise(self.plan.offsets))
 
 
 def fits(spec: ModelSpec) -> bool:
@@ -152,23 +164,58 @@ class GpuEncoder:
         Its shape; see `fits`.
     device : torch.device
         A CUDA device.
+    piece_bytes : int
+        Size of the pieces in which rows come from the host.
+
+    Raises
+    ------
+    ConfigurationError
+        If the device's float16 product is less exact than BOUNDS.md takes it to be.
     """
 
-    def __init__(self, model: nn.Module, spec: ModelSpec, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ModelSpec,
+        *,
+        device: torch.device,
+        piece_bytes: int = _PIECE_BYTES,
+    ) -> None:
         state = model.state_dict()
         self._spec = spec
         self._device = device
+        self._piece_bytes = piece_bytes
         self._network = Network.of(spec, state, device)
         self._reference = ReferenceEncoder(model, spec, device=device)
         self._plan = Plan.of(spec, state, device)
         self._within_range = self._plan.within_range
         self._tables = Tables.of(self._plan)
+        self._check_product()
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
         self._n_rows = torch.zeros(1, dtype=torch.int32, device=device)
         self._rows_at_once = max(1, min(_MOST_ROWS, _PRODUCT_BYTES // (4 * self._plan.offsets[-1])))
-        self._graphs: dict[tuple[int, torch.dtype], _Graph] = {}
-        self._stages: list[_Stage] = []
+        self._graphs: dict[tuple[int, int, torch.dtype], _Graph] = {}
+        self._sizes = {dtype: self._graph_rows(dtype) for dtype in ROW_DTYPES}
+        self._stages: list[Stage] = []
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
+
+    def _check_product(self) -> None:
+        """Refuse a device whose tensor cores lose more than the certificate allows for."""
+        columns = self._tables.columns
+        with torch.cuda.device(self._device):
+            loss = tensor_cores.worst_loss(
+                (columns.shape[0], columns.shape[1]),
+                self._plan.dim,
+                (*_GRAPH_ROWS, _PROBED_ROWS),
+                device=self._device,
+                product=_product,
+            )
+        if not loss <= 1:
+            raise ConfigurationError(
+                f"{torch.cuda.get_device_name(self._device)} adds up products of float16 with "
+                f"{loss:.2g} times the error that codes are proved with; encode on the CPU, or by "
+                "the reference arithmetic"
+            )
 
     @property
     def input_dim(self) -> int:
@@ -193,16 +240,25 @@ class GpuEncoder:
         """Compile the kernels and record the graphs, for every type of rows."""
         before = self._counts.clone()
         for dtype in ROW_DTYPES:
-            for n in (*_GRAPH_ROWS, _GRAPH_ROWS[-1] + 1):
-                self.encode(torch.ones(n, self.input_dim, dtype=dtype, device=self._device))
+            # more than the largest graph, which is not that of any batch
+            n = _GRAPH_ROWS[-1] + 1
+            self.encode(torch.ones(n, self.input_dim, dtype=dtype, device=self._device))
+            with torch.cuda.device(self._device):
+                for i, size in itertools.product(range(STAGES), self._sizes[dtype]):
+                    self._graph(i, size, dtype)
+            self.encode(torch.ones(1, self.input_dim, dtype=dtype))
         self._counts.copy_(before)
 
     def encode(self, rows: Tensor) -> Tensor:
         """Codes ``(n, L)`` of ``rows`` (n, D), on their device; see `Encoder.encode`."""
         checked(rows, self.input_dim)
+        if not len(rows):
+            return torch.empty(0, self.n_layers, dtype=self.code_dtype, device=rows.device)
         with torch.cuda.device(self._device):
             if rows.device.type == "cpu":
                 return self._encode_from_host(rows)
+            if len(rows) <= self._rows_at_once:
+                return self._codes(rows.contiguous())
             codes = torch.empty(
                 len(rows), self.n_layers, dtype=self.code_dtype, device=self._device
             )
@@ -212,42 +268,90 @@ class GpuEncoder:
 
     def _encode_from_host(self, rows: Tensor) -> Tensor:
         """Copy pieces while others are computed; pinned rows are read where they are."""
+        if len(rows) <= _GRAPH_ROWS[-1]:
+            return self._graph(0, len(rows), rows.dtype).encode_from_host(rows)
         codes = torch.empty(len(rows), self.n_layers, dtype=self.code_dtype, pin_memory=True)
-        size = rows.shape[1] * rows.element_size()
-        step = max(1, min(self._rows_at_once, _STAGE_BYTES // size))
         pinned = rows.is_pinned() and rows.is_contiguous()
-        compute = torch.cuda.current_stream()
-        while len(self._stages) < min(2, -(-len(rows) // step)):
-            self._stages.append(_Stage(max(_STAGE_BYTES, size), self._device))
-        for i, (start, stop) in enumerate(spans(len(rows), step)):
-            stage = self._stages[i % 2]
-            part = stage.read(rows[start:stop], self._copies, pinned=pinned)
-            compute.wait_event(stage.arrived)
-            codes[start:stop].copy_(self._codes(part), non_blocking=True)
-            stage.used.record(compute)
-        compute.synchronize()
+
+        def send(i: int, start: int, stop: int) -> None:
+            stage = self._stage(i % STAGES)
+            stage.send(rows[start:stop], self._copies, pinned=pinned)
+
+        def work(i: int, start: int, stop: int) -> None:
+            stage = self._stage(i % STAGES)
+            # a stream for each stage: the last rows of a piece are decided beside the next piece
+            with torch.cuda.stream(stage.stream):
+                stage.wait_for_rows()
+                graph = self._graph(i % STAGES, stop - start, rows.dtype)
+                codes[start:stop].copy_(graph.replay(stop - start), non_blocking=True)
+                stage.release()
+
+        most = self._most_rows(rows.dtype)
+        parts = pieces(len(rows), least=-(-most // _RAMP), most=most)
+        convey(parts, ahead=STAGES - 1, send=send, work=work)
+        for stage in self._stages:
+            stage.stream.synchronize()
         return codes
 
     def _codes(self, rows: Tensor) -> Tensor:
         """Codes ``(n, L)`` of contiguous ``rows`` on the device, not more than fit at once."""
+        if len(rows) <= _GRAPH_ROWS[-1]:
+            return self._graph(0, len(rows), rows.dtype).encode(rows)
         self._n_rows.fill_(len(rows))
-        if self._network is None and len(rows) <= _GRAPH_ROWS[-1]:
-            key = (min(size for size in _GRAPH_ROWS if size >= len(rows)), rows.dtype)
-            if key not in self._graphs:
-                self._graphs[key] = _Graph(self, *key)
-            return self._graphs[key].replay(rows)
-        features, offsets = rows, None
-        if self._network is not None:
-            features, offsets = self._network.fast(rows.double())
-            offsets = torch.where(features.isfinite().all(dim=1), offsets, torch.inf)
-            features = features.nan_to_num(0.0, 0.0, 0.0)
-        codes, levels = self.launch(features, offsets)
-        if self._network is not None:
-            left = (levels == kernels.REFERENCE.value).nonzero()[:, 0]
+        codes, levels = self.queue(rows, self._n_rows)
+        return codes if levels is None else self.resolve(rows, codes, levels)
+
+    def _most_rows(self, dtype: torch.dtype) -> int:
+        """Rows of a large piece from the host."""
+        size = self.input_dim * dtype.itemsize
+        return max(1, min(self._rows_at_once, self._piece_bytes // size))
+
+    def _graph_rows(self, dtype: torch.dtype) -> list[int]:
+        """Numbers of rows that there is a graph for."""
+        most = self._most_rows(dtype)
+        return sorted({*_GRAPH_ROWS, *(-(-most // share) for share in (1, 2, _RAMP))})
+
+    def _stage(self, i: int) -> Stage:
+        while len(self._stages) <= i:
+            # a batch of the largest graph fits, in any type
+            size = max(self._piece_bytes, 8 * self.input_dim * _GRAPH_ROWS[-1])
+            self._stages.append(Stage(size, self.input_dim, self._device))
+        return self._stages[i]
+
+    def _graph(self, i: int, n: int, dtype: torch.dtype) -> _Graph:
+        """Graph for ``n`` rows or some more at the beginning of a stage's memory."""
+        sizes = self._sizes[dtype]
+        size = sizes[bisect_left(sizes, n)]
+        graph = self._graphs.get((i, size, dtype))
+        if graph is None:
+            graph = _Graph(self, self._stage(i), size, dtype)
+            self._graphs[i, size, dtype] = graph
+        return graph
+
+    def queue(self, rows: Tensor, n_rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queue everything for contiguous ``rows`` (n, D); the host does not wait.
+
+        Only the first ``n_rows`` of them, int32 (1,), are counted; the others are padding. Returns
+        codes ``(n, L)``. Of a model with a network they are int32 and come with levels, int32
+        ``(n,)``: the rest is left to `resolve`.
+        """
+        if self._network is None:
+            codes, _ = self.launch(rows, n_rows)
+            return codes.to(self.code_dtype), None
+        features, offsets = self._network.fast(rows.double())
+        offsets = torch.where(features.isfinite().all(dim=1), offsets, torch.inf)
+        return self.launch(features.nan_to_num(0.0, 0.0, 0.0), n_rows, offsets)
+
+    def resolve(self, rows: Tensor, codes: Tensor, levels: Tensor) -> Tensor:
+        """Codes ``(n, L)``, by the reference arithmetic where ``levels`` ask for it; waits."""
+        left = (levels == kernels.REFERENCE.value).nonzero()[:, 0]
+        if len(left):
             codes[left] = self._reference.codes(rows[left]).int()
         return codes.to(self.code_dtype)
 
-    def launch(self, rows: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def launch(
+        self, rows: Tensor, n_rows: Tensor, offsets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Queue all kernels for contiguous ``rows`` (n, E); the host does not wait.
 
         ``offsets`` float64 (n,) says how far each row may be from the exact one; with it, codes of
@@ -268,7 +372,7 @@ class GpuEncoder:
             if offsets is not None:
                 facts[:, 3] = offsets
             round_rows(rows, rounded, facts)
-            products = torch.mm(rounded, tables.columns.T, out_dtype=torch.float32)
+            products = _product(rounded, tables.columns)
             chain = {"codes": codes, "levels": levels, "waiting": waiting}
             prove(products, facts, tables, **chain, has_offset=offsets is not None)
             decide(rows, products, facts, tables, **chain, has_offset=offsets is not None)
@@ -278,61 +382,71 @@ class GpuEncoder:
             tables,
             codes=codes,
             counts=self._counts,
-            n_rows=self._n_rows,
+            n_rows=n_rows,
             resolve=offsets is None,
         )
         return codes, levels
 
 
 class _Graph:
-    """The kernels of a small batch of fixed size, queued by one call."""
+    """All that is queued for the first rows of a stage, as one call."""
 
-    def __init__(self, encoder: GpuEncoder, n: int, dtype: torch.dtype) -> None:
-        device = encoder._device  # noqa: SLF001 - a part of the encoder, split off
-        self._rows = torch.zeros(n, encoder.input_dim, dtype=dtype, device=device)
-        counts = encoder._counts.clone()  # noqa: SLF001 - as above
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            encoder.launch(self._rows)  # compiles, which a capture must not
-        torch.cuda.current_stream().wait_stream(side)
+    def __init__(self, encoder: GpuEncoder, stage: Stage, n: int, dtype: torch.dtype) -> None:
+        self._encoder, self._stage = encoder, stage
+        self._rows = stage.rows(n, dtype)
+        self._host_codes = torch.empty(
+            n, encoder.n_layers, dtype=encoder.code_dtype, pin_memory=True
+        )
+        # what runs meanwhile counts nothing
+        stage.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stage.stream):
+            stage.n_rows.fill_(0)
+            encoder.queue(self._rows, stage.n_rows)  # compiles, which a capture must not
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            codes, _ = encoder.launch(self._rows)
-            self._codes = codes.to(encoder.code_dtype)
-        encoder._counts.copy_(counts)  # noqa: SLF001 - as above
+        # Graphs of a stage run one after another, and may use the same memory. Those of two stages
+        # run side by side; the library, too, has working memory for each stream of its own.
+        with torch.cuda.graph(
+            self._graph,
+            pool=stage.graph_memory,
+            stream=stage.stream,
+            capture_error_mode="thread_local",
+        ):
+            self._codes, self._levels = encoder.queue(self._rows, stage.n_rows)
+        torch.cuda.current_stream().wait_stream(stage.stream)
 
-    def replay(self, rows: Tensor) -> Tensor:
-        """Codes of at most as many rows; the memory is used again by the next call."""
-        self._rows[: len(rows)].copy_(rows)
+    def replay(self, n: int) -> Tensor:
+        """Codes of the first ``n`` rows; the next replay in this stage overwrites them."""
+        self._stage.n_rows.fill_(n)
         self._graph.replay()
-        return self._codes[: len(rows)].clone()
+        codes = self._codes[:n]
+        if self._levels is None:
+            return codes
+        return self._encoder.resolve(self._rows[:n], codes, self._levels[:n])
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """Codes of a few ``rows`` on the device; all of it is queued."""
+        codes = self._encode(rows).clone()
+        self._stage.release()
+        return codes
+
+    def encode_from_host(self, rows: Tensor) -> Tensor:
+        """Codes, on the host, of a few ``rows`` there."""
+        if not rows.is_pinned():
+            rows = self._stage.pinned(rows)
+        codes = self._host_codes[: len(rows)]
+        codes.copy_(self._encode(rows), non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return codes.clone()
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        self._stage.wait_for_room()
+        self._rows[: len(rows)].copy_(rows, non_blocking=True)
+        return self.replay(len(rows))
 
 
-class _Stage:
-    """Pinned memory and device memory for one piece of host rows on its way."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._host: Tensor | None = None
-        self._memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
-        self.used = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
-
-    def read(self, rows: Tensor, stream: torch.cuda.Stream, *, pinned: bool) -> Tensor:
-        """Begin the copy of ``rows`` on ``stream``; they may be used after ``arrived``."""
-        size = rows.numel() * rows.element_size()
-        if not pinned:
-            if self._host is None:
-                self._host = torch.empty(len(self._memory), dtype=torch.uint8, pin_memory=True)
-            self.arrived.synchronize()  # the last piece has left the pinned memory
-            staged = self._host[:size].view(rows.dtype).view(rows.shape)
-            rows = staged.copy_(rows)
-        part = self._memory[:size].view(rows.dtype).view(rows.shape)
-        stream.wait_event(self.used)
-        with torch.cuda.stream(stream):
-            part.copy_(rows, non_blocking=True)
-        self.arrived.record(stream)
-        return part
+def _product(rows: Tensor, columns: Tensor) -> Tensor:
+    """Inner products float32 ``(n, N)`` of float16 ``rows`` (n, E) and ``columns`` (N, E)."""
+    return torch.mm(rows, columns.T, out_dtype=torch.float32)
 
 
 def round_rows(rows: Tensor, rounded: Tensor, facts: Tensor) -> None:
@@ -364,7 +478,8 @@ def prove(
     """Launch `gpu_kernels.prove`."""
     plan = tables.plan
     block_width = triton.next_power_of_2(tables.widest)
-    rows = max(1, _SCORES // block_width)
+    pair = block_width <= _PROVED_PAIR
+    rows = max(2 if pair else 1, _PROVED_SCORES // block_width)
     kernels.prove[(triton.cdiv(len(products), rows),)](
         products,
         facts,
@@ -389,7 +504,7 @@ def prove(
         BLOCK_LAYERS=triton.next_power_of_2(plan.n_layers),
         BLOCK_WIDTH=block_width,
         ROWS=rows,
-        num_warps=_warps(rows * block_width, 1024),
+        num_warps=_warps(rows * block_width, 2048 if pair else 1024),
     )
 
 

@@ -1,0 +1,128 @@
+"""How a batch on the host is cut into pieces, copied to the device, and computed meanwhile."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+STAGES = 3
+"""Pieces on the device at once: one is computed while the next two are on their way."""
+
+
+def pieces(total: int, *, least: int, most: int) -> list[tuple[int, int]]:
+    """``(start, stop)`` of consecutive parts of ``total`` rows, small ones at both ends.
+
+    Nothing is computed before the first piece has arrived, and nothing copied while the last is
+    computed: both are of ``least`` rows, and pieces double from there to ``most`` in the middle,
+    where what each of them costs by itself counts more.
+    """
+    front: list[int] = []
+    back: list[int] = []
+    size = min(least, most)
+    while total > 0:
+        for side in (front, back):
+            if total > 0:
+                side.append(min(size, total))
+                total -= side[-1]
+        size = min(2 * size, most)
+    found, start = [], 0
+    for size in (*front, *reversed(back)):
+        found.append((start, start + size))
+        start += size
+    return found
+
+
+def convey(
+    parts: list[tuple[int, int]],
+    *,
+    ahead: int,
+    send: Callable[[int, int, int], None],
+    work: Callable[[int, int, int], None],
+) -> None:
+    """Call ``send(i, start, stop)`` and ``work(i, start, stop)`` for part ``i``, each in order.
+
+    Parts are sent ``ahead`` of the one that is worked on: queueing the work takes the host longer
+    than the device needs to copy a small part.
+    """
+    for i in range(len(parts) + ahead):
+        if i < len(parts):
+            send(i, *parts[i])
+        if i >= ahead:
+            work(i - ahead, *parts[i - ahead])
+
+
+class Stage:
+    """Where one piece of host rows goes: pinned memory, device memory, a stream to compute on.
+
+    Parameters
+    ----------
+    size : int
+        Bytes of the largest piece.
+    dim : int
+        ``D``, numbers in a row.
+    device : torch.device
+        A CUDA device.
+
+    Attributes
+    ----------
+    stream : torch.cuda.Stream
+        What is computed for its rows runs there.
+    n_rows : Tensor
+        int32 ``(1,)``, how many rows there are.
+    graph_memory : tuple of int
+        Handle of the memory that graphs for its rows share.
+    """
+
+    def __init__(self, size: int, dim: int, device: torch.device) -> None:
+        self._dim = dim
+        self._host: Tensor | None = None
+        # numbers, whatever was there before: a graph runs on more rows than were sent
+        self._memory = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
+        self.n_rows = torch.zeros(1, dtype=torch.int32, device=device)
+        self.graph_memory: Any = torch.cuda.graph_pool_handle()
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
+        self._used = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
+        self.release()  # of the zeros
+
+    def rows(self, n: int, dtype: torch.dtype) -> Tensor:
+        """Place on the device of the first ``n`` rows (n, D)."""
+        return self._view(self._memory, n, dtype)
+
+    def pinned(self, rows: Tensor) -> Tensor:
+        """Copy of ``rows`` in pinned memory, once the last piece there was sent."""
+        if self._host is None:
+            self._host = torch.empty(len(self._memory), dtype=torch.uint8, pin_memory=True)
+        self._arrived.synchronize()
+        return self._view(self._host, len(rows), rows.dtype).copy_(rows)
+
+    def send(self, rows: Tensor, stream: torch.cuda.Stream, *, pinned: bool) -> None:
+        """Begin the copy of ``rows`` (n, D) on ``stream``, once the last piece was used."""
+        if not pinned:
+            rows = self.pinned(rows)
+        stream.wait_event(self._used)
+        with torch.cuda.stream(stream):
+            self.rows(len(rows), rows.dtype).copy_(rows, non_blocking=True)
+        self._arrived.record(stream)
+
+    def wait_for_rows(self) -> None:
+        """What is queued from now on waits for the rows that were sent."""
+        torch.cuda.current_stream().wait_event(self._arrived)
+
+    def wait_for_room(self) -> None:
+        """What is queued from now on waits until the last rows were used."""
+        torch.cuda.current_stream().wait_event(self._used)
+
+    def release(self) -> None:
+        """Let the next rows come once what is queued has run."""
+        self._used.record(torch.cuda.current_stream())
+
+    def _view(self, memory: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+        size = n * self._dim * dtype.itemsize
+        return memory[:size].view(dtype).view(n, self._dim)
