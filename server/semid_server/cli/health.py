@@ -33,7 +33,7 @@ def health(
     container image, and a way to wait for a server in a script.
     """
     encrypted = TLS.from_files(ca, cert, key) if tls or ca or cert or key else None
-    with _channel(target, encrypted) as channel:
+    with open_channel(target, encrypted) as channel:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=timeout
@@ -48,7 +48,8 @@ def health(
     click.echo(f"{target}: {status}")
 
 
-def _channel(target: str, tls: TLS | None) -> grpc.Channel:
+def open_channel(target: str, tls: TLS | None) -> grpc.Channel:
+    """Open a channel of gRPC's own, without any of the client's settings."""
     if tls is None:
         return grpc.insecure_channel(target)
     return grpc.secure_channel(
