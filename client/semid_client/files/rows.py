@@ -335,7 +335,7 @@ class ArrowStreamRows(Source):
         pa = need("pyarrow", self.path)
         with _reading(self.path, "an Arrow IPC stream"):
             self._reader = pa.ipc.open_stream(stream)
-        columns = _Columns(self.path, self._reader.schema, what, column, id_column)
+        columns = ListColumns(self.path, self._reader.schema, what, column, id_column)
         self._columns, self.id_type = columns, columns.id_type
         self.metadata, self.extra_digit = _recorded(self._reader.schema, what)
         with _reading(self.path, "an Arrow IPC stream"):
@@ -379,7 +379,7 @@ class ParquetRows(Source):
             with self._opened(found) as parquet:
                 if found == self._places[0]:
                     schema = parquet.schema_arrow
-                    self._columns = _Columns(path, schema, what, column, id_column)
+                    self._columns = ListColumns(path, schema, what, column, id_column)
                     self.id_type = self._columns.id_type
                     self.metadata, self.extra_digit = _recorded(schema, what)
                 else:
@@ -443,12 +443,22 @@ class ParquetRows(Source):
         """All files."""
         return self._places
 
+    @property
+    def column(self) -> str:
+        """Name of the column of rows."""
+        return self._columns.names[0]
+
+    @property
+    def starts(self) -> list[int]:
+        """Index of the first row of each file, and the number of all rows."""
+        return self._starts
+
     def reads_on(self, at: int, start: int) -> bool:
         """Within a row group, which is read from its beginning."""
         return at <= start and bisect_right(self._groups, at) == bisect_right(self._groups, start)
 
 
-class _Columns:
+class ListColumns:
     """The columns of a table that hold the rows and the ids."""
 
     def __init__(

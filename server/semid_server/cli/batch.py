@@ -42,6 +42,8 @@ class CheckpointEngine:
         Checkpoint of any format.
     device : str
         ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
+    threads : int, optional
+        CPU threads of the encoder; as many as there are processors by default.
 
     Raises
     ------
@@ -52,11 +54,11 @@ class CheckpointEngine:
     stage = "encoding"
     block_bytes = 32 << 20
 
-    def __init__(self, path: str, *, device: str) -> None:
+    def __init__(self, path: str, *, device: str, threads: int | None = None) -> None:
         source = ModelSource(Path(path))
         keep_large_buffers()  # blocks are read into memory that earlier ones left
         try:
-            config = ServeConfig(models=(source,), device=device)
+            config = ServeConfig(models=(source,), device=device, threads=threads)
             self._backend = Backend(source, config, on_verified=_nothing)
             self._backend.warm_up()
         except (SemidError, OSError) as error:
