@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 from tqdm import tqdm
 
+from semid_client.cli._cluster import Cluster
 from semid_client.cli._engines import check_engine, engine_options, open_engine
 from semid_client.cli._options import option
 from semid_client.files import (
@@ -325,6 +326,15 @@ class _Job:
     def compute(self, work: Sink, keep_ids: Callable[[Any], None] | None) -> None:
         """Bring all rows of the source into the work, and show how far it is."""
         source, engine, stages = self.source, self.engine, self.stages
+        if isinstance(engine, Cluster):  # which shows itself how far it is
+            engine.fill(
+                source,
+                work,
+                on_bad_row=self.flags.on_bad_row,
+                restart=self.flags.restart,
+                stages=stages,
+            )
+            return
         with tqdm(
             total=source.n_rows,
             initial=work.progress.rows_in,

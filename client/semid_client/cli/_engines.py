@@ -79,8 +79,16 @@ def engine_options(command: F) -> F:
     )(command)
 
 
-def check_engine(*, checkpoint: str | None, target: str | None, **_: Any) -> None:
+def check_engine(
+    *,
+    checkpoint: str | None,
+    target: str | None,
+    cluster: dict[str, Any] | None = None,
+    **_: Any,
+) -> None:
     """Refuse, as a wrong use, flags that name nothing that computes, or two."""
+    if cluster is not None and checkpoint is None:
+        raise click.UsageError("--engine ray needs --checkpoint, which is sent to the cluster.")
     if checkpoint is None and target is None:
         raise click.UsageError(
             "Missing option '--target' (env var: 'SEMID_TARGET'): name a server, or a checkpoint "
@@ -91,9 +99,15 @@ def check_engine(*, checkpoint: str | None, target: str | None, **_: Any) -> Non
 
 
 def open_engine(
-    *, checkpoint: str | None, device: str, target: str | None, fingerprint: str, **flags: Any
+    *,
+    checkpoint: str | None,
+    device: str,
+    target: str | None,
+    fingerprint: str,
+    cluster: dict[str, Any] | None = None,
+    **flags: Any,
 ) -> Engine:
-    """Connect to the server, or load the checkpoint.
+    """Connect to the server, or load the checkpoint; ``cluster`` is what `cluster_of` returns.
 
     Raises
     ------
@@ -102,7 +116,8 @@ def open_engine(
     """
     if checkpoint is None:
         return ServerEngine(target=target, fingerprint=fingerprint, **flags)
-    for entry in entry_points(group=ENTRY_POINTS, name="checkpoint"):
+    name = "checkpoint" if cluster is None else "ray"
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
         try:
             load = entry.load()
         except ModuleNotFoundError as error:
@@ -110,7 +125,7 @@ def open_engine(
                 f"--checkpoint needs {error.name}, which is not installed: "
                 "pip install 'semid[server]'"
             ) from error
-        engine: Engine = load(checkpoint, device=device)
+        engine: Engine = load(checkpoint, device=device, **(cluster or {}))
         if fingerprint not in ("", engine.info.fingerprint):
             raise FingerprintMismatchError(
                 f"{checkpoint} has fingerprint {engine.info.fingerprint}, but {fingerprint} is "

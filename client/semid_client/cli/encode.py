@@ -8,6 +8,7 @@ import click
 
 from semid_client._errors import InvalidInputError
 from semid_client._tensor import check_embedding_type
+from semid_client.cli._cluster import cluster_of, cluster_options
 from semid_client.cli._convert import FileFlags, Plan, convert, file_options
 from semid_client.cli._options import option
 from semid_client.files import FileError, Unique, check_output
@@ -22,6 +23,7 @@ ENV = "SEMID_ENCODE"
 
 @click.command(short_help="Embeddings to semantic IDs.")
 @file_options(ENV, "IN", ".npy, .npz, .parquet, .safetensors, .jsonl or GRID's .pt")
+@cluster_options(ENV)
 @option(
     "--tokens",
     env=ENV,
@@ -47,6 +49,7 @@ def encode(tokens: str, unique: Unique | None, **flags: Any) -> None:
     """
     files = {name: flags.pop(name) for name in FileFlags.__dataclass_fields__}
     given = FileFlags(**files)
+    flags["cluster"] = cluster_of(flags)
     convention = check_output(
         given.output, what="codes", unique=unique, on_bad_row=given.on_bad_row
     )
