@@ -221,7 +221,8 @@ def test_an_overloaded_server_refuses_at_once_and_keeps_its_memory(serve, large,
 
 
 def test_a_request_that_expired_in_the_queue_is_not_computed(serve, large, movies, tensor_of):
-    server = serve(large, *SLOWLY)
+    # A long turn: else the small requests would be done between the parts of the long one.
+    server = serve(large, *SLOWLY, "--max-batch-seconds", "3600")
     long = pb.EncodeRequest(tensor=tensor_of(movies))
     with server.stub() as stub:
         busy = stub.Encode.future(long)
@@ -230,7 +231,11 @@ def test_a_request_that_expired_in_the_queue_is_not_computed(serve, large, movie
         late = stub.Encode.future(pb.EncodeRequest(tensor=tensor_of(movies[:1])), timeout=0.05)
         left = stub.Encode.future(pb.EncodeRequest(tensor=tensor_of(movies[:1])))
         left.cancel()
-        assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        # Refused at once if the server knows by then how slow it is.
+        assert late.code() in {
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+        }
         assert busy.code() is OK
         assert server.metric("semid_rows_total", operation="encode") == len(movies)
     assert server.stop() == 0

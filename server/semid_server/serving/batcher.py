@@ -464,8 +464,8 @@ class Batcher(Generic[Key, Payload, Answer]):
         if seconds and now + seconds + entry.seconds > deadline:
             self._observer.refused(entry.key)
             raise OverloadedError(
-                f"the deadline is {max(0.0, deadline - now):.3f} s away, and the {len(ahead)} "
-                f"requests ahead of this one take about {seconds:.3f} s",
+                f"the deadline is {max(0.0, deadline - now):.3f} s away, and what is ahead of this "
+                f"request takes about {seconds:.3f} s",
                 retry_after=self._time_to_clear(),
             )
 

@@ -46,6 +46,43 @@ TRANSPORTS = ("message", "shared_memory")
 CALL = ("grpc_type", "grpc_service", "grpc_method")
 
 
+class MethodMetrics:
+    """The metrics of one method's calls, found once: looking them up costs as much as counting.
+
+    Attributes
+    ----------
+    started : prometheus_client.Counter
+        Of the calls that began.
+    handling : prometheus_client.Histogram
+        Of the seconds they took.
+    """
+
+    def __init__(self, metrics: Metrics, call: tuple[str, str, str]) -> None:
+        self.started = metrics.started.labels(*call)
+        self.handling = metrics.handling.labels(*call)
+        self._handled, self._call = metrics.handled, call
+        self._by_code: dict[grpc.StatusCode, Counter] = {}
+
+    def handled(self, code: grpc.StatusCode) -> Counter:
+        """Of the calls that ended with ``code``."""
+        counter = self._by_code.get(code)
+        if counter is None:
+            counter = self._by_code[code] = self._handled.labels(*self._call, code.name)
+        return counter
+
+
+class _BatchMetrics:
+    """What is counted of every batch of one operation, found once."""
+
+    def __init__(self, metrics: Metrics, operation: str) -> None:
+        self.rows = metrics.rows.labels(operation)
+        self.batch_rows = metrics.batch_rows.labels(operation)
+        self.batch_requests = metrics.batch_requests.labels(operation)
+        self.device_seconds = metrics.device_seconds.labels(operation)
+        self.queue_seconds = metrics.queue_seconds.labels(operation)
+        self.failed_batches = metrics.failed_batches.labels(operation)
+
+
 class Metrics:
     """The metrics of one server, and the observer of its batcher.
 
@@ -153,8 +190,9 @@ class Metrics:
             ("transport",),
             registry=registry,
         )
-        for transport in TRANSPORTS:
-            self.received_bytes.labels(transport)
+        self._received = {
+            transport: self.received_bytes.labels(transport) for transport in TRANSPORTS
+        }
         self.shared_memory_bytes = Gauge(
             "semid_shared_memory_bytes", "Bytes that callers share now.", registry=registry
         )
@@ -185,18 +223,9 @@ class Metrics:
         registry.register(self._drift)
         self._device_use = _Device()
         registry.register(self._device_use)
+        self._batches = {operation: _BatchMetrics(self, operation) for operation in OPERATIONS}
         for operation in OPERATIONS:
-            for metric in (
-                self.rows,
-                self.batch_rows,
-                self.batch_requests,
-                self.queue_seconds,
-                self.device_seconds,
-                self.refused_requests,
-                self.expired_requests,
-                self.withdrawn_requests,
-                self.failed_batches,
-            ):
+            for metric in (self.refused_requests, self.expired_requests, self.withdrawn_requests):
                 metric.labels(operation)
 
     # -- the batcher's observer --------------------------------------------------------------
@@ -225,22 +254,31 @@ class Metrics:
         waits: Sequence[float],
         seconds: float,
         failed: bool,
-        marks: Sequence[object],  # noqa: ARG002 - the observer's signature
+        marks: Sequence[object],
     ) -> None:
         """Record a batch."""
-        operation = _operation(key)
+        batches = self._batches[_operation(key)]
         if failed:
-            self.failed_batches.labels(operation).inc()
+            batches.failed_batches.inc()
         else:
-            self.rows.labels(operation).inc(rows)
-        self.batch_rows.labels(operation).observe(rows)
-        self.batch_requests.labels(operation).observe(len(waits))
-        self.device_seconds.labels(operation).observe(seconds)
-        queue_seconds = self.queue_seconds.labels(operation)
+            batches.rows.inc(rows)
+        batches.batch_rows.observe(rows)
+        batches.batch_requests.observe(len(marks))
+        batches.device_seconds.observe(seconds)
         for wait in waits:
-            queue_seconds.observe(wait)
+            batches.queue_seconds.observe(wait)
 
     # -- calls -------------------------------------------------------------------------------
+
+    def of_method(self, call: tuple[str, str, str]) -> MethodMetrics:
+        """Return the metrics of a method's calls: of its ``grpc_type``, service and name."""
+        return MethodMetrics(self, call)
+
+    def refused_call(self, method: str) -> None:
+        """Count a call of ``method`` that was refused before its message was read."""
+        operation = method.removesuffix("Stream").lower()
+        if operation in OPERATIONS:
+            self.refused_requests.labels(operation).inc()
 
     def expect_method(self, call: tuple[str, str, str], codes: Iterable[grpc.StatusCode]) -> None:
         """Start the series of a method at 0, so that rates exist from the first call on."""
@@ -263,7 +301,7 @@ class Metrics:
 
     def received(self, transport: str, nbytes: int) -> None:
         """Count embeddings that came."""
-        self.received_bytes.labels(transport).inc(nbytes)
+        self._received[transport].inc(nbytes)
 
     def watch_shared_memory(self, nbytes: Callable[[], int], segments: Callable[[], int]) -> None:
         """Have the gauges of shared memory read these at every scrape."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
 from semid_server.errors import ConfigurationError, SemidError
@@ -26,8 +26,8 @@ from semid_server.serving.addresses import (
 )
 from semid_server.serving.backend import Backend, Device
 from semid_server.serving.batcher import Batcher, BatchLimits
+from semid_server.serving.calls import Calls
 from semid_server.serving.catalogue import Catalogue
-from semid_server.serving.interceptors import CallInterceptor
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.servicer import SemanticIdServicer, add_to_server
 from semid_server.serving.shared_memory import Bounds, SharedMemory
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 # Its asyncio half is public, but unknown to the type stubs.
 HealthServicer: Any = health.aio.HealthServicer  # type: ignore[attr-defined]
+ReflectionServicer: Any = reflection.aio.ReflectionServicer  # type: ignore[attr-defined]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["SemanticIdService"].full_name
 
@@ -73,6 +74,9 @@ CALL_KINDS = {
     (True, True): "bidi_stream",
 }
 """By whether the client, and the server, send more than one message: the metrics' ``grpc_type``."""
+
+PROBES = 256
+"""Calls in progress beyond ``max_concurrent_rpcs``: of health and reflection, or not read yet."""
 
 QUIET = 0.05
 """Seconds without a call after which gRPC may stop."""
@@ -125,7 +129,7 @@ class Server:
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         self._stamps: list[Stamp] = []
-        self._calls: CallInterceptor
+        self._calls: Calls
 
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `request_stop`, then drain; SIGHUP reloads the models.
@@ -327,21 +331,22 @@ class Server:
             tokens = TokenFile(
                 self._config.token_file, frozenset(method.name for method in methods)
             )
-        self._calls = CallInterceptor(SERVICE, self._metrics, tokens)
+        most = self._config.max_concurrent_rpcs
+        self._calls = Calls(SERVICE, self._metrics, tokens, max_calls=most)
         server = grpc.aio.server(
-            interceptors=[self._calls],
-            maximum_concurrent_rpcs=self._config.max_concurrent_rpcs,
+            # Those of other services, such as probes of health, find room beyond it.
+            maximum_concurrent_rpcs=most + PROBES,
             options=(
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
                 ("grpc.max_send_message_length", self._config.max_message_bytes),
                 *self._connection_options(),
             ),
         )
-        add_to_server(servicer, server)
+        add_to_server(servicer, server, self._calls)
         for method in methods:
             kind = CALL_KINDS[method.client_streaming, method.server_streaming]
             self._metrics.expect_method((kind, SERVICE, method.name), EXPECTED_CODES)
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, _Unregistered(server))
         # As constructed, the servicer calls the server healthy: it is not until it has a model.
         await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
         if self._config.reflection and self._config.admin_port is None:
@@ -367,7 +372,7 @@ class Server:
         if address is None:
             return None
         server = grpc.aio.server(options=self._connection_options())
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, _Unregistered(server))
         if self._config.reflection:
             _enable_reflection(server)
         try:
@@ -443,9 +448,24 @@ def stamp(path: Path) -> Stamp:
 
 
 def _enable_reflection(server: grpc.aio.Server) -> None:
-    reflection.enable_server_reflection(
-        (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+        ReflectionServicer(names), _Unregistered(server)
     )
+
+
+class _Unregistered:
+    """A server to which generated code adds methods without registering them with gRPC.
+
+    For each registered method gRPC's asyncio server waits apart, and goes through all of them at
+    every call.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """Leave it at the generic handlers, which are the same."""
 
 
 async def _set_health(servicer: Any, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from semid_server.serving.batcher import Batcher
+    from semid_server.serving.calls import Calls
     from semid_server.serving.config import ServeConfig
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -84,6 +85,10 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
     def drain(self) -> None:
         """Read no further messages from streams; those admitted are still answered."""
         self._draining.set()
+
+    def refusal(self) -> SemidError | None:
+        """Return what a request is refused with before its message is read, if it is."""
+        return self._batcher.refusal()
 
     # -- methods -----------------------------------------------------------------------------
 
@@ -293,10 +298,11 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         )
 
 
-def add_to_server(servicer: SemanticIdServicer, server: grpc.aio.Server) -> None:
-    """Have a server answer with a servicer's methods.
+def add_to_server(servicer: SemanticIdServicer, server: grpc.aio.Server, calls: Calls) -> None:
+    """Have a server answer with a servicer's methods, within what ``calls`` does around them.
 
-    As the generated function does, but for the messages of Encode: see `received`.
+    As the generated function does, but for the messages of Encode: see `received`; and not as
+    methods that gRPC waits for one by one, which would cost each call a little for every method.
     """
     methods = _Methods()
     add: Any = pb_grpc.add_SemanticIdServiceServicer_to_server  # generated, not annotated
@@ -309,9 +315,8 @@ def add_to_server(servicer: SemanticIdServicer, server: grpc.aio.Server) -> None
         read_encode_stream_request,
         pb.EncodeStreamResponse.SerializeToString,
     )
-    service = pb.DESCRIPTOR.services_by_name["SemanticIdService"].full_name
-    handler = grpc.method_handlers_generic_handler(service, methods.handlers)
-    server.add_generic_rpc_handlers((handler,))
+    calls.serve(methods.handlers, {"Encode": servicer.refusal, "Decode": servicer.refusal})
+    server.add_generic_rpc_handlers((calls,))
 
 
 class _Methods:

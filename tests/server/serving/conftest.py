@@ -17,9 +17,9 @@ import pytest
 
 from semid.v1 import semid_pb2_grpc as pb_grpc
 from semid_server.serving.batcher import Batcher, BatchLimits, Runner
+from semid_server.serving.calls import Calls
 from semid_server.serving.catalogue import Catalogue
 from semid_server.serving.config import ModelSource, ServeConfig
-from semid_server.serving.interceptors import CallInterceptor
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.server import SERVICE, Server
 from semid_server.serving.servicer import SemanticIdServicer, add_to_server
@@ -159,7 +159,8 @@ MODEL = ServedModel(
 def toy_codes(rows):
     """Codes of the toy model: a row's numbers, truncated, modulo the widths."""
     widths = np.array(MODEL.codebook_widths)
-    return (np.abs(np.trunc(np.asarray(rows, np.float64)[:, :3])) % widths).astype(np.uint16)
+    numbers = np.nan_to_num(np.asarray(rows, np.float64)[:, :3])
+    return (np.abs(np.trunc(numbers)) % widths).astype(np.uint16)
 
 
 class ToyModel(Runner):
@@ -216,8 +217,10 @@ async def serve_runner():
                 shared_memory=shared_memory,
                 on_received=metrics.received,
             )
-            server = grpc.aio.server(interceptors=[CallInterceptor(SERVICE, metrics)])
-            add_to_server(servicer, server)
+            server = grpc.aio.server()
+            add_to_server(
+                servicer, server, Calls(SERVICE, metrics, max_calls=config.max_concurrent_rpcs)
+            )
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
             stack.push_async_callback(server.stop, None)

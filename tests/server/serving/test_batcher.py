@@ -652,7 +652,7 @@ async def test_what_would_expire_in_the_queue_is_refused_at_once_and_told_so(
     batcher, rows = await make_turns()
     first = await hold(batcher, rows)
     queued = [ask(batcher, range(8)) for _ in range(10)]  # 0.8 s of work
-    with pytest.raises(OverloadedError, match=r"0\.500 s away.* take about 0\.8") as caught:
+    with pytest.raises(OverloadedError, match=r"0\.500 s away.* takes about 0\.8") as caught:
         ask(batcher, range(8), deadline=clock.now + 0.5)
     assert caught.value.retry_after == pytest.approx(0.8, abs=0.01)
     assert observer.refusals == ["k"]

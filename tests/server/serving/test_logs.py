@@ -169,7 +169,7 @@ async def test_the_callers_id_comes_back_with_success_and_with_failure(toy):
 
 
 async def test_a_call_without_an_id_is_given_one_which_its_lines_carry(toy, caplog):
-    caplog.set_level("DEBUG", "semid_server.serving.interceptors")
+    caplog.set_level("DEBUG", "semid_server.serving.calls")
     caplog.handler.addFilter(logs._RequestFilter(as_json=True))
     call = toy.stub.GetModel(pb.GetModelRequest())
     made = dict(await call.trailing_metadata())["x-request-id"]

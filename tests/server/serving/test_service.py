@@ -318,6 +318,52 @@ async def test_a_full_queue_is_told_with_a_retry_hint_in_details_and_pushback(se
     device.free()
 
 
+ENCODE = "/semid.v1.SemanticIdService/Encode"
+
+
+async def test_a_call_is_refused_before_its_message_is_read(serve_runner, device):
+    service = await serve_runner(device, max_queue_requests=1)
+    running = service.stub.Encode(encode_request(ROWS))
+    await asyncio.to_thread(device.began.get, timeout=30)
+    queued = service.stub.Encode(encode_request(ROWS))
+    while not service.batcher.queue.requests:
+        await asyncio.sleep(0)
+    # A call that never sends one is answered all the same.
+    call = service.channel.stream_unary(ENCODE)()
+    assert await call.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "the queue is full" in await call.details()
+    refused = service.metrics.registry.get_sample_value(
+        "semid_refused_requests_total", {"operation": "encode"}
+    )
+    assert refused == 1
+    # What needs no room is answered.
+    await service.stub.GetModel(pb.GetModelRequest())
+    device.free()
+    await asyncio.gather(running, queued, return_exceptions=True)
+
+
+async def test_of_more_calls_than_the_limit_the_last_is_refused_with_a_hint(serve_runner, device):
+    service = await serve_runner(device, max_concurrent_rpcs=1)
+    running = service.stub.Encode(encode_request(ROWS))
+    await asyncio.to_thread(device.began.get, timeout=30)
+    for call in (
+        service.stub.GetModel(pb.GetModelRequest()),
+        service.channel.stream_stream("/semid.v1.SemanticIdService/EncodeStream")().read(),
+    ):
+        code, message, details, metadata = await failure(call)
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert message.startswith("1 calls are in progress")
+        assert details[0].retry_delay.ToMilliseconds() == 100
+        assert metadata["grpc-retry-pushback-ms"] == "100"
+    running.cancel()
+    device.free()
+
+
+async def test_a_method_that_is_not_there_is_unimplemented(toy):
+    call = toy.channel.unary_unary("/semid.v1.SemanticIdService/Guess")(b"")
+    assert await call.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
 async def test_a_bug_is_internal_and_its_text_stays_in_the_log(serve_runner, caplog):
     class Model(Runner):
         def run(self, key, payloads):

@@ -1,0 +1,314 @@
+"""Around every call of semid's own service: its metrics, and its errors as statuses.
+
+What a gRPC interceptor would do for each call anew is done here once for each method, when the
+server is made: looking for the method, wrapping its handler. And it is decided before a call's
+message is read whether it is read at all. A call for which there is no room is refused at once,
+and its message, megabytes perhaps, stays with its sender.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from semid_server.errors import InvalidInputError, NotServingError, OverloadedError, SemidError
+from semid_server.serving.logs import REQUEST_ID_KEY, begin_request
+from semid_server.serving.status import status_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from semid_server.serving.metrics import MethodMetrics, Metrics
+    from semid_server.serving.tokens import TokenFile
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+    Handler = grpc.RpcMethodHandler[Any, Any]
+    Refusal = Callable[[], SemidError | None]
+
+logger = logging.getLogger(__name__)
+
+INTERNAL_MESSAGE: Final = "an internal error; the server's log says more"
+
+TOO_MANY_RETRY_AFTER: Final = 0.1
+"""Seconds after which a call that was one too many may be tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """A method that is served: what answers its calls, and when they are refused."""
+
+    name: str
+    handler: Handler
+    metrics: MethodMetrics
+    refusal: Refusal
+
+
+class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at run time
+    """Counts and times the calls of one service, and turns what they raise into statuses.
+
+    An exception that is not semid's own is a bug: it is logged, and the caller is told only that,
+    since its text may hold what is no caller's business.
+
+    Parameters
+    ----------
+    service : str
+        Full name of the service.
+    metrics : Metrics
+        Where calls are counted.
+    tokens : TokenFile, optional
+        Who may call what; everybody everything without it.
+    max_calls : int, optional
+        Calls in progress, at most: one more is refused.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        metrics: Metrics,
+        tokens: TokenFile | None = None,
+        *,
+        max_calls: int | None = None,
+    ) -> None:
+        self._service, self._metrics, self._tokens = service, metrics, tokens
+        self._max_calls = max_calls
+        self._methods: dict[str, _Method] = {}
+        self._draining = False
+        self._calls = self._in_progress = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def serve(
+        self, handlers: Mapping[str, Handler], refusals: Mapping[str, Refusal] | None = None
+    ) -> None:
+        """Answer calls by these handlers.
+
+        Parameters
+        ----------
+        handlers : mapping of str to RpcMethodHandler
+            By the method's name. They read and write messages as gRPC would have them do.
+        refusals : mapping of str to callable, optional
+            By the method's name: asked before a call's message is read, they return what to refuse
+            it with, or None.
+        """
+        for name, handler in handlers.items():
+            refusal = (refusals or {}).get(name, _never)
+            self._methods[f"/{self._service}/{name}"] = self._wrapped(name, handler, refusal)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        """Return what answers a call: gRPC asks before it reads the message."""
+        method = self._methods.get(handler_call_details.method)
+        if method is None:
+            return None
+        error = method.refusal()
+        if error is None and (self._max_calls is None or self._in_progress < self._max_calls):
+            return method.handler
+        return self._refusing(method, error or self._too_many())
+
+    def drain(self) -> None:
+        """Turn every further call away as unavailable; those in progress go on."""
+        self._draining = True
+
+    async def idle(self) -> None:
+        """Wait until no call is in progress."""
+        await self._idle.wait()
+
+    async def quiet(self, seconds: float) -> None:
+        """Wait until no call has come for so long."""
+        while True:
+            calls = self._calls
+            await asyncio.sleep(seconds)
+            if self._calls == calls:
+                return
+
+    def _wrapped(self, name: str, handler: Handler, refusal: Refusal) -> _Method:
+        kinds: dict[tuple[bool, bool], tuple[str, Any]] = {
+            (False, False): ("unary", self._unary),
+            (False, True): ("server_stream", self._server_stream),
+            (True, True): ("bidi_stream", self._bidi_stream),
+        }
+        kind, wrap = kinds[handler.request_streaming, handler.response_streaming]
+        metrics = self._metrics.of_method((kind, self._service, name))
+        return _Method(name, wrap(name, handler, metrics), metrics, refusal)
+
+    def _unary(self, name: str, handler: Handler, metrics: MethodMetrics) -> Handler:
+        # gRPC hands over bytes and is given bytes: its own way around both is no shorter.
+        behaviour: Any = handler.unary_unary
+        read, write = handler.request_deserializer, handler.response_serializer
+        assert read is not None  # noqa: S101 - generated handlers have both
+        assert write is not None  # noqa: S101
+
+        async def answer(message: bytes, context: Context) -> bytes:
+            with _Call(self, name, metrics, context) as call:
+                try:
+                    call.check()
+                    response = await behaviour(_read(read, message), context)
+                    written: bytes = write(response)
+                except Exception as error:  # noqa: BLE001 - told apart there
+                    await call.fail(error)
+            return written
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+    def _server_stream(self, name: str, handler: Handler, metrics: MethodMetrics) -> Handler:
+        behaviour: Any = handler.unary_stream
+        read = handler.request_deserializer
+        assert read is not None  # noqa: S101 - generated handlers have it
+
+        async def answer(message: bytes, context: Context) -> AsyncIterator[Any]:
+            with _Call(self, name, metrics, context) as call:
+                try:
+                    call.check()
+                    async for response in behaviour(_read(read, message), context):
+                        yield response
+                except Exception as error:  # noqa: BLE001 - told apart there
+                    await call.fail(error)
+
+        return grpc.unary_stream_rpc_method_handler(
+            answer, response_serializer=handler.response_serializer
+        )
+
+    def _bidi_stream(self, name: str, handler: Handler, metrics: MethodMetrics) -> Handler:
+        behaviour: Any = handler.stream_stream
+        read = handler.request_deserializer
+        assert read is not None  # noqa: S101 - generated handlers have it
+
+        async def answer(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+            with _Call(self, name, metrics, context) as call:
+                try:
+                    call.check()
+                    async for response in behaviour(_Requests(messages, read), context):
+                        yield response
+                except Exception as error:  # noqa: BLE001 - told apart there
+                    await call.fail(error)
+
+        return grpc.stream_stream_rpc_method_handler(
+            answer, response_serializer=handler.response_serializer
+        )
+
+    def _refusing(self, method: _Method, error: SemidError) -> Handler:
+        """Return what refuses one call. As a reader of streams, it need not read the message."""
+
+        async def refuse(_messages: object, context: Context) -> NoReturn:
+            with _Call(self, method.name, method.metrics, context) as call:
+                try:
+                    call.check()
+                except SemidError as first:
+                    await call.fail(first)
+                if isinstance(error, OverloadedError):
+                    self._metrics.refused_call(method.name)
+                await call.fail(error)
+
+        return grpc.stream_unary_rpc_method_handler(refuse)
+
+    def _too_many(self) -> OverloadedError:
+        return OverloadedError(
+            f"{self._in_progress} calls are in progress, the most that this server takes",
+            retry_after=TOO_MANY_RETRY_AFTER,
+        )
+
+    def _begin(self) -> None:
+        self._calls += 1
+        self._in_progress += 1
+        self._idle.clear()
+
+    def _end(self) -> None:
+        self._in_progress -= 1
+        if not self._in_progress:
+            self._idle.set()
+
+    def _check(self, method: str, sent: str | bytes | None) -> None:
+        """Raise unless this call may be made now, by a caller who sent this authorization."""
+        if self._draining:
+            raise NotServingError("the server is shutting down; try again, elsewhere if you can")
+        if self._tokens is not None:
+            self._tokens.check(sent if isinstance(sent, str) else None, method)
+
+
+def _never() -> None:
+    """Refuse nothing."""
+
+
+def _read(read: Callable[[bytes], Any], message: bytes) -> Any:
+    try:
+        return read(message)
+    except DecodeError as error:
+        raise InvalidInputError(
+            "the message cannot be read: its bytes are no message of its type"
+        ) from error
+
+
+class _Requests:
+    """The messages of a stream."""
+
+    def __init__(self, messages: AsyncIterator[bytes], read: Callable[[bytes], Any]) -> None:
+        self._messages, self._read = messages, read
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        return _read(self._read, await anext(self._messages))
+
+
+class _Call:
+    """One call, from its start to its status."""
+
+    __slots__ = (
+        "_calls",
+        "_code",
+        "_context",
+        "_metadata",
+        "_method",
+        "_metrics",
+        "_started",
+        "_trailing",
+    )
+
+    def __init__(self, calls: Calls, method: str, metrics: MethodMetrics, context: Context) -> None:
+        self._calls, self._method, self._metrics = calls, method, metrics
+        self._context = context
+        self._metadata = dict(context.invocation_metadata() or ())
+        self._trailing = ((REQUEST_ID_KEY, begin_request(self._metadata)),)
+        context.set_trailing_metadata(self._trailing)
+        self._code = grpc.StatusCode.OK
+        self._started = time.perf_counter()
+
+    def check(self) -> None:
+        """Raise unless this call may be made now."""
+        self._calls._check(self._method, self._metadata.get("authorization"))  # noqa: SLF001 - its own
+
+    def __enter__(self) -> Self:
+        self._calls._begin()  # noqa: SLF001 - its own
+        self._metrics.started.inc()
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            remaining = self._context.time_remaining()
+            late = remaining is not None and remaining <= 0
+            self._code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+        seconds = time.perf_counter() - self._started
+        self._metrics.handling.observe(seconds)
+        self._metrics.handled(self._code).inc()
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s: %s after %.1f ms", self._method, self._code.name, 1e3 * seconds)
+        self._calls._end()  # noqa: SLF001 - its own
+
+    async def fail(self, error: Exception) -> NoReturn:
+        """End the call with the status of ``error``."""
+        if isinstance(error, SemidError):
+            status = status_of(error)
+            self._code = status.code
+            trailing = self._trailing + status.trailing_metadata
+            await self._context.abort(status.code, status.message, trailing)
+        logger.error("%s failed", self._method, exc_info=error)
+        self._code = grpc.StatusCode.INTERNAL
+        await self._context.abort(self._code, INTERNAL_MESSAGE, self._trailing)
+        raise AssertionError("abort() raises")  # pragma: no cover
