@@ -8,6 +8,9 @@ rows with all centroids. Rows are of clusters, their codebooks trained on them (
 steps); `random` is the hardest case instead: rows and centroids in random directions, where the
 two nearest are as close as chance makes them. On a CPU faiss and semantic-id are measured where
 they are installed (`pip install 'semid[bench]'`); the first line of the output says which are.
+
+Then a hard checkpoint of `tests/reference`, on whose centroids some rows lie, and small batches of
+a model with an encoder network. `--only` leaves out what is not named.
 """
 
 from __future__ import annotations
@@ -19,12 +22,14 @@ import os
 import platform
 import statistics
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import encode_cases as cases
 import numpy as np
 import torch
 
+from semid_server.checkpoint import load_checkpoint
 from semid_server.encoding import make_encoder
 
 if TYPE_CHECKING:
@@ -34,7 +39,10 @@ if TYPE_CHECKING:
 
 SHAPES = ((384, 256), (768, 256), (2048, 256), (768, 2048))
 LAYERS = 3
-BATCHES = (1, 16, 256, 4096, 131072)
+BATCHES = (1, 16, 200, 256, 4096, 131072)
+SMALL = 256
+REFERENCE = Path(__file__).parents[1] / "reference"
+PARTS = ("shapes", "hard", "network")
 
 
 def clusters(dim: int, width: int, n: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
@@ -231,19 +239,116 @@ def table(
             f"\n{name}: {(now.float64 - then.float64) / total:.2%} of rows decided in float64, "
             f"{(now.reference - then.reference) / total:.3%} by the reference arithmetic"
         )
-    print("\n| batch | semid, us a call | original arithmetic |\n| ---: | ---: | ---: |")
+    if gpu:
+        copy, ours = seconds["pinned copy to the device"], seconds["semid, from pinned memory"]
+        limit = max(copy, seconds["bare product, float16"])
+        print(
+            f"\nfrom pinned memory: {copy / ours:.2f} of the bare copy's speed, {limit / ours:.2f} "
+            f"of that of the slower of copy and product; encoding on the device takes "
+            f"{seconds['semid'] / copy:.2f} of the copy's time"
+        )
+    reference = make_encoder(
+        *cases.model_of(codebooks), device=device, threads=threads, reference=True
+    )
+    ways = {"semid": encoder.encode, "reference arithmetic": reference.encode}
+    ways["original arithmetic"] = lambda part: original(part, on_device)
+    batches(ways, rows, device=device, most={"original arithmetic": len(few)})
+
+
+def batches(
+    ways: dict[str, Callable[[Tensor], object]],
+    rows: Tensor,
+    *,
+    device: torch.device,
+    most: dict[str, int],
+) -> None:
+    """Print the time of a call for several sizes, of each way up to its ``most`` rows."""
+    gpu = device.type == "cuda"
+    names = [*ways, *(["semid, from host memory and back"] if gpu else [])]
+    print(f"\n| batch, us a call | {' | '.join(names)} |\n| ---: |{' ---: |' * len(names)}")
     host = rows.cpu()
-    for size in (size for size in BATCHES if size <= n):
+    slow = {"reference arithmetic": SMALL, **most}
+    for size in (size for size in BATCHES if size <= len(rows)):
         part, from_host = rows[:size].contiguous(), host[:size].contiguous()
-        calls = {"call": lambda part=part: encoder.encode(part)}
+        calls = {
+            name: lambda part=part, way=way: way(part)
+            for name, way in ways.items()
+            if size <= slow.get(name, size)
+        }
+        took = {}
+        for name in list(calls):
+            if name in slow:
+                took |= in_turns({name: calls.pop(name)}, 2, device)
         if gpu:
-            calls["host"] = lambda rows=from_host: encoder.encode(rows)
-        if size <= len(few):
-            calls["original"] = lambda part=part: original(part, on_device)
-        took = in_turns(calls, 50 if size <= 256 else 5, device)
-        text = {name: f"{value * 1e6:,.0f}" for name, value in took.items()}
-        host_text = f" ({text['host']} from host memory)" if gpu else ""
-        print(f"| {size:,d} | {text['call']}{host_text} | {text.get('original', '')} |", flush=True)
+            encode = ways["semid"]
+            calls[names[-1]] = lambda rows=from_host, encode=encode: encode(rows)
+        took |= in_turns(calls, 50 if size <= SMALL else 5, device)
+        texts = (f"{took[name] * 1e6:,.0f}" if name in took else "" for name in names)
+        print(f"| {size:,d} | {' | '.join(texts)} |", flush=True)
+
+
+def hard(n: int, *, device: torch.device, threads: int, rounds: int) -> None:
+    """A checkpoint whose rows lie on centroids, and whose layers have one short centroid of many.
+
+    Beside it: one of a quarter of its columns without such rows, random rows and centroids of its
+    shape, and the bare product of its rows with its centroids.
+    """
+    movies = torch.from_numpy(np.load(REFERENCE / "data" / "movies.npy")).to(device)
+    rows = movies.repeat(-(-n // len(movies)), 1)[:n].contiguous()
+    ways: dict[str, Callable[[], object]] = {}
+    encoders = {}
+    for name in ("movies_rkmeans", "movies_rkmeans_64"):
+        loaded = load_checkpoint(REFERENCE / name / "model.ckpt")
+        encoder = make_encoder(loaded.model, loaded.spec, device=device, threads=threads)
+        encoders[f"semid, {name}"] = encoder
+        ways[f"semid, {name}"] = lambda encoder=encoder: encoder.encode(rows)
+        if name == "movies_rkmeans":
+            tables = [layer.centroids.detach().to(device) for layer in loaded.model.layers]
+            stacked = torch.cat(tables).T.contiguous()
+            widths = loaded.spec.codebook_widths
+    random_encoder = make_encoder(
+        *cases.random_model(rows.shape[1], list(widths)), device=device, threads=threads
+    )
+    random_rows = torch.randn(rows.shape, device=device)
+    encoders["semid, random of its shape"] = random_encoder
+    ways["semid, random of its shape"] = lambda: random_encoder.encode(random_rows)
+    ways["bare product, float32"] = lambda: rows @ stacked
+    for encoder in encoders.values():
+        encoder.warm_up()
+    seconds = in_turns(ways, rounds, device, pause=0.0 if device.type == "cuda" else 0.1)
+    unit, scale = ("ns", 1e9) if device.type == "cuda" else ("us", 1e6)
+    print(f"\na hard checkpoint: movies_rkmeans, {rows.shape[1]} x {list(widths)}, {n:,d} rows\n")
+    print(f"| way | {unit} a row | decided in float64 | by the reference |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, value in seconds.items():
+        shares = ("", "")
+        if name in encoders:
+            counts = encoders[name].counts()
+            shares = (
+                f"{counts.float64 / counts.rows:.2%}",
+                f"{counts.reference / counts.rows:.3%}",
+            )
+        print(f"| {name} | {value / n * scale:,.2f} | {' | '.join(shares)} |", flush=True)
+
+
+def network(n: int, *, device: torch.device, threads: int) -> None:
+    """Batches through a model with an encoder network, in float64; a GPU replays graphs of it."""
+    model, spec = cases.random_network_model(768, (512, 256, 128), 64, [256] * LAYERS)
+    encoder = make_encoder(model, spec, device=device, threads=threads)
+    reference = make_encoder(model, spec, device=device, threads=threads, reference=True)
+    encoder.warm_up()
+    rows = torch.randn(n, 768, device=device)
+    ways = {"semid": encoder.encode, "reference arithmetic": reference.encode}
+    if device.type == "cuda":
+        n_rows = torch.zeros(1, dtype=torch.int32, device=device)
+
+        def kernel_by_kernel(part):
+            codes, levels = encoder.queue(part, n_rows)
+            return encoder.resolve(part, codes, levels)
+
+        ways["semid, without a graph"] = kernel_by_kernel
+    print(f"\nwith a network, 768-512-256-128-64 x 256 x {LAYERS}")
+    batches(ways, rows, device=device, most={"semid, without a graph": SMALL})
 
 
 def in_tf32(way: Callable[[], object]) -> Callable[[], object]:
@@ -294,13 +399,23 @@ def main() -> None:
     parser.add_argument(
         "--shape", action="append", metavar="DxK", help="384x256; may be given again"
     )
+    parser.add_argument("--only", action="append", choices=PARTS, help="may be given again")
     options = parser.parse_args()
+    parts = options.only or PARTS
     torch.set_num_threads(options.threads)
     shapes = [tuple(map(int, text.split("x"))) for text in options.shape or ()] or SHAPES
     rows = options.rows or (131072 if options.device.type == "cuda" else 8192)
     print(machine(options.device, options.threads))
-    for shape in shapes:
-        table(shape, rows, device=options.device, threads=options.threads, rounds=options.rounds)
+    began = time.monotonic()
+    how = {"device": options.device, "threads": options.threads}
+    if "shapes" in parts:
+        for shape in shapes:
+            table(shape, rows, rounds=options.rounds, **how)
+    if "hard" in parts:
+        hard(rows, rounds=options.rounds, **how)
+    if "network" in parts:
+        network(rows, **how)
+    print(f"\n{time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ class Case:
 def make(seed: int, *, network: bool = False, shape: tuple[int, int] | None = None) -> Case:
     """The case of a number: the same on every machine.
 
-    ``shape`` fixes the numbers of features and layers, and that 40 is the widest layer: what a GPU's
-    kernels are compiled for.
+    ``shape`` fixes the numbers of features and layers, and that the widest layer has 40: what the
+    kernels of a GPU are compiled for.
     """
     rng = np.random.default_rng(seed)
     dim = int(rng.choice([1, 2, 3, 5, 8, 13, 16, 31, 48]))
@@ -78,6 +78,7 @@ def make(seed: int, *, network: bool = False, shape: tuple[int, int] | None = No
         features = in_order(net, rows)
         some = features[rng.integers(len(rows), size=sum(widths))]
         some = some + rng.choice([0, 1e-9, 0.1]) * rng.standard_normal(some.shape)
+        some = np.clip(np.nan_to_num(some), -1e30, 1e30)
         starts = np.cumsum([0, *widths])
         books = [
             (some[a:b] / (layer + 1)).astype(np.float32)

@@ -304,7 +304,7 @@ class GpuEncoder:
     def _most_rows(self, dtype: torch.dtype) -> int:
         """Rows of a large piece from the host."""
         size = self.input_dim * dtype.itemsize
-        return max(1, min(self._rows_at_once, self._piece_bytes // size))
+        return max(1, min(self._rows_at_once // STAGES, self._piece_bytes // size))
 
     def _graph_rows(self, dtype: torch.dtype) -> list[int]:
         """Numbers of rows that there is a graph for."""
@@ -394,9 +394,7 @@ class _Graph:
     def __init__(self, encoder: GpuEncoder, stage: Stage, n: int, dtype: torch.dtype) -> None:
         self._encoder, self._stage = encoder, stage
         self._rows = stage.rows(n, dtype)
-        self._host_codes = torch.empty(
-            n, encoder.n_layers, dtype=encoder.code_dtype, pin_memory=True
-        )
+        self._host_codes: Tensor | None = None
         # what runs meanwhile counts nothing
         stage.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stage.stream):
@@ -433,8 +431,12 @@ class _Graph:
         """Codes, on the host, of a few ``rows`` there."""
         if not rows.is_pinned():
             rows = self._stage.pinned(rows)
-        codes = self._host_codes[: len(rows)]
-        codes.copy_(self._encode(rows), non_blocking=True)
+        found = self._encode(rows)
+        if self._host_codes is None:
+            self._host_codes = torch.empty(
+                len(self._rows), found.shape[1], dtype=found.dtype, pin_memory=True
+            )
+        codes = self._host_codes[: len(rows)].copy_(found, non_blocking=True)
         torch.cuda.current_stream().synchronize()
         return codes.clone()
 

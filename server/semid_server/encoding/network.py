@@ -31,6 +31,9 @@ UNIT = 2.0**-53
 LEAKY_SLOPE = 0.01
 """Slope of `torch.nn.LeakyReLU` below zero."""
 
+_LONGEST = 1e150
+"""Rows up to this length have squares that do not overflow, whatever computes them."""
+
 _ELEMENTARY = 2.0**-47
 """How far, relative to ``1 + |x|``, an activation that needs `exp` or `erf` may be off."""
 
@@ -131,8 +134,9 @@ class Network:
             norm = torch.linalg.vector_norm(x, dim=1)
             x = x / norm.clamp(min=NORM_EPS)[:, None]
             error = 2 * error / norm + (dim + 8) * UNIT
-            # below this length the clamp, or underflow, could act on one side only
-            error = torch.where(norm > 1e3 * NORM_EPS, error, torch.inf)
+            # out of this range the clamp, or an overflow of squares, could act on one side only
+            known = (norm > 1e3 * NORM_EPS) & (norm < _LONGEST)
+            error = torch.where(known, error, torch.inf)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if i:
                 x = _FAST[self.activation](x)

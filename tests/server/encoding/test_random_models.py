@@ -123,6 +123,14 @@ def test_few_random_models_have_the_codes_of_the_definition(network):
         check_on_cpu(random_cases.make(seed, network=network))
 
 
+def test_rows_whose_squares_overflow_before_a_network_have_the_codes_of_the_definition():
+    # by the definition their length is infinite; a library may scale before it squares
+    case = random_cases.make(4826, network=True)
+    assert case.network.normalize
+    assert np.abs(case.rows).max() > 1e155
+    check_on_cpu(case)
+
+
 def test_few_random_models_are_proved_right_by_the_twins_of_the_kernels():
     assert sum(check_twins(random_cases.make(seed)) for seed in FEW) > 500
 
