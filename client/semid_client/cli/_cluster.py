@@ -52,7 +52,7 @@ def cluster_options(env: str) -> Callable[[F], F]:
                 env=env,
                 metavar="FOLDER",
                 help="With --engine ray: path or URL of a folder that all nodes and this machine "
-                "see, for the codes until all are there. Default: OUT.parts.",
+                "see, for OUT.parts, where codes wait until all are there. Default: that of OUT.",
             ),
             option(
                 "--worker-cpus",

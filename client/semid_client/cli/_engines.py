@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 ENTRY_POINTS: Final = "semid.encoders"
 """Where the server's part offers to run a checkpoint, so that this one need not know torch."""
 
+RAY_NEEDS: Final = ("--engine ray", "ray,server")
+
 
 class ServerEngine:
     """A server, with two blocks under way so that it need not wait between them."""
@@ -121,9 +123,10 @@ def open_engine(
         try:
             load = entry.load()
         except ModuleNotFoundError as error:
+            needs, extras = ("--checkpoint", "server") if cluster is None else RAY_NEEDS
             raise ConfigurationError(
-                f"--checkpoint needs {error.name}, which is not installed: "
-                "pip install 'semid[server]'"
+                f"{needs} needs {error.name}, which is not installed: "
+                f"pip install 'semid[{extras}]'"
             ) from error
         engine: Engine = load(checkpoint, device=device, **(cluster or {}))
         if fingerprint not in ("", engine.info.fingerprint):

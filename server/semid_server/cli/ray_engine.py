@@ -22,9 +22,10 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
+import click
 import numpy as np
 
 from semid_client._errors import (
@@ -181,7 +182,8 @@ class RayEngine:
     worker_cpus : int
         CPUs of each.
     parts : str, optional
-        Path or URL of a folder that all nodes and this process see; by default beside the output.
+        Path or URL of a folder that all nodes and this process see, for a folder of parts; by
+        default that is beside the output.
     part_rows : int
         Rows that are written at once, at least.
 
@@ -268,12 +270,15 @@ class RayEngine:
             raise FileError(
                 source.path, f"Ray names a column {source.column!r} of its own: rename this one"
             )
-        parts = Parts(self._parts or f"{work.output}.parts", work.progress.task)
+        parts = Parts(self._root(str(work.output)), work.progress.task)
         if restart:
             parts.remove()
         parts.check_alone()
         runs = parts.runs()
         missing = gaps(runs, work.progress.rows_in, n_rows)
+        lost = sum(stop - start for start, stop in missing)
+        if runs:
+            click.echo(f"{parts.root}: goes on, with {lost:,} of {n_rows:,} rows to do", err=True)
         if missing:
             work.save()  # whoever kills this finds what it was about
             began = time.perf_counter()
@@ -300,6 +305,12 @@ class RayEngine:
         work.save()
         parts.remove()
         stages.writing += time.perf_counter() - began
+
+    def _root(self, output: str) -> str:
+        """Where the parts of an output go."""
+        if self._parts is None:
+            return f"{output}.parts"
+        return f"{self._parts.rstrip('/')}/{PurePosixPath(output).name}.parts"
 
     def _run(
         self, source: ParquetRows, missing: list[tuple[int, int]], parts: Parts, *, fail: bool
