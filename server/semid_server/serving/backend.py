@@ -324,9 +324,10 @@ class Backend:
         if not len(codes):
             return
         self._to_sample = min(self._to_sample + len(codes) * SAMPLED_SHARE, SAMPLED_ROWS)
-        count = min(int(self._to_sample), len(codes))
-        self._to_sample -= count
-        if count:
+        # Seldom, and then many: a few rows take as long as all that may be taken at once.
+        if self._to_sample == SAMPLED_ROWS:
+            count = min(SAMPLED_ROWS, len(codes))
+            self._to_sample -= count
             # Spread over the batch: its requests may differ.
             sample = np.linspace(0, len(codes) - 1, count).astype(np.int64)
             self._drift.observe(codes, rows[torch.from_numpy(sample)], codes[sample])

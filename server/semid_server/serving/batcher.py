@@ -184,6 +184,7 @@ class _Entry(Generic[Key, Payload, Answer]):
         "key",
         "mark",
         "nbytes",
+        "pace",
         "payload",
         "rows",
         "seconds",
@@ -199,7 +200,7 @@ class _Entry(Generic[Key, Payload, Answer]):
         nbytes: int,
         deadline: float | None,
         admitted: float,
-        seconds: float,
+        pace: Pace,
         ticket: int,
         future: asyncio.Future[Answer],
         mark: object,
@@ -208,7 +209,8 @@ class _Entry(Generic[Key, Payload, Answer]):
         self.rows, self.nbytes = rows, nbytes
         self.deadline, self.admitted = deadline, admitted
         # What it would take alone, and its place in the order.
-        self.seconds, self.turn = seconds, (admitted + seconds, ticket)
+        self.pace, self.seconds = pace, pace.work(rows)
+        self.turn = admitted + self.seconds, ticket
         self.future, self.mark = future, mark
         # Rows that were taken, and the answers to them, if it is taken in parts.
         self.done = 0
@@ -422,7 +424,7 @@ class Batcher(Generic[Key, Payload, Answer]):
                 nbytes=nbytes,
                 deadline=deadline,
                 admitted=now,
-                seconds=self._pace(key).work(rows),
+                pace=self._pace(key),
                 ticket=self._next_ticket,
                 future=self._loop.create_future(),
                 mark=None,
@@ -436,7 +438,7 @@ class Batcher(Generic[Key, Payload, Answer]):
             self._nbytes += nbytes
             self._seconds += entry.seconds
             if self._resting and not self._quick_due:
-                self._rouse(key)
+                self._rouse(entry.pace)
         entry.future.add_done_callback(
             lambda future: self._withdraw(entry) if future.cancelled() else None
         )
@@ -469,18 +471,17 @@ class Batcher(Generic[Key, Payload, Answer]):
                 retry_after=self._time_to_clear(),
             )
 
-    def _rouse(self, key: Key) -> None:
+    def _rouse(self, pace: Pace) -> None:
         """Have the work that waits be done: by the loop itself if it is short, else the worker."""
         assert self._loop is not None, "start() comes first"  # noqa: S101 - a bug of ours
-        if self._runner.quick and self._is_quick(key):
+        if self._runner.quick and self._is_quick(pace):
             self._quick_due = True
             self._loop.call_soon(self._run_quickly)
         else:
             self._resting = False
             self._changed.notify()
 
-    def _is_quick(self, key: Key) -> bool:
-        pace = self._pace(key)
+    def _is_quick(self, pace: Pace) -> bool:
         return pace.known and pace.predict(self._rows) <= QUICK
 
     def _run_quickly(self) -> None:
@@ -489,7 +490,8 @@ class Batcher(Generic[Key, Payload, Answer]):
             self._quick_due = False
             if not self._queues or not self._resting:
                 return
-            if len(self._queues) > 1 or not self._is_quick(next(iter(self._queues))):
+            (queue, *others) = self._queues.values()
+            if others or not self._is_quick(queue[0].pace):
                 self._resting = False
                 self._changed.notify()
                 return
@@ -503,7 +505,7 @@ class Batcher(Generic[Key, Payload, Answer]):
             self._run(batch, self._answer)
         with self._changed:
             if self._queues and self._resting and not self._quick_due:
-                self._rouse(next(iter(self._queues)))
+                self._rouse(next(iter(self._queues.values()))[0].pace)
 
     def _lose(self, error: DeviceLostError) -> None:
         if not self._lost.done():
@@ -595,31 +597,30 @@ class Batcher(Generic[Key, Payload, Answer]):
         while self._queues and not batch.parts:
             key = next(iter(self._queues))
             queue = self._queues.pop(key)
-            gone = self._take_from(key, queue, batch, expired)
+            gone = self._take_from(queue, batch, expired)
             if left := [entry for entry in queue if entry not in gone]:
                 self._queues[key] = left  # behind the other keys
             if batch.parts:
-                self._busy_until = self._clock() + self._pace(key).predict(batch.rows)
+                self._busy_until = self._clock() + queue[0].pace.predict(batch.rows)
         return batch
 
     def _take_from(
         self,
-        key: Key,
         queue: list[_Entry[Key, Payload, Answer]],
         batch: _Batch[Key, Payload, Answer],
         expired: list[_Entry[Key, Payload, Answer]],
     ) -> set[_Entry[Key, Payload, Answer]]:
-        """Fill a batch from the queue of its key; returns the requests that are in it no more."""
-        room = self._limits.max_batch_rows
+        """Fill a batch from the queue of a key; returns the requests that are in it no more."""
+        room, pace = self._limits.max_batch_rows, queue[0].pace
         if self._limits.max_batch_seconds < math.inf:
-            room = min(room, self._pace(key).rows_within(self._limits.max_batch_seconds))
+            room = min(room, pace.rows_within(self._limits.max_batch_seconds))
         # What cannot be divided is never too large: it makes its turn longer.
         large = {entry for entry in queue if self._runner.divisible and entry.left > room}
         gone: set[_Entry[Key, Payload, Answer]] = set()
 
         def drop_if_late(entry: _Entry[Key, Payload, Answer]) -> bool:
             # The first is given a try, as nothing better could be done meanwhile.
-            needed = self._pace(key).predict(min(entry.left, room)) if batch.parts else 0.0
+            needed = pace.predict(min(entry.left, room)) if batch.parts else 0.0
             if entry.deadline is None or entry.deadline > self._clock() + needed:
                 return False
             gone.add(entry)
@@ -739,7 +740,7 @@ class Batcher(Generic[Key, Payload, Answer]):
             finished = self._finish(batch, [told] * len(batch.parts))
         seconds = self._clock() - started
         if not failed:
-            self._pace(key).observe(batch.rows, seconds)
+            batch.parts[0][0].pace.observe(batch.rows, seconds)
         self._busy_until = 0.0
         self._observer.ran(
             key,

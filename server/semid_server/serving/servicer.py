@@ -81,6 +81,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         self._shared_memory = shared_memory or SharedMemory(Bounds(0))
         self._on_received = on_received
         self._draining = asyncio.Event()
+        self._max_rows_of: dict[int, int] = {}
 
     def drain(self) -> None:
         """Read no further messages from streams; those admitted are still answered."""
@@ -273,7 +274,10 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
             drained.cancel()
 
     def _max_rows(self, model: ServedModel) -> int:
-        return self._config.max_rows(model.input_dim)
+        rows = self._max_rows_of.get(model.input_dim)
+        if rows is None:
+            rows = self._max_rows_of[model.input_dim] = self._config.max_rows(model.input_dim)
+        return rows
 
     def _max_shared_rows(self, model: ServedModel) -> int:
         return self._config.max_shared_rows(len(model.codebook_widths) * model.code_dtype.itemsize)
