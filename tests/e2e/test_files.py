@@ -9,14 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from file_formats import FORMATS, INPUTS, as_stream, read_output, table
 
 from semid_client.cli.root import root
 
-OUTPUTS = ["npy", "parquet", "jsonl", "pt"]
 
-
-def semid(*arguments):
-    result = CliRunner().invoke(root, [str(argument) for argument in arguments])
+def semid(*arguments, stdin=None):
+    result = CliRunner().invoke(root, [str(argument) for argument in arguments], input=stdin)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -42,7 +41,7 @@ def source(tmp_path, digits):
 def test_a_server_and_its_checkpoint_write_the_same_bytes(
     engines, source, tmp_path, reference_set_named
 ):
-    for suffix in OUTPUTS:
+    for suffix in FORMATS:
         made = []
         for name, flags in engines.items():
             output = tmp_path / f"{name}.{suffix}"
@@ -51,6 +50,29 @@ def test_a_server_and_its_checkpoint_write_the_same_bytes(
         assert made[0] == made[1]
     codes = np.load(tmp_path / "server.npy")
     np.testing.assert_array_equal(codes[:, :-1], reference_set_named("digits_rkmeans").codes)
+
+
+@pytest.mark.parametrize("source", [*INPUTS, "-"])
+def test_every_pair_of_formats_holds_the_recorded_codes(
+    engines, digits, tmp_path, reference_set_named, source
+):
+    n = 200
+    given = as_stream(table(digits[:n])) if source == "-" else INPUTS[source](tmp_path, digits[:n])
+    source = source if source == "-" else tmp_path / source
+    expected = reference_set_named("digits_rkmeans").codes[:n]
+    for suffix in FORMATS:
+        codes, back = tmp_path / f"out.{suffix}", tmp_path / f"back.{suffix}"
+        flags = ("--unique", "grid", *engines["server"])
+        semid("encode", source, "-o", codes, *flags, stdin=given)
+        _, found = read_output(codes, "codes")
+        np.testing.assert_array_equal(found[:, :-1], expected)
+        if source != "-":
+            flags = ("--all", "--extra-digit", *engines["server"])
+            assert "200 of 200 rows checked, 0 differ" in semid("verify", codes, source, *flags)
+        semid("decode", codes, "-o", back, "--extra-digit", *engines["server"])
+        ids, vectors = read_output(back, "embedding")
+        assert vectors.shape == (n, 64)
+        assert ids is None or len(ids) == n
 
 
 def test_the_way_back_is_the_same_too(engines, source, tmp_path):

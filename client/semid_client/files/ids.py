@@ -1,8 +1,10 @@
-"""Ids of a stream, kept on the disk until the output is written."""
+"""Ids of the rows of a source: as many at a time as are asked for, or kept until they are."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
 
 from semid_client.files._extras import need
 from semid_client.files.rows import ArrowStreamRows, rechunked
@@ -12,6 +14,37 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from semid_client.files.rows import Source
+
+
+READ_ROWS: Final = 1 << 17
+"""Ids that are read at a time."""
+
+
+class Ids:
+    """Ids of a source in its order, as many at a time as are asked for.
+
+    Attributes
+    ----------
+    given : arrow array, optional
+        The ids to be asked for next, of a stream that brings them with its rows.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.given: Any = None
+        self._found = source.ids(READ_ROWS)
+        self._held: list[Any] = []
+
+    def take(self, start: int, n: int) -> Any:
+        """Ids of the next ``n`` rows: an arrow array, or the indices from ``start`` on."""
+        if self.given is not None:
+            return self.given
+        if self._found is None:
+            return np.arange(start, start + n)
+        while sum(map(len, self._held)) < n:
+            self._held.append(next(self._found))
+        whole = need("pyarrow", "ids").concat_arrays(self._held)
+        self._held = [whole[n:]]
+        return whole[:n]
 
 
 class IdSpool:

@@ -558,6 +558,7 @@ class JsonLinesCodes(Source):
             self.width = self.width or len(codes or ())
         if self.n_rows and not self.width:
             raise FileError(path, "holds no codes")
+        self.width = self.width or 1  # of no rows, any
 
     def _lines(self) -> Iterator[tuple[Any, list[int] | None]]:
         with self._place.open() as file:

@@ -7,11 +7,12 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from semid_client.files._extras import need
-from semid_client.files.outputs import WRITE_ROWS, Piece, arrow_lists, arrow_schema, kept
+from semid_client.files.ids import Ids
+from semid_client.files.outputs import Piece, arrow_lists, arrow_schema, kept
 from semid_client.files.work import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
@@ -52,7 +53,7 @@ class ArrowOut:
     ) -> None:
         self.progress = Progress({})
         self._pa, self._null = need("pyarrow", NAME), null
-        self._ids = _Ids(source)
+        self._ids = Ids(source)
         id_type = source.id_type or self._pa.int64()
         self._schema = arrow_schema(column, id_type, width, dtype, metadata)
         self._file = file
@@ -83,26 +84,3 @@ class ArrowOut:
         """Write the end of the stream."""
         self._writer.close()
         self._file.flush()
-
-
-class _Ids:
-    """Ids of a source, as many at a time as are asked for."""
-
-    def __init__(self, source: Source) -> None:
-        self.given: Any = None
-        self._found: Iterator[Any] | None = source.ids(WRITE_ROWS)
-        self._held: Any = None
-        self._pa = need("pyarrow", NAME)
-
-    def take(self, start: int, n: int) -> Any:
-        """Ids of the next ``n`` rows, the first of which is row ``start``."""
-        if self.given is not None:
-            return self.given
-        if self._found is None:
-            return np.arange(start, start + n)
-        held = [] if self._held is None else [self._held]
-        while sum(map(len, held)) < n:
-            held.append(next(self._found))
-        whole = self._pa.concat_arrays(held)
-        self._held = whole[n:]
-        return whole[:n]

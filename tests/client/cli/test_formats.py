@@ -1,6 +1,5 @@
 """Every format of embeddings to every format of IDs, over a real socket, and back."""
 
-import io
 import json
 import subprocess
 import sys
@@ -9,15 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import safetensors.numpy
+import safetensors
 import torch
 from click.testing import CliRunner
+from file_formats import FORMATS, INPUTS, NAMED, as_stream, ids_of, read_output, read_stream, table
 
 from semid_client.cli.root import root
 
 FINGERPRINT = "f" * 64
 N = 95
-IDS = [f"item é {i}" for i in range(N)]
+IDS = ids_of(N)
 
 
 def semid(*arguments, stdin=None):
@@ -30,80 +30,132 @@ def embeddings(n=N, dtype=np.float32):
     return rows
 
 
-def table(rows, *, fixed=False, ids=IDS):
-    kind = pa.list_(pa.float32(), 4) if fixed else pa.list_(pa.float32())
-    return pa.table({"item_id": ids, "vector": pa.array(list(rows), kind), "title": ids})
-
-
-def as_stream(content):
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, content.schema) as writer:
-        writer.write_table(content, max_chunksize=10)
-    return sink.getvalue()
-
-
-def write_folder(rows):
-    (pa_folder := __import__("pathlib").Path("many/deeper")).mkdir(parents=True)
-    pq.write_table(table(rows).slice(0, 40), "many/a.parquet", row_group_size=7)
-    pq.write_table(table(rows).slice(40), pa_folder / "b.parquet", row_group_size=9)
-
-
-INPUTS = {
-    "in.npy": lambda rows: np.save("in.npy", rows),
-    "in.npz": lambda rows: np.savez("in.npz", x=rows, ids=np.arange(N)),
-    "zip.npz": lambda rows: np.savez_compressed("zip.npz", x=rows),
-    "in.safetensors": lambda rows: safetensors.numpy.save_file({"x": rows}, "in.safetensors"),
-    "in.pt": lambda rows: torch.save({"x": torch.from_numpy(rows)}, "in.pt"),
-    "list.parquet": lambda rows: pq.write_table(table(rows), "list.parquet", row_group_size=13),
-    "fixed.parquet": lambda rows: pq.write_table(table(rows, fixed=True), "fixed.parquet"),
-    "many": write_folder,
-    "many/**/*.parquet": write_folder,
-    "-": lambda _: None,
-}
-
-
-def read_codes(name):
-    """Ids (None if the format has none) and codes."""
-    if name.endswith(".npy"):
-        return None, np.load(name)
-    if name.endswith(".parquet"):
-        found = pq.read_table(name)
-        return found["id"].to_pylist(), np.array(found["codes"].to_pylist())
-    if name.endswith(".jsonl"):
-        with open(name, encoding="utf-8") as file:  # noqa: PTH123 - a plain name
-            items = [json.loads(line) for line in file]
-        return [item["id"] for item in items], np.array([item["codes"] for item in items])
-    return None, torch.load(name, weights_only=True).numpy().T
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("output", ["out.npy", "out.parquet", "out.jsonl", "out.pt"])
-@pytest.mark.parametrize("source", INPUTS)
+@pytest.mark.parametrize("output", [f"out.{suffix}" for suffix in FORMATS])
+@pytest.mark.parametrize("source", [*INPUTS, "-"])
 def test_every_input_goes_to_every_output_and_back(make_server, folder, source, output):
     server = make_server(max_rows=10)
     rows = embeddings()
-    INPUTS[source](rows)
-    stdin = as_stream(table(rows)) if source == "-" else None
+    stdin = as_stream(table(rows)) if source == "-" else INPUTS[source](folder, rows)
     target = ("--target", server.target, "--unique", "grid")
     result = semid("encode", source, "-o", output, *target, stdin=stdin)
     assert result.exit_code == 0, result.output
-    ids, codes = read_codes(output)
-    np.testing.assert_array_equal(codes[:, :3], server.expected_codes(rows))
+    ids, codes = read_output(output, "codes")
+    expected = server.expected_codes(rows)
+    np.testing.assert_array_equal(codes[:, :3], expected)
     first = np.arange(N) % 50
     np.testing.assert_array_equal(codes[:, 3], np.where(np.arange(N) < 50, first < 45, 2))
     if ids is not None:
-        named = source == "-" or "many" in source or "parquet" in source
-        assert ids == (IDS if named else list(range(N)))
+        assert ids == (IDS if source in {*NAMED, "-"} else list(range(N)))
     result = semid("decode", output, "-o", "back.npy", "--extra-digit", *target[:2])
     assert result.exit_code == 0, result.output
-    np.testing.assert_array_equal(
-        np.load("back.npy"), server.expected_reconstruction(server.expected_codes(rows))
+    np.testing.assert_array_equal(np.load("back.npy"), server.expected_reconstruction(expected))
+
+
+@pytest.mark.parametrize("output", [f"back.{suffix}" for suffix in FORMATS])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_file_of_codes_is_decoded_to_every_output_with_its_ids(
+    make_server, folder, suffix, output
+):
+    server = make_server(max_rows=10)
+    pq.write_table(table(embeddings()), "in.parquet")
+    target, codes = ("--target", server.target), f"out.{suffix}"
+    assert semid("encode", "in.parquet", "-o", codes, *target).exit_code == 0
+    result = semid("decode", codes, "-o", output, *target)
+    assert result.exit_code == 0, result.output
+    ids, vectors = read_output(output, "embedding")
+    assert vectors.dtype == np.float32 or output in {"back.parquet", "back.jsonl"}
+    expected = server.expected_reconstruction(server.expected_codes(embeddings()))
+    np.testing.assert_array_equal(vectors, expected)
+    kept = suffix in {"parquet", "jsonl", "npz"}
+    assert ids in (None, IDS if kept else list(range(N)))
+
+
+@pytest.mark.parametrize("source", [*INPUTS, "-"])
+def test_standard_output_is_an_arrow_stream_that_decode_takes(make_server, folder, source):
+    server = make_server(max_rows=10)
+    rows = embeddings()
+    stdin = as_stream(table(rows)) if source == "-" else INPUTS[source](folder, rows)
+    result = semid("encode", source, "-o", "-", "--target", server.target, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("-: 95 rows in ")
+    ids, codes, schema = read_stream(result.stdout_bytes)
+    assert ids == (IDS if source in {*NAMED, "-"} else list(range(N)))
+    assert codes == server.expected_codes(rows).tolist()
+    assert schema.metadata[b"semid.fingerprint"] == FINGERPRINT.encode()
+    back = semid(
+        *("decode", "-", "-o", "-", "--json", "--target", server.target), stdin=result.stdout_bytes
     )
+    assert back.exit_code == 0, back.output
+    again, vectors, schema = read_stream(back.stdout_bytes)
+    assert again == ids
+    np.testing.assert_array_equal(vectors, server.expected_reconstruction(np.array(codes)))
+    assert json.loads(back.stderr)["rows"] == N
+    server.fingerprint = "0" * 64
+    refused = semid(
+        *("decode", "-", "-o", "x.npy", "--target", server.target), stdin=result.stdout_bytes
+    )
+    assert f"standard input: holds codes of fingerprint {FINGERPRINT}" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"), [("skip", [0, 2, 4]), ("null", [0, None, 2, None, 4])]
+)
+def test_bad_rows_of_a_stream_are_listed_among_the_messages(server, folder, what, expected):
+    rows = embeddings(5)
+    rows[[1, 3]] = np.nan
+    pq.write_table(table(rows), "in.parquet", row_group_size=2)
+    options = ("--on-bad-row", what, "--target", server.target)
+    result = semid("encode", "in.parquet", "-o", "-", *options)
+    assert result.exit_code == 0, result.output
+    ids, codes, _ = read_stream(result.stdout_bytes)
+    assert [codes and codes[0] for codes in codes] == expected
+    assert ids == [IDS[i] for i in (range(5) if what == "null" else expected)]
+    first, second, last = result.stderr.splitlines()
+    assert [json.loads(line)["row"] for line in (first, second)] == [1, 3]
+    assert "5 rows" in last
+    assert ", 2 bad ones, " in last
+
+
+def test_a_stream_has_no_extra_digit(server, folder):
+    np.save("in.npy", embeddings())
+    result = semid("encode", "in.npy", "-o", "-", "--unique", "grid", "--target", server.target)
+    assert result.exit_code == 1
+    assert "standard output: the extra digit is known when all rows are" in result.stderr
+
+
+def test_a_stream_whose_reader_goes_away_ends_without_a_traceback(server, folder):
+    np.save("in.npy", np.zeros((1 << 20, 4), np.float32))
+    command = [sys.executable, "-m", "semid_client", "encode", "in.npy", "-o", "-"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, "--target", server.target], **pipes) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        stderr = process.stderr.read()
+        assert process.wait(60) == 1
+    assert b"Traceback" not in stderr
+
+
+def test_safetensors_records_the_model(server, folder):
+    np.save("in.npy", embeddings())
+    command = ("encode", "in.npy", "-o", "out.safetensors", "--unique", "tiger")
+    semid(*command, "--target", server.target)
+    with safetensors.safe_open("out.safetensors", "numpy") as file:
+        assert file.metadata() == {
+            "semid.fingerprint": FINGERPRINT,
+            "semid.model": "fake",
+            "semid.unique": "tiger",
+        }
+    back = semid("decode", "out.safetensors", "-o", "back.npy", "--target", server.target)
+    assert back.exit_code == 0, back.output  # it records that there is a digit, too
+    server.fingerprint = "0" * 64
+    result = semid("decode", "out.safetensors", "-o", "x.npy", "--target", server.target)
+    assert f"out.safetensors: holds codes of fingerprint {FINGERPRINT}" in result.stderr
 
 
 def test_parquet_records_the_model_and_its_lists_have_one_length(server, folder):
@@ -165,17 +217,20 @@ def test_a_digit_too_large_for_a_code_widens_the_type(server, folder):
     np.testing.assert_array_equal(codes[:, 3], np.arange(300))
 
 
-@pytest.mark.parametrize("output", ["out.npy", "out.parquet", "out.jsonl", "out.pt"])
+@pytest.mark.parametrize("output", [f"out.{suffix}" for suffix in FORMATS])
 def test_no_rows_are_no_rows(server, folder, output):
     np.save("in.npy", embeddings(0))
     result = semid("encode", "in.npy", "-o", output, "--target", server.target)
     assert result.exit_code == 0, result.output
-    assert len(read_codes(output)[1]) == 0
+    assert len(read_output(output, "codes")[1]) == 0
+    result = semid("decode", output, "-o", f"back-{output}", "--target", server.target)
+    assert result.exit_code == 0, result.output
+    assert len(read_output(f"back-{output}", "embedding")[1]) == 0
 
 
 def test_the_same_command_writes_the_same_bytes(server, folder):
     pq.write_table(table(embeddings()), "in.parquet")
-    for suffix in ("npy", "parquet", "jsonl", "pt"):
+    for suffix in FORMATS:
         for name in ("one", "other"):
             semid("encode", "in.parquet", "-o", f"{name}.{suffix}", "--target", server.target)
         same = {(folder / f"{name}.{suffix}").read_bytes() for name in ("one", "other")}

@@ -208,13 +208,13 @@ def changed_model(server):
 def test_a_change_is_noticed_and_nothing_is_lost(server, folder, change, says):
     np.save("in.npy", embeddings(8 * BLOCK))
     begun(server, "in.npy", "out.npy")
-    done, asked = rows_done("out.npy"), server.calls("Encode")
+    done = rows_done("out.npy")
     options = change(server)
     result = semid(*encode(server, "in.npy", "out.npy", *options))
     assert result.exit_code == 1
     assert says in result.stderr
     assert "--restart" in result.stderr
-    assert (rows_done("out.npy"), server.calls("Encode")) == (done, asked)
+    assert rows_done("out.npy") == done
     result = semid(*encode(server, "in.npy", "out.npy", *options, "--restart"))
     assert result.exit_code == 0, result.output
 
