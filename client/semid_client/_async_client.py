@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import grpc
 
+from semid.v1 import semid_pb2 as pb
 from semid_client._base import BaseClient, Flow
-from semid_client._errors import ClientClosedError
+from semid_client._errors import ClientClosedError, ProtocolError
 from semid_client._hedging import METHODS, settles
 from semid_client._transfer import Decoding, Encoding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from semid_client._channel import Settings
     from semid_client._hedging import Hedging
@@ -75,6 +77,17 @@ class AsyncClient(BaseClient):
         transfer = Decoding(source, mode)
         return await self._drive(self._transfer(transfer, sink, timeout, patient=True))
 
+    async def allocate(
+        self,
+        rows: int,
+        width: int,
+        dtype: DTypeLike = "float32",
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 -- it goes to the server
+    ) -> NDArray[Any]:
+        """Allocate an array that is encoded without a copy; see `Client.allocate`."""
+        return await self._drive(self._allocate_flow(rows, width, dtype, timeout))
+
     async def model(self, *, timeout: float | None = None) -> ModelInfo:  # noqa: ASYNC109 -- it goes to the server
         """Ask what the model is; see `Client.model`."""
         return await self._drive(self._model_flow(timeout))
@@ -90,7 +103,9 @@ class AsyncClient(BaseClient):
     async def close(self) -> None:
         """Close the connection. Calls under way fail with `ClientClosedError`."""
         self._closed = True
+        self._sharing.close()
         await self._channel.close()
+        await self._shared_channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -103,11 +118,31 @@ class AsyncClient(BaseClient):
             return grpc.aio.insecure_channel(settings.target, settings.options)
         return grpc.aio.secure_channel(settings.target, settings.credentials, settings.options)
 
-    def _start(self, method: str, request: Any, timeout: float, *, alone: bool) -> Any:  # noqa: ARG002 -- all calls wait alike here
-        call = partial(getattr(self._stub, method), request, metadata=self._settings.metadata)
-        if self._hedging and method in METHODS:
+    def _start(
+        self,
+        method: str,
+        request: Any,
+        timeout: float,
+        *,
+        alone: bool,  # noqa: ARG002 -- all calls wait alike here
+        shared: bool = False,
+    ) -> Any:
+        stub = self._shared_stub if shared else self._stub
+        call = partial(getattr(stub, method), request, metadata=self._settings.metadata)
+        if self._hedging and method in METHODS and not shared:
             return _Hedged(call, timeout, self._hedging)
         return call(timeout=timeout)
+
+    async def _open_lease(self, request: pb.ShareMemoryRequest, timeout: float) -> _Lease:  # noqa: ASYNC109 -- the call itself has none: it lasts as long as the memory is shared
+        call = self._shared_stub.ShareMemory(request, metadata=self._settings.metadata)
+        try:
+            response = await asyncio.wait_for(call.read(), timeout)
+        except BaseException:
+            call.cancel()
+            raise
+        if not isinstance(response, pb.ShareMemoryResponse):  # but EOF
+            raise ProtocolError("the server ended ShareMemory without an answer")
+        return _Lease(call, response.segment, asyncio.get_running_loop())
 
     def _pause(self, seconds: float) -> Any:
         return asyncio.sleep(seconds)
@@ -135,6 +170,24 @@ class AsyncClient(BaseClient):
         if self._closed and not (task and task.cancelling()):
             return ClientClosedError(f"the client of {self.target} was closed")
         return error
+
+
+@dataclass(eq=False, weakref_slot=True, slots=True)
+class _Lease:
+    """A call of ShareMemory."""
+
+    call: Any
+    handle: str
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def active(self) -> bool:
+        return not self.call.done()
+
+    def end(self) -> None:
+        """End it; an array may be dropped in any thread."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.call.cancel)
 
 
 class _Hedged:

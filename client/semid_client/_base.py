@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import grpc
@@ -35,13 +35,16 @@ from semid_client._errors import (
 from semid_client._fingerprints import Fingerprints, OnFingerprintChange
 from semid_client._hedging import Hedging
 from semid_client._model import ModelInfo
+from semid_client._shared_memory import Sharing, SharingEndedError
 from semid_client._tensor import as_matrix
 from semid_client._transfer import Answers, Collected, Decoding, Encoding, spans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    from semid_client._shared_memory import Carrier, Lease, SharedMemoryMode
 
 T = TypeVar("T")
 Flow = Generator[Any, Any, T]
@@ -90,6 +93,18 @@ class _Job:
     info: ModelInfo
     answers: Answers
     patient: bool
+    carrier: Carrier | None = None
+
+    def take(self, span: slice, response: Any) -> None:
+        """Hand the answer to a message on."""
+        self.answers.take(span, response)
+        if self.carrier is not None:
+            self.carrier.done(span.start)
+
+    def check_shared(self, error: SemidClientError) -> None:
+        """Raise if a message failed because the server no longer knows what was shared."""
+        if self.carrier is not None and self.carrier.lost(error):
+            raise SharingEndedError(str(error)) from error
 
 
 class BaseClient(ABC):
@@ -106,6 +121,7 @@ class BaseClient(ABC):
         max_in_flight: int = 4,
         hedge_after: float | None = None,
         health_checks: bool = True,
+        shared_memory: SharedMemoryMode = "auto",
         tls: TLS | None = None,
         token: str | None = None,
         allow_plaintext_token: bool = False,
@@ -125,8 +141,14 @@ class BaseClient(ABC):
         )
         self._fingerprints = Fingerprints(target, expected_fingerprint, on_fingerprint_change)
         self._hedging = None if hedge_after is None else Hedging(hedge_after)
+        self._sharing = Sharing(
+            shared_memory, target, slots=max_in_flight, open_lease=self._lease_flow
+        )
         self._channel = self._open_channel(self._settings)
         self._stub = SemanticIdServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        # What is shared is shared with one process: its calls keep to one connection.
+        self._shared_channel = self._open_channel(replace(self._settings, one_server=True))
+        self._shared_stub = SemanticIdServiceStub(self._shared_channel)  # type: ignore[no-untyped-call]
         self._info: ModelInfo | None = None
         self._heard = False
         self._closed = False
@@ -155,11 +177,18 @@ class BaseClient(ABC):
     def _open_channel(self, settings: Settings) -> Any: ...
 
     @abstractmethod
-    def _start(self, method: str, request: Any, timeout: float, *, alone: bool) -> Any:
+    def _start(
+        self, method: str, request: Any, timeout: float, *, alone: bool, shared: bool = False
+    ) -> Any:
         """Return a call that can be waited for, and cancelled.
 
         It is under way at once, unless it is ``alone``: then nothing else is until it is done.
+        If it refers to ``shared`` memory, it goes where that is shared.
         """
+
+    @abstractmethod
+    def _open_lease(self, request: pb.ShareMemoryRequest, timeout: float) -> Any:
+        """Return what can be waited for, and gives a `Lease`, or `TimeoutError`."""
 
     @abstractmethod
     def _pause(self, seconds: float) -> Any:
@@ -250,28 +279,82 @@ class BaseClient(ABC):
         info = self._info or (yield from self._fetch_model(deadline))
         expected = self._fingerprints.expected or (info.fingerprint if patient else "")
         job = _Job(transfer, info, Answers(transfer, expected, sink), patient)
-        names_bytes = len(self._settings.model.encode()) + len(info.fingerprint.encode())
+        lost_at = -1
+        try:
+            job = yield from self._with_carrier(job, deadline)
+            while True:
+                try:
+                    yield from self._send_all(job, timeout, deadline)
+                    break
+                except SharingEndedError as ended:
+                    # What has no answer yet is sent again. If nothing was answered since the memory
+                    # was last shared anew, as bytes.
+                    self._sharing.lost(job.carrier, ended, again=job.answers.next_row > lost_at)
+                    lost_at = job.answers.next_row
+                    if patient:
+                        deadline = self._deadline(timeout)
+                    job = yield from self._with_carrier(job, deadline)
+        except SemidClientError:
+            self._info = None  # the server may have been replaced: ask again before the next call
+            raise
+        finally:
+            self._sharing.give_back(job.carrier)
+        if job.answers.fingerprint != info.fingerprint:
+            self._info = None
+        return job.answers.fingerprint
+
+    def _send_all(self, job: _Job, timeout: float | None, deadline: Deadline) -> Flow[None]:
+        """Send all rows that have no answer yet, and hand the answers on."""
+        names_bytes = len(self._settings.model.encode()) + len(job.info.fingerprint.encode())
         in_flight: deque[_Sent] = deque()
         try:
-            for span in spans(transfer, info, names_bytes=names_bytes):
+            for span in spans(
+                job.transfer,
+                job.info,
+                names_bytes=names_bytes,
+                start=job.answers.next_row,
+                carrier=job.carrier,
+            ):
                 if len(in_flight) == self._settings.max_in_flight:
                     yield from self._finish(job, in_flight[0])
                     in_flight.popleft()
-                if patient:
+                if job.patient:
                     deadline = self._deadline(timeout)
                 in_flight.append(_Sent(span, deadline, self._send(job, span, deadline)))
             while in_flight:
                 yield from self._finish(job, in_flight[0])
                 in_flight.popleft()
-        except SemidClientError:
-            self._info = None  # the server may have been replaced: ask again before the next call
-            raise
         finally:
             for sent in in_flight:
                 sent.call.cancel()
-        if job.answers.fingerprint != info.fingerprint:
-            self._info = None
-        return job.answers.fingerprint
+
+    def _with_carrier(self, job: _Job, deadline: Deadline) -> Flow[_Job]:
+        """Return the job with what carries its rows, if they are not to be sent as bytes."""
+        while True:
+            try:
+                carrier = yield from self._sharing.carrier(
+                    job.transfer, job.info, deadline.remaining()
+                )
+            except UnavailableError:
+                if job.patient and deadline.remaining() > PAUSE:
+                    yield self._pause(PAUSE)
+                    continue
+                if self._sharing.required:
+                    raise
+                carrier = None  # what is sent as bytes meets the same, and knows what to do
+            return replace(job, carrier=carrier)
+
+    def _lease_flow(self, request: pb.ShareMemoryRequest, timeout: float) -> Flow[Lease]:
+        with self._errors_of("ShareMemory"):
+            lease: Lease = yield self._open_lease(request, timeout)
+        return lease
+
+    def _allocate_flow(
+        self, rows: int, width: int, dtype: DTypeLike, timeout: float | None
+    ) -> Flow[NDArray[Any]]:
+        deadline = self._deadline(timeout)
+        info = self._info or (yield from self._fetch_model(deadline))
+        return (yield from self._sharing.allocate(rows, width, dtype, info, deadline.remaining()))
 
     def _finish(self, job: _Job, sent: _Sent) -> Flow[None]:
         """Wait for one message's answer, and hand it on."""
@@ -283,8 +366,9 @@ class BaseClient(ABC):
                 self._heard = True
                 if response.fingerprint:
                     self._fingerprints.met(response.fingerprint)
-                job.answers.take(sent.span, response)
+                job.take(sent.span, response)
             except (CallError, FingerprintMismatchError) as error:
+                job.check_shared(error)
                 failure = _explained(error, job, sent.span)
                 if isinstance(failure, FingerprintMismatchError) and replicas_left:
                     replicas_left -= 1
@@ -310,11 +394,17 @@ class BaseClient(ABC):
 
     def _send(self, job: _Job, span: slice, deadline: Deadline) -> Any:
         request = job.transfer.request(
-            span, model=self._settings.model, expected_fingerprint=job.answers.fingerprint
+            span,
+            model=self._settings.model,
+            expected_fingerprint=job.answers.fingerprint,
+            carrier=job.carrier,
         )
         alone = span.stop - span.start == job.transfer.source.shape[0]
+        shared = job.carrier is not None
         with self._errors_of(job.transfer.method):
-            return self._start(job.transfer.method, request, deadline.remaining(), alone=alone)
+            return self._start(
+                job.transfer.method, request, deadline.remaining(), alone=alone, shared=shared
+            )
 
     @contextmanager
     def _errors_of(self, method: str) -> Iterator[None]:

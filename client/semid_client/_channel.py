@@ -103,7 +103,7 @@ class TLS:
 class Settings:
     """Everything a client was made with, checked once.
 
-    The attributes are the parameters of `Client`.
+    The attributes are the parameters of `Client`, and ``one_server``: one connection at a time.
     """
 
     target: str
@@ -117,6 +117,7 @@ class Settings:
     tls: TLS | None
     token: str | None = field(repr=False)
     allow_plaintext_token: bool
+    one_server: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, with a `ConfigurationError`."""
@@ -157,6 +158,9 @@ class Settings:
     def options(self) -> Sequence[tuple[str, Any]]:
         """Options of the channel."""
         config = SERVICE_CONFIG | (HEALTH_CHECKS if self.health_checks else {})
+        if self.one_server:
+            # Calls that belong together stay on one connection, and so with one process.
+            config = SERVICE_CONFIG | {"loadBalancingConfig": [{"pick_first": {}}]}
         return (
             ("grpc.service_config", json.dumps(config)),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import grpc
 
 from semid_client._base import BaseClient, Flow
+from semid_client._errors import ProtocolError
 from semid_client._hedging import METHODS, settles
 from semid_client._transfer import Decoding, Encoding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+    from semid.v1 import semid_pb2 as pb
     from semid_client._channel import Settings
     from semid_client._hedging import Hedging
     from semid_client._model import ModelInfo
@@ -64,6 +67,13 @@ class Client(BaseClient):
         Ask each server to tell when it stops or is ready again, and send calls to those that are
         ready only; a call less in the server's ``--max-concurrent-rpcs`` for each connection. False
         only where something between lets semid's own calls through, but not ``grpc.health.v1``.
+    shared_memory : {"auto", True, False}
+        Hand embeddings over in shared memory, to a server on this machine, in place of sending
+        them: several times faster for arrays of 256 KiB and more, with the same codes. "auto" does
+        so where the target is a loopback address and the server takes it, and sends them
+        otherwise; the reason is logged once. True tries for every target, and fails with
+        `ConfigurationError` where it cannot be had. Client and server run as the same user and see
+        the same ``/dev/shm``.
     tls : TLS or None
         Encryption; None for none.
     token : str or None
@@ -199,6 +209,42 @@ class Client(BaseClient):
         """Decode rows of codes that need not fit in memory; all else as in `encode_into`."""
         return self._drive(self._transfer(Decoding(source, mode), sink, timeout, patient=True))
 
+    def allocate(
+        self,
+        rows: int,
+        width: int,
+        dtype: DTypeLike = "float32",
+        *,
+        timeout: float | None = None,
+    ) -> NDArray[Any]:
+        """Allocate an array for embeddings that `encode` then hands over without copying them.
+
+        It is an array like any other, in memory that is shared with the server: fill it, encode it
+        or slices of its rows, fill it again. It must not change while it is encoded. Where no
+        memory can be shared it is an ordinary one. The memory is shared for as long as the array
+        or any part of it is in use.
+
+        Parameters
+        ----------
+        rows, width : int
+            Its shape.
+        dtype : dtype
+            float32, float16, bfloat16 (of ml_dtypes) or float64.
+        timeout : float, optional
+            Seconds; the client's own by default.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``(rows, width)``, of any content.
+
+        Raises
+        ------
+        CallError
+            If the server or the network ended the call; see its subclasses.
+        """
+        return self._drive(self._allocate_flow(rows, width, dtype, timeout))
+
     def model(self, *, timeout: float | None = None) -> ModelInfo:
         """Ask what the model is: shapes, fingerprint, decode modes, limits.
 
@@ -235,7 +281,9 @@ class Client(BaseClient):
     def close(self) -> None:
         """Close the connection. Calls under way fail with `ClientClosedError`."""
         self._closed = True
+        self._sharing.close()
         self._channel.close()
+        self._shared_channel.close()
         self._starter.shutdown(wait=False)
 
     def __enter__(self) -> Self:
@@ -244,22 +292,59 @@ class Client(BaseClient):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @cached_property
+    def _starter(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "semid-client")  # its thread begins with its work
+
     def _open_channel(self, settings: Settings) -> grpc.Channel:
-        self._starter = ThreadPoolExecutor(1, "semid-client")  # its thread begins with its work
         if settings.credentials is None:
             return grpc.insecure_channel(settings.target, settings.options)
         return grpc.secure_channel(settings.target, settings.credentials, settings.options)
 
-    def _start(self, method: str, request: Any, timeout: float, *, alone: bool) -> Any:
-        call = getattr(self._stub, method)
+    def _start(
+        self, method: str, request: Any, timeout: float, *, alone: bool, shared: bool = False
+    ) -> Any:
+        call = getattr(self._shared_stub if shared else self._stub, method)
         how = {"timeout": timeout, "metadata": self._settings.metadata}
-        if self._hedging and method in METHODS:
+        if self._hedging and method in METHODS and not shared:
             start = partial(self._starter.submit, call.future, request)
             return _Hedged(start, how, self._hedging)
         if alone:
             # A blocking call needs no thread besides the caller's: it takes 0.1 ms less.
             return _Blocking(partial(call, request, **how))
         return _Started(self._starter.submit(call.future, request, **how))
+
+    def _open_lease(self, request: pb.ShareMemoryRequest, timeout: float) -> _Blocking:
+        return _Blocking(partial(self._do_open_lease, request, timeout))
+
+    def _do_open_lease(self, request: pb.ShareMemoryRequest, timeout: float) -> _Lease:
+        starting = self._starter.submit(
+            self._shared_stub.ShareMemory, request, metadata=self._settings.metadata
+        )
+        late = threading.Event()
+        try:
+            call = starting.result()
+
+            def end_late_call() -> None:
+                late.set()
+                call.cancel()
+
+            # The call itself has no deadline: it lasts as long as the memory is shared.
+            timer = threading.Timer(timeout, end_late_call)
+            timer.daemon = True
+            timer.start()
+            try:
+                response = next(call, None)
+            finally:
+                timer.cancel()
+        except BaseException as error:
+            starting.add_done_callback(lambda call: call.exception() or call.result().cancel())
+            if late.is_set() and isinstance(error, grpc.RpcError):
+                raise TimeoutError(f"no answer within {timeout:g} s") from error
+            raise
+        if response is None:
+            raise ProtocolError("the server ended ShareMemory without an answer")
+        return _Lease(call, response.segment)
 
     def _pause(self, seconds: float) -> _Blocking:
         return _Blocking(partial(time.sleep, seconds))
@@ -328,6 +413,21 @@ class _Started:
     def cancel(self) -> None:
         """Cancel the call, as soon as it is started if it is not yet."""
         self.call.add_done_callback(lambda call: call.exception() or call.result().cancel())
+
+
+@dataclass(eq=False, weakref_slot=True, slots=True)
+class _Lease:
+    """A call of ShareMemory."""
+
+    call: Any
+    handle: str
+
+    @property
+    def active(self) -> bool:
+        return bool(self.call.is_active())
+
+    def end(self) -> None:
+        self.call.cancel()
 
 
 class _Hedged:

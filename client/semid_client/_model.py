@@ -30,6 +30,24 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedMemoryLimits:
+    """How much memory the server lets one connection share with it.
+
+    Attributes
+    ----------
+    max_bytes, max_segments : int
+        Bytes, and pieces.
+    max_rows, max_request_bytes : int
+        Rows, and bytes of embeddings, of one request.
+    """
+
+    max_bytes: int
+    max_segments: int
+    max_rows: int
+    max_request_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What the server accepts in one message. The client splits larger work by itself.
 
@@ -39,10 +57,13 @@ class Limits:
         Bytes of one message, in either direction.
     max_rows : int
         Rows of one request.
+    shared_memory : SharedMemoryLimits or None
+        Of memory shared by callers on its machine; None if it takes none.
     """
 
     max_message_bytes: int
     max_rows: int
+    shared_memory: SharedMemoryLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +137,27 @@ class ModelInfo:
             decode_modes=tuple(
                 _enum_name(pb.DecodeMode, "DECODE_MODE_", mode) for mode in message.decode_modes
             ),
-            limits=Limits(message.limits.max_message_bytes, message.limits.max_rows),
+            limits=Limits(
+                message.limits.max_message_bytes,
+                message.limits.max_rows,
+                _shared_memory(message.limits),
+            ),
         )
+
+
+def _shared_memory(limits: pb.Limits) -> SharedMemoryLimits | None:
+    if not limits.HasField("shared_memory"):
+        return None
+    shared = limits.shared_memory
+    for name, value in (
+        ("max_rows", shared.max_rows),
+        ("max_request_bytes", shared.max_request_bytes),
+    ):
+        if value < 1:
+            raise ProtocolError(f"the server describes limits with shared_memory.{name} = {value}")
+    return SharedMemoryLimits(
+        shared.max_bytes, shared.max_segments, shared.max_rows, shared.max_request_bytes
+    )
 
 
 def _enum_name(enum: Any, prefix: str, value: int) -> str:

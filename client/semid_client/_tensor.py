@@ -90,12 +90,18 @@ def check_code_type(dtype: np.dtype[Any]) -> None:
         raise InvalidInputError(f"codes are {dtype.name}; expected an integer type")
 
 
-def embeddings_to_tensor(rows: NDArray[Any]) -> pb.Tensor:
-    """Put embeddings ``(n, D)`` of any layout and byte order on the wire, in their own type."""
+def wire_form(rows: NDArray[Any]) -> tuple[pb.DataType, np.dtype[Any], NDArray[Any]]:
+    """Return the contract's type of embeddings, numpy's of what is written, and them as such."""
     kind = EMBEDDING_TYPES[rows.dtype.name]
     if kind == pb.DATA_TYPE_BFLOAT16:
         rows = rows.view(np.uint16)  # numpy has no name for it; its bits are what is sent
-    return _tensor(rows, kind, rows.dtype.newbyteorder("<"))
+    return kind, rows.dtype.newbyteorder("<"), rows
+
+
+def embeddings_to_tensor(rows: NDArray[Any]) -> pb.Tensor:
+    """Put embeddings ``(n, D)`` of any layout and byte order on the wire, in their own type."""
+    kind, wire, rows = wire_form(rows)
+    return _tensor(rows, kind, wire)
 
 
 def codes_to_tensor(codes: NDArray[Any], first_row: int) -> pb.Tensor:

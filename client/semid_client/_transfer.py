@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from semid_client._model import ModelInfo
+    from semid_client._shared_memory import Carrier
 
 MESSAGE_BYTES: Final = 1 << 20
 """Size of the messages that large work is split into: gRPC in Python moves 1 MiB best."""
@@ -75,8 +76,21 @@ class Encoding:
             info.n_layers * info.code_dtype.itemsize,
         )
 
-    def request(self, span: slice, *, model: str, expected_fingerprint: str) -> pb.EncodeRequest:
-        """Build the request of the rows of one span."""
+    def request(
+        self,
+        span: slice,
+        *,
+        model: str,
+        expected_fingerprint: str,
+        carrier: Carrier | None = None,
+    ) -> pb.EncodeRequest:
+        """Build the request of the rows of one span, which ``carrier`` puts into shared memory."""
+        if carrier is not None:
+            return pb.EncodeRequest(
+                model=model,
+                expected_fingerprint=expected_fingerprint,
+                shared=carrier.tensor(span.start, self.source[span]),
+            )
         return pb.EncodeRequest(
             model=model,
             expected_fingerprint=expected_fingerprint,
@@ -116,7 +130,14 @@ class Decoding:
         widest_code, reconstruction = 4, np.dtype(np.float32).itemsize
         return max(self.source.shape[1] * widest_code, info.input_dim * reconstruction)
 
-    def request(self, span: slice, *, model: str, expected_fingerprint: str) -> pb.DecodeRequest:
+    def request(
+        self,
+        span: slice,
+        *,
+        model: str,
+        expected_fingerprint: str,
+        carrier: Carrier | None = None,  # noqa: ARG002 -- as Encoding needs it
+    ) -> pb.DecodeRequest:
         """Build the request of the rows of one span; `InvalidInputError` names a bad row."""
         return pb.DecodeRequest(
             model=model,
@@ -165,7 +186,14 @@ class Collected:
         return self._array
 
 
-def spans(transfer: Encoding | Decoding, info: ModelInfo, *, names_bytes: int) -> Iterator[slice]:
+def spans(
+    transfer: Encoding | Decoding,
+    info: ModelInfo,
+    *,
+    names_bytes: int,
+    start: int = 0,
+    carrier: Carrier | None = None,
+) -> Iterator[slice]:
     """Cut the rows of a transfer so that no message, either way, is above the server's limits.
 
     Yields at least one span: a transfer of no rows is one request, so that the server has
@@ -179,26 +207,39 @@ def spans(transfer: Encoding | Decoding, info: ModelInfo, *, names_bytes: int) -
         The model, with the limits.
     names_bytes : int
         Bytes of the names that go along in each request.
+    start : int
+        The first row that is sent.
+    carrier : Carrier, optional
+        Bounds the rows of a request in place of the size of messages.
 
     Raises
     ------
     InvalidInputError
         If a single row is above the server's limit.
     """
-    n_rows, row_bytes = transfer.source.shape[0], transfer.row_bytes(info)
+    n_rows = transfer.source.shape[0]
+    if carrier is not None:
+        step = carrier.rows_at_once(transfer.source.shape[1] * transfer.source.dtype.itemsize)
+    else:
+        step = _rows_of_message(info, transfer.row_bytes(info), names_bytes)
+    for begin in range(start, max(n_rows, 1), step):
+        yield slice(begin, min(begin + step, n_rows))
+
+
+def _rows_of_message(info: ModelInfo, row_bytes: int, names_bytes: int) -> int:
     room = info.limits.max_message_bytes - ENVELOPE_BYTES - names_bytes
     if row_bytes > room:
         raise InvalidInputError(
             f"one row takes {row_bytes} bytes, but the server accepts messages of "
             f"{info.limits.max_message_bytes}: raise its limit"
         )
-    step = min(info.limits.max_rows, max(1, min(room, MESSAGE_BYTES) // row_bytes))
-    for start in range(0, max(n_rows, 1), step):
-        yield slice(start, min(start + step, n_rows))
+    return min(info.limits.max_rows, max(1, min(room, MESSAGE_BYTES) // row_bytes))
 
 
 class Answers:
     """The answers to one transfer: all of one model, of one width and type, handed on in order.
+
+    ``next_row`` is the first row whose answer has not been handed on.
 
     Parameters
     ----------
@@ -217,6 +258,7 @@ class Answers:
         sink: Callable[[int, NDArray[Any]], None],
     ) -> None:
         self.fingerprint = expected_fingerprint
+        self.next_row = 0
         self._transfer = transfer
         self._sink = sink
         self._like: tuple[int, np.dtype[Any]] | None = None
@@ -248,6 +290,7 @@ class Answers:
             )
         self._like = like
         self._sink(span.start, rows)
+        self.next_row = span.stop
 
 
 def _checked(source: RowSource, what: str) -> RowSource:
