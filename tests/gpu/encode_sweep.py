@@ -52,12 +52,10 @@ def random(dim: int, widths: list[int], millions: float, *, normalize: bool = Tr
         rows = torch.randn(n, dim, generator=generator, device=GPU)
         return rows * torch.exp2(6 * torch.randn(n, 1, generator=generator, device=GPU))
 
-    hard = torch.cat(
-        [
-            cases.near_ties(model, spec, 2000, dtype=torch.float32),
-            cases.hard_rows(model, spec),
-        ]
-    )
+    def hard():
+        ties = cases.near_ties(model, spec, 2000, dtype=torch.float32)
+        return torch.cat([ties, cases.hard_rows(model, spec)])
+
     name = f"random, {dim} x {widths}{'' if normalize else ', raw residuals'}"
     return name, model, spec, hard, make, millions
 
@@ -131,7 +129,7 @@ def sweep(case, generator, share) -> tuple[int, int, int]:
             compared += len(got)
     counts = encoder.counts()
     print(
-        f"{name:46s} {rows_done:9,d} rows, {compared:10,d} comparisons, {differing} differ; decided "
+        f"{name:46s} {rows_done:9,d} rows, {compared:10,d} compared, {differing} differ; decided "
         f"in float64 {counts.float64 / counts.rows:.3%}, by reference "
         f"{counts.reference / counts.rows:.3%}; {time.monotonic() - began:.0f} s",
         flush=True,
