@@ -233,6 +233,13 @@ def _default(name: str) -> dict[str, Any]:
     help="Bytes that may wait. Bounds memory and, with the device's speed, the wait.",
 )
 @_option(
+    "--max-peer-bytes",
+    type=click.IntRange(1),
+    **_default("max_peer_bytes"),
+    help="Bytes that one caller may have in work: by the name in its certificate, else its token, "
+    "else its address. More are refused, streams wait. Raise it where all callers share a proxy.",
+)
+@_option(
     "--max-concurrent-rpcs",
     type=click.IntRange(1),
     **_default("max_concurrent_rpcs"),
@@ -259,6 +266,32 @@ def _default(name: str) -> dict[str, Any]:
     help="Seconds after which a client is told to connect again, once its calls are done, so that "
     "it asks for the name's addresses anew: how long a server that was added to a fleet may wait "
     "for its share. 0 never does.",
+)
+@_option(
+    "--max-connection-age-grace",
+    type=click.FloatRange(0),
+    **_default("max_connection_age_grace"),
+    help="Seconds after its age at which a connection is closed although calls are in progress. "
+    "0 lets them end in their own time: set it where streams never end.",
+)
+@_option(
+    "--max-connection-idle",
+    type=click.FloatRange(0),
+    **_default("max_connection_idle"),
+    help="Seconds without a call after which a connection is closed. 0 keeps it.",
+)
+@_option(
+    "--max-connection-streams",
+    type=click.IntRange(1),
+    **_default("max_connection_streams"),
+    help="Calls in progress on one connection; gRPC has further ones wait at the client.",
+)
+@_option(
+    "--min-ping-interval",
+    type=click.FloatRange(0),
+    **_default("min_ping_interval"),
+    help="Seconds between pings that a client may send on a connection without calls; one that "
+    "sends them faster again and again is disconnected.",
 )
 @_option(
     "--grace",

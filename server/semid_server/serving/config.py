@@ -37,6 +37,11 @@ RANGES = {
     "admin_port": (0, 65535, ""),
     "keepalive": (0, math.inf, " seconds"),
     "max_connection_age": (0, math.inf, " seconds"),
+    "max_connection_age_grace": (0, math.inf, " seconds"),
+    "max_connection_idle": (0, math.inf, " seconds"),
+    "max_connection_streams": (1, math.inf, ""),
+    "max_peer_bytes": (1, math.inf, ""),
+    "min_ping_interval": (0, math.inf, " seconds"),
     "grace": (0, math.inf, " seconds"),
     "watch": (0, math.inf, " seconds"),
 }
@@ -77,10 +82,15 @@ class ServeConfig:
     max_batch_seconds: float = 0.005
     max_queue_requests: int = 4096
     max_queue_bytes: int = 256 * MIB
+    max_peer_bytes: int = 128 * MIB
     max_concurrent_rpcs: int = 4096
     shared_memory_bytes: int = 1024 * MIB
     keepalive: float = 60.0
     max_connection_age: float = 300.0
+    max_connection_age_grace: float = 0.0
+    max_connection_idle: float = 1800.0
+    max_connection_streams: int = 1024
+    min_ping_interval: float = 30.0
     grace: float = 30.0
     watch: float = 0.0
     tls: TlsFiles | None = None

@@ -75,6 +75,9 @@ CALL_KINDS = {
 }
 """By whether the client, and the server, send more than one message: the metrics' ``grpc_type``."""
 
+MAX_MILLISECONDS = (1 << 31) - 1
+"""What gRPC takes as a time: 24 days."""
+
 PROBES = 256
 """Calls in progress beyond ``max_concurrent_rpcs``: of health and reflection, or not read yet."""
 
@@ -172,6 +175,7 @@ class Server:
             config=self._config,
             shared_memory=self._shared_memory,
             on_received=self._metrics.received,
+            on_refused=self._metrics.refused,
         )
         health_servicer = HealthServicer()
         server, address = await self._open_grpc(servicer, health_servicer)
@@ -387,20 +391,30 @@ class Server:
         options = [
             # Unless asked for, a second server on the same port is a mistake.
             ("grpc.so_reuseport", int(self._config.processes > 1)),
-            # Clients may ping an idle connection every 30 s to keep it open.
-            ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+            # Clients may ping an idle connection to keep it open.
+            (
+                "grpc.http2.min_ping_interval_without_data_ms",
+                _milliseconds(self._config.min_ping_interval),
+            ),
+            ("grpc.max_concurrent_streams", self._config.max_connection_streams),
             ("grpc.keepalive_permit_without_calls", 1),
         ]
         if self._config.keepalive:
-            milliseconds = math.ceil(1000 * self._config.keepalive)
+            milliseconds = _milliseconds(self._config.keepalive)
             options += [
                 ("grpc.keepalive_time_ms", milliseconds),
                 ("grpc.keepalive_timeout_ms", min(milliseconds, MAX_PING_PATIENCE)),
             ]
         if self._config.max_connection_age:
             # Calls in progress end in their own time: gRPC sets no limit unless told one.
-            milliseconds = math.ceil(1000 * self._config.max_connection_age)
+            milliseconds = _milliseconds(self._config.max_connection_age)
             options.append(("grpc.max_connection_age_ms", milliseconds))
+            if self._config.max_connection_age_grace:
+                milliseconds = _milliseconds(self._config.max_connection_age_grace)
+                options.append(("grpc.max_connection_age_grace_ms", milliseconds))
+        if self._config.max_connection_idle:
+            milliseconds = _milliseconds(self._config.max_connection_idle)
+            options.append(("grpc.max_connection_idle_ms", milliseconds))
         return options
 
     @property
@@ -445,6 +459,10 @@ def stamp(path: Path) -> Stamp:
         )
     except OSError:  # in the middle of being replaced, or gone: the version in memory serves on
         return None
+
+
+def _milliseconds(seconds: float) -> int:
+    return min(math.ceil(1000 * seconds), MAX_MILLISECONDS)
 
 
 def _enable_reflection(server: grpc.aio.Server) -> None:

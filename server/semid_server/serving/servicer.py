@@ -12,9 +12,15 @@ import numpy as np
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
-from semid_server.errors import NotServingError, SemidError, UnsupportedDecodeModeError
+from semid_server.errors import (
+    NotServingError,
+    OverloadedError,
+    SemidError,
+    UnsupportedDecodeModeError,
+)
 from semid_server.serving import wire
 from semid_server.serving.catalogue import Catalogue, PinnedCatalogue
+from semid_server.serving.peers import PeerBytes, caller_of
 from semid_server.serving.received import (
     ReceivedEncode,
     read_encode_request,
@@ -62,6 +68,8 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
     on_received : callable, optional
         Told, for each request to encode, how its embeddings came (a value of `TRANSPORTS`) and how
         many bytes they are.
+    on_refused : callable, optional
+        Told of a request whose caller has too much in work already.
     clock : callable
         The batcher's clock.
     """
@@ -74,12 +82,16 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         config: ServeConfig,
         shared_memory: SharedMemory | None = None,
         on_received: Callable[[str, int], None] = lambda _transport, _nbytes: None,
+        on_refused: Callable[[WorkKey], None] = lambda _key: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._batcher, self._catalogue = batcher, catalogue
         self._config, self._clock = config, clock
         self._shared_memory = shared_memory or SharedMemory(Bounds(0))
-        self._on_received = on_received
+        self._on_received, self._on_refused = on_received, on_refused
+        self._peers = PeerBytes(config.max_peer_bytes)
+        self._certificates = config.tls is not None and config.tls.client_ca is not None
+        self._tokens = config.token_file is not None
         self._draining = asyncio.Event()
         self._max_rows_of: dict[int, int] = {}
 
@@ -205,9 +217,30 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         remaining = context.time_remaining()
         deadline = None if remaining is None else self._clock() + remaining
         size = {"rows": len(payload), "nbytes": nbytes}
+        caller = caller_of(context, certificates=self._certificates, tokens=self._tokens)
         if wait:
-            return await self._batcher.admit_when_room(key, payload, **size, deadline=deadline)
-        return self._batcher.admit(key, payload, **size, deadline=deadline)
+            await self._peers.take_when_room(caller, nbytes)
+        else:
+            self._take(key, caller, nbytes)
+        try:
+            if wait:
+                future = await self._batcher.admit_when_room(
+                    key, payload, **size, deadline=deadline
+                )
+            else:
+                future = self._batcher.admit(key, payload, **size, deadline=deadline)
+        except BaseException:
+            self._peers.give_back(caller, nbytes)
+            raise
+        future.add_done_callback(lambda _future: self._peers.give_back(caller, nbytes))
+        return future
+
+    def _take(self, key: WorkKey, caller: str, nbytes: int) -> None:
+        try:
+            self._peers.take(caller, nbytes)
+        except OverloadedError:
+            self._on_refused(key)
+            raise
 
     async def _stream(
         self,

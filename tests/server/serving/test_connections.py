@@ -1,0 +1,206 @@
+"""Limits on connections and callers, as seen from the other end of the wire.
+
+A gRPC client hides most of them (it reconnects, and holds its pings back), so frames of HTTP/2 are
+written and read here as they are: https://www.rfc-editor.org/rfc/rfc9113.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import NamedTuple
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+
+from semid.v1 import semid_pb2 as pb
+from semid.v1 import semid_pb2_grpc as pb_grpc
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+HEADERS, SETTINGS, PING, GOAWAY = 1, 4, 6, 7
+ACK = 1
+MAX_CONCURRENT_STREAMS = 3
+ENHANCE_YOUR_CALM = 11
+
+
+class Frame(NamedTuple):
+    kind: int
+    flags: int
+    stream: int
+    body: bytes
+
+
+class Connection:
+    """One end of an HTTP/2 connection."""
+
+    def __init__(self, reader, writer):
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def open(cls, address):
+        host, _, port = address.rpartition(":")
+        made = cls(*await asyncio.open_connection(host, int(port)))
+        made._writer.write(PREFACE)
+        made.send(SETTINGS)
+        return made
+
+    def send(self, kind, body=b"", *, flags=0):
+        header = struct.pack(">I", len(body))[1:] + bytes([kind, flags]) + bytes(4)
+        self._writer.write(header + body)
+
+    async def read(self):
+        """Return the next frame, or None where the connection ends."""
+        try:
+            header = await self._reader.readexactly(9)
+            length = int.from_bytes(header[:3], "big")
+            body = await self._reader.readexactly(length)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        frame = Frame(header[3], header[4], int.from_bytes(header[5:9], "big"), body)
+        if frame.kind == PING and not frame.flags & ACK:
+            self.send(PING, body, flags=ACK)  # as whoever is alive does
+        return frame
+
+    async def next_of(self, kind):
+        while (frame := await self.read()) is not None:
+            if frame.kind == kind and not frame.flags & ACK:
+                return frame
+        return None
+
+    async def end(self):
+        """Read on until the connection ends."""
+        while await self.read() is not None:
+            pass
+
+    def close(self):
+        self._writer.close()
+
+
+def goaway_code(frame):
+    return struct.unpack(">II", frame.body[:8])[1]
+
+
+@pytest.fixture
+async def connect():
+    made = []
+
+    async def connect(address):
+        made.append(await Connection.open(address))
+        return made[-1]
+
+    yield connect
+    for connection in made:
+        connection.close()
+
+
+@pytest.fixture
+def ready(backend, device):
+    backend.may_load.set()
+    device.free()
+    return backend
+
+
+async def test_a_connection_is_told_how_many_calls_it_may_have_in_progress(
+    run_server, ready, connect
+):
+    address = await run_server(ready, max_connection_streams=7).address()
+    settings = (await (await connect(address)).next_of(SETTINGS)).body
+    told = dict(struct.unpack(">HI", settings[at : at + 6]) for at in range(0, len(settings), 6))
+    assert told[MAX_CONCURRENT_STREAMS] == 7
+
+
+async def test_a_connection_of_the_greatest_age_is_told_to_go(run_server, ready, connect):
+    address = await run_server(ready, max_connection_age=0.2).address()
+    connection = await connect(address)
+    assert goaway_code(await connection.next_of(GOAWAY)) == 0
+    await connection.end()
+
+
+async def test_an_idle_connection_is_closed(run_server, ready, connect):
+    address = await run_server(ready, max_connection_idle=0.2).address()
+    connection = await connect(address)
+    assert (await connection.next_of(GOAWAY)).body.endswith(b"connection idle")
+    await connection.end()
+
+
+async def test_a_call_outlives_the_age_of_its_connection_by_the_grace_and_no_longer(
+    run_server, backend, device
+):
+    backend.may_load.set()
+    server = run_server(backend, max_connection_age=0.1, max_connection_age_grace=0.1)
+    async with grpc.aio.insecure_channel(await server.address()) as channel:
+        stub = pb_grpc.SemanticIdServiceStub(channel)
+        stream = stub.EncodeStream()  # whose messages never come
+        assert await stream.code() == grpc.StatusCode.UNAVAILABLE
+    device.free()
+
+
+async def test_who_pings_too_often_is_told_to_calm_down_and_disconnected(
+    run_server, ready, connect
+):
+    address = await run_server(ready, min_ping_interval=60).address()
+    connection = await connect(address)
+    for number in range(5):
+        connection.send(PING, struct.pack(">Q", number))
+    assert goaway_code(await connection.next_of(GOAWAY)) == ENHANCE_YOUR_CALM
+    await connection.end()
+
+
+async def test_who_pings_as_often_as_is_allowed_stays(run_server, ready, connect):
+    address = await run_server(ready, min_ping_interval=0).address()
+    connection = await connect(address)
+    for number in range(5):
+        connection.send(PING, struct.pack(">Q", number))
+    answers = 0
+    while answers < 5:
+        frame = await connection.read()
+        assert frame.kind != GOAWAY
+        answers += frame.kind == PING and frame.flags & ACK
+
+
+def request(rows):
+    data = np.ones((rows, 4), "f4")
+    tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=data.shape, data=data.tobytes())
+    return pb.EncodeRequest(tensor=tensor)
+
+
+async def test_a_caller_with_too_much_in_work_is_refused_and_its_streams_wait(
+    serve_runner, device, toy_codes
+):
+    service = await serve_runner(device, max_peer_bytes=100)
+    running = service.stub.Encode(request(5))
+    await asyncio.to_thread(device.began.get, timeout=30)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await service.stub.Encode(request(2))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "80 bytes of this caller are in work" in caught.value.details()
+    assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "100"
+
+    async def messages():
+        yield pb.EncodeStreamRequest(request=request(2))
+
+    stream = service.stub.EncodeStream(messages())
+    answer = asyncio.create_task(stream.read())
+    for rows in (5, 2):
+        device.outcomes.put(lambda payloads, rows=rows: [np.zeros((rows, 3), np.uint16)])
+    await running
+    assert list((await answer).response.tensor.shape) == [2, 3]
+
+
+async def test_what_a_caller_had_in_work_is_given_back_when_it_leaves(serve_runner, device):
+    service = await serve_runner(device, max_peer_bytes=100)
+    running = service.stub.Encode(request(1))
+    await asyncio.to_thread(device.began.get, timeout=30)
+    queued = service.stub.Encode(request(5))
+    while not service.batcher.queue.requests:
+        await asyncio.sleep(0)
+    queued.cancel()
+    while service.batcher.queue.requests:
+        await asyncio.sleep(0)
+    again = service.stub.Encode(request(5))
+    for rows in (1, 5):
+        device.outcomes.put(lambda payloads, rows=rows: [np.zeros((rows, 3), np.uint16)])
+    await running
+    assert list((await again).tensor.shape) == [5, 3]

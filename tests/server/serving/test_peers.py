@@ -1,0 +1,125 @@
+"""Who calls, and what each may have in work."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semid_server.errors import OverloadedError
+from semid_server.serving.peers import PeerBytes, caller_of
+
+
+class Context:
+    def __init__(self, peer="ipv4:10.0.0.7:5000", names=(), authorization=None):
+        self._peer, self._names, self._authorization = peer, names, authorization
+
+    def peer(self):
+        return self._peer
+
+    def auth_context(self):
+        return {"x509_common_name": list(self._names)} if self._names else {}
+
+    def invocation_metadata(self):
+        sent = (("user-agent", "x"),)
+        return (
+            sent if self._authorization is None else (*sent, ("authorization", self._authorization))
+        )
+
+
+def name(context, *, certificates=False, tokens=False):
+    return caller_of(context, certificates=certificates, tokens=tokens)
+
+
+def test_a_caller_is_its_address_without_the_port():
+    assert name(Context()) == name(Context("ipv4:10.0.0.7:6000")) == "ipv4:10.0.0.7"
+    assert name(Context("ipv6:%5B::1%5D:50000")) == "ipv6:%5B::1%5D"
+
+
+def test_a_caller_is_its_token_where_tokens_are_checked_and_the_token_is_not_shown():
+    one, two = Context(authorization="Bearer one"), Context(authorization="Bearer two")
+    assert name(one) == name(two)
+    assert name(one, tokens=True) != name(two, tokens=True)
+    assert "one" not in name(one, tokens=True)
+
+
+def test_a_caller_is_the_name_in_its_certificate_where_those_are_verified():
+    context = Context(names=[b"recommender"], authorization="Bearer one")
+    assert name(context, certificates=True, tokens=True) == "certificate recommender"
+    assert name(context) == "ipv4:10.0.0.7"
+
+
+def test_a_caller_may_have_so_many_bytes_in_work_and_others_as_many():
+    peers = PeerBytes(100)
+    peers.take("a", 60)
+    with pytest.raises(
+        OverloadedError, match=r"60 bytes of this caller .* 41 more .* limit of 100"
+    ):
+        peers.take("a", 41)
+    peers.take("b", 100)
+    peers.take("a", 40)
+    peers.give_back("a", 60)
+    peers.take("a", 60)
+    assert (peers.of("a"), peers.of("b")) == (100, 100)
+
+
+def test_a_single_request_may_be_larger():
+    peers = PeerBytes(100)
+    peers.take("a", 1000)
+    peers.give_back("a", 1000)
+    assert peers.of("a") == 0
+
+
+async def test_streams_wait_for_room_in_the_order_in_which_they_came():
+    peers = PeerBytes(100)
+    peers.take("a", 100)
+    order = []
+
+    async def take(nbytes):
+        await peers.take_when_room("a", nbytes)
+        order.append(nbytes)
+
+    tasks = [asyncio.create_task(take(nbytes)) for nbytes in (90, 10, 20)]
+    await asyncio.sleep(0)
+    assert order == []
+    peers.give_back("a", 100)
+    await asyncio.gather(*tasks[:2])
+    assert order == [90, 10]
+    peers.give_back("a", 90)
+    await tasks[2]
+
+
+async def test_one_who_gives_up_waiting_does_not_block_the_next():
+    peers = PeerBytes(100)
+    peers.take("a", 100)
+    first, second = (asyncio.create_task(peers.take_when_room("a", 100)) for _ in range(2))
+    await asyncio.sleep(0)
+    peers.give_back("a", 100)
+    first.cancel()  # woken already
+    await second
+    assert peers.of("a") == 100
+    assert first.cancelled()
+
+
+@settings(deadline=None)
+@given(requests=st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 150)), max_size=30))
+def test_what_is_in_work_never_exceeds_the_limit_but_by_a_single_request(requests):
+    async def scenario():
+        peers = PeerBytes(100)
+        active = {"a": [], "b": []}
+
+        async def work(caller, nbytes):
+            await peers.take_when_room(caller, nbytes)
+            active[caller].append(nbytes)
+            used = [size for size in active[caller] if size]
+            assert sum(used) <= 100 or len(used) == 1
+            await asyncio.sleep(0)
+            active[caller].remove(nbytes)
+            peers.give_back(caller, nbytes)
+
+        await asyncio.gather(*(work(*request) for request in requests))
+        assert peers.of("a") == peers.of("b") == 0
+
+    asyncio.run(scenario())
