@@ -175,8 +175,10 @@ class Settings:
             # When a connection is lost the name is asked for again, but no more often than this.
             # In gRPC's own 30 s an orchestrator can replace every address that is known.
             ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-            ("grpc.keepalive_time_ms", 60_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
+            # A server that hangs is left after about a minute, a machine that is gone after 10 s:
+            # gRPC has TCP wait no longer for it either. The server allows a ping every 30 s.
+            ("grpc.keepalive_time_ms", 35_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.primary_user_agent", f"semid-client/{version('semid')}"),
         )
 

@@ -71,5 +71,5 @@ def settles(error: BaseException | None) -> bool:
     """Whether the outcome of one attempt, an error or an answer, is that of the call."""
     if not isinstance(error, grpc.RpcError):
         return True
-    status: grpc.StatusCode = error.code()  # type: ignore[attr-defined]  # as every one of a call has
+    status: grpc.StatusCode = error.code()
     return status not in ANOTHER_MAY_DO_BETTER

@@ -179,11 +179,13 @@ def doctor(context: click.Context, /, *, as_json: bool, **settings: Any) -> None
             click.echo(as_text(finding))  # at once: a self-test takes its time
     counts = Counter(finding.status for finding in findings)
     if as_json:
-        found = {"findings": [asdict(finding) for finding in findings], "counts": counts}
+        found = {
+            "findings": [asdict(finding) for finding in findings],
+            "counts": {status: counts[status] for status in Status},
+        }
         click.echo(json.dumps(found, indent=2))
     else:
-        told = (Status.OK, Status.WARN, Status.FAIL, Status.SKIP)
-        click.echo("\n" + ", ".join(f"{counts[status]} {status}" for status in told))
+        click.echo("\n" + ", ".join(f"{counts[status]} {status}" for status in Status))
     context.exit(1 if counts[Status.FAIL] else 0)
 
 
@@ -203,10 +205,11 @@ def examine(settings: Settings) -> Iterator[Finding]:
     gpus: list[GpuFacts] = []
     yield from _run("driver", lambda: _driver(settings, gpus))
     found = gpus[0] if gpus else GpuFacts()
-    yield from _run("gpu code", lambda: check_architecture(found))
-    need = GPU_BYTES + BATCH_BUFFERS * MAX_BATCH_BYTES
-    yield from _run("gpu memory", lambda: check_device_memory(found, need * settings.processes))
-    yield from _run("gpu kernels", lambda: check_triton(facts.triton(found)))
+    if found.gpus:
+        need = settings.processes * (GPU_BYTES + BATCH_BUFFERS * MAX_BATCH_BYTES)
+        yield from _run("gpu code", lambda: check_architecture(found))
+        yield from _run("gpu memory", lambda: check_device_memory(found, need))
+        yield from _run("gpu kernels", lambda: check_triton(facts.triton(found)))
     yield from _host(settings)
     yield from _models(settings, found)
     if settings.target is not None:

@@ -231,10 +231,8 @@ def _unused(facts: GpuFacts, what: str, judge: Callable[[str, str, str], Finding
 
 
 def check_architecture(facts: GpuFacts) -> Finding:
-    """Whether torch has code for every GPU."""
+    """Whether torch has code for every GPU, of which there is at least one."""
     name = "gpu code"
-    if not facts.gpus:
-        return skip(name, "no GPU")
     ready = [int(arch[3:].rstrip("af")) for arch in facts.torch_archs if arch.startswith("sm_")]
     portable = [
         int(arch[8:].rstrip("af")) for arch in facts.torch_archs if arch.startswith("compute_")
@@ -266,8 +264,6 @@ def check_architecture(facts: GpuFacts) -> Finding:
 
 def check_device_memory(facts: GpuFacts, need: int) -> list[Finding]:
     """Free memory of each GPU, against what one server is going to take."""
-    if not facts.gpus:
-        return [skip("gpu memory", "no GPU")]
     findings = []
     for index, gpu in enumerate(facts.gpus):
         name = f"gpu memory {index}"
@@ -312,11 +308,9 @@ class TritonFacts:
     error: str = ""
 
 
-def check_triton(facts: TritonFacts | None) -> Finding:
+def check_triton(facts: TritonFacts) -> Finding:
     """Whether GPU kernels can be compiled: Triton, and the C compiler that it calls."""
     name = "gpu kernels"
-    if facts is None:
-        return skip(name, "no GPU")
     if facts.version is None:
         return fail(
             name,
@@ -518,16 +512,17 @@ def check_processors(usable: int, quota: float, threads: int | None, processes: 
     name = "processors"
     per_process = max(1, usable // processes) if threads is None else threads
     wanted = per_process * processes
-    have = min(float(usable), quota)
     limited = "" if math.isinf(quota) else f", {quota:g} by the container's limit"
     what = f"{usable} usable{limited}; {wanted} thread{'s' * (wanted > 1)} of the encoder"
-    if wanted > math.ceil(have):
-        return warn(
-            name,
-            f"{what}: the system stops them for part of every 0.1 s",
-            f"--threads {max(1, math.floor(have / processes))}, or raise the limit",
-        )
-    return ok(name, what)
+    have = min(float(usable), quota)
+    if wanted <= math.ceil(have):
+        return ok(name, what)
+    why = "they wait for each other" if quota >= usable else "the system stops all of them, often"
+    return warn(
+        name,
+        f"{what}: {why}",
+        f"--threads {max(1, math.floor(have / processes))}, or more processors",
+    )
 
 
 def check_compiled_loops(folder: str | None) -> Finding:
@@ -620,21 +615,17 @@ class ServerFacts:
 
 def check_server(facts: ServerFacts, expected: str) -> list[Finding]:
     """A running server: health, model, latency, limits, clock."""
-    where = facts.target
-    findings = []
-    if facts.health == "SERVING":
-        findings.append(ok("server health", f"{where}: SERVING"))
-    else:
-        findings.append(
-            fail(
-                "server health",
-                f"{where}: {facts.health}",
-                "see its log; it says NOT_SERVING while it loads and while it drains",
-            )
-        )
     if facts.error:
-        findings.append(fail("server model", facts.error, "nothing else could be asked of it"))
-        return findings
+        return [fail("server", facts.error, "nothing else could be asked; its log may say why")]
+    findings = [
+        ok("server health", f"{facts.target}: {facts.health}")
+        if facts.health == "SERVING"
+        else warn(
+            "server health",
+            f"{facts.target} answers, but its health service does not say SERVING: {facts.health}",
+            "a probe or a client that asks it would turn away; it may be draining",
+        )
+    ]
     what = f"{facts.model}, fingerprint {facts.fingerprint}"
     if expected and expected != facts.fingerprint:
         findings.append(

@@ -128,10 +128,8 @@ def _driver() -> tuple[str | None, tuple[int, int] | None]:
         nvml.nvmlShutdown()
 
 
-def triton(facts: GpuFacts) -> TritonFacts | None:
-    """Compile and run a kernel on every GPU; None where there is none."""
-    if not facts.gpus:
-        return None
+def triton(facts: GpuFacts) -> TritonFacts:
+    """Compile and run a kernel on every GPU."""
     compiler = next(
         filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None
     )
@@ -244,8 +242,10 @@ def checkpoint(path: str) -> CheckpointFacts:
         return CheckpointFacts(path, error=f"{path} was not read: {_line(error)}")
     try:
         inspection = inspect_checkpoint(path)
-    except (SemidError, OSError) as error:
-        return CheckpointFacts(path, error=_line(error))
+    except SemidError as error:
+        return CheckpointFacts(path, error=str(error))
+    except OSError as error:
+        return CheckpointFacts(path, error=f"{path}: {error.strerror}")
     return CheckpointFacts(
         path,
         name=inspection.name,
