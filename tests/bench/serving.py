@@ -177,15 +177,16 @@ class Result:
     """What the clients of one load saw."""
 
     seconds: float
-    answers: list[tuple[int, str, int]]
+    answers: list[tuple[int, str, int, int]]
     lag: float
+    cpu: float
 
     def latencies(self, status: str | None = "OK", call: int | None = None) -> np.ndarray:
         """Milliseconds of the answers of one status (None: any that is not OK) and one call."""
         return np.array(
             [
                 microseconds / 1000
-                for index, answered, microseconds in self.answers
+                for index, answered, microseconds, _ in self.answers
                 if (answered == status if status else answered != "OK") and call in (None, index)
             ]
         )
@@ -195,8 +196,15 @@ class Result:
         """Requests answered OK a second."""
         return len(self.latencies()) / self.seconds
 
+    def rate_between(self, begin: float, end: float) -> float:
+        """Requests answered OK a second, between two times since the load began."""
+        answered = [
+            at for _, status, _, at in self.answers if status == "OK" and begin <= at / 1e6 < end
+        ]
+        return len(answered) / (end - begin)
+
     def statuses(self) -> str:
-        names = [status for _, status, _ in self.answers]
+        names = [status for _, status, _, _ in self.answers]
         return ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
 
 
@@ -217,11 +225,17 @@ class Running:
             max(result["seconds"] for result in results),
             [tuple(answer) for result in results for answer in result["answers"]],
             max(result["lag"] for result in results),
+            sum(result["cpu"] for result in results),
         )
 
 
 def begin(load: Load, clients: int = 1) -> Running:
     """Start client processes that share the rate of a load, and let them go at one moment."""
+    return release(ready(load, clients), time.monotonic() + 0.05)
+
+
+def ready(load: Load, clients: int = 1) -> list[subprocess.Popen]:
+    """Start client processes that wait to be released."""
     if load.rate is not None:
         load = replace(load, rate=load.rate / clients)
     processes = []
@@ -239,7 +253,11 @@ def begin(load: Load, clients: int = 1) -> Running:
     for process in processes:
         if process.stdout.readline() != "ready\n":
             sys.exit(f"a client of {load.target} did not start")
-    at = time.monotonic() + 0.05
+    return processes
+
+
+def release(processes: list[subprocess.Popen], at: float) -> Running:
+    """Have clients that are ready begin at a time of the monotonic clock."""
     for process in processes:
         process.stdin.write(f"{at}\n")
         process.stdin.flush()
@@ -362,7 +380,7 @@ class Bench:
 
     def _throughput_of(self, servers: list[Server], size: int, in_flight: int) -> None:
         rates: dict[str, list[float]] = {server.name: [] for server in servers}
-        costs: dict[str, list[float]] = {server.name: [] for server in servers}
+        costs: dict[str, list[tuple[float, float]]] = {server.name: [] for server in servers}
         for _ in range(self.plan.rounds):
             for server in servers:
                 body = f"{server.bodies}-{size // ROW_BYTES}"
@@ -370,7 +388,8 @@ class Bench:
                 before = server.cpu()
                 result = send(self.load(server, body, in_flight=in_flight, warmup=0))
                 sent = len(result.answers) * size
-                costs[server.name].append((server.cpu() - before) * 1000 / (sent / MIB))
+                spent = server.cpu() - before, result.cpu
+                costs[server.name].append(tuple(1000 * cpu / (sent / MIB) for cpu in spent))
                 rates[server.name].append(result.rate * size / 1e6)
         found = {name: median(values) for name, values in rates.items()}
         for name, rate in found.items():
@@ -381,11 +400,13 @@ class Bench:
         if "triton" in found:
             line += f"{found['semid'] / found['triton']:14.2f}"
         print(line)
-        line = "     server, ms of CPU a MiB "
-        for name, values in costs.items():
-            self.keep(f"cpu_ms_per_mib.{name}.{size}.{in_flight}", median(values))
-            line += f"{median(values):11.2f}"
-        print(line, flush=True)
+        for place, side in enumerate(("server", "client")):
+            line = f"     {side}, ms of CPU a MiB "
+            for name, values in costs.items():
+                spent = median(value[place] for value in values)
+                self.keep(f"{side}_cpu_ms_per_mib.{name}.{size}.{in_flight}", spent)
+                line += f"{spent:11.2f}"
+            print(line, flush=True)
 
     def one_row(self) -> None:
         """Latency and rate of requests of one row."""
@@ -450,31 +471,45 @@ class Bench:
     def under_load(self) -> None:
         """Latency of one-row callers at a constant arrival rate, alone and beside a bulk caller."""
         title("One row at a constant rate of 200 requests/s (open loop), 384 x 64 x 3")
-        print("beside bulk: one more client keeps 4 requests of 8192 rows (12 MiB) under way.\n")
-        server = self.on_movies[1]
-        load = self.load(server, "one-384", rate=200, seconds=2 * self.plan.seconds)
-        alone = send(load)
-        bulk = begin(self.load(server, "bulk-384", in_flight=4, seconds=3 * self.plan.seconds))
-        beside_bulk = send(load)
-        rows = bulk.finish().rate * 8192
-        for name, result in (("alone", alone), ("beside bulk", beside_bulk)):
+        print(
+            "beside bulk: one more client keeps 8 requests of 8192 rows (12 MiB) under way;\n"
+            "beside bulk alone: the same, on a server that does each of them in one batch.\n"
+        )
+        whole = self._servers.enter_context(semid("whole", MOVIES, "--max-batch-seconds", 3600))
+        for server, name in (
+            (self.on_movies[1], "alone"),
+            (self.on_movies[1], "beside bulk"),
+            (whole, "beside bulk, undivided"),
+        ):
+            seconds = 2 * self.plan.seconds
+            clients = ready(self.load(server, "one-384", rate=200, seconds=seconds))
+            if name == "alone":
+                result, rows = release(clients, time.monotonic() + 0.05).finish(), 0.0
+            else:
+                bulk = begin(self.load(server, "bulk-384", in_flight=8, seconds=1.5 * seconds))
+                result = release(clients, bulk.begin + 0.25 * seconds).finish()
+                rows = bulk.finish().rate * 8192
+                self.keep(f"under_load.bulk_rows.{name}", rows)
             latencies = result.latencies()
             self.keep(f"under_load.p99.{name}", np.percentile(latencies, 99))
-            print(f"  {name:12} {percentiles(latencies)}   {result.statuses()}")
-        print(f"  the bulk caller meanwhile: {self.keep('under_load.bulk_rows', rows):.0f} rows/s")
+            line = f"  {name:24} {percentiles(latencies)}   {result.statuses()}"
+            print(line + (f"; the bulk caller: {rows:.0f} rows/s" if rows else ""), flush=True)
 
     def overload(self) -> None:
         """Goodput beyond capacity, what a refusal costs the caller, and the way back."""
         title("Overload: 16 rows a request, 384 x 4096 x 3, open loop, a queue of 16 requests")
         print(
             "The float64 reference encodes (--reference, one thread): the device is too slow, not\n"
-            "the wire. Capacity: closed loop, 16 in flight. Latency from when a request was due.\n"
+            "the wire. Capacity (closed loop, 16 in flight), goodput: answers OK a second in the\n"
+            "last four fifths of the load. Latency from when a request was due.\n"
             "Recovery: from the load's end to the first answer as fast as when idle.\n"
         )
         server = self.on_slow[0]
         load = self.load(server, "some-384", seconds=2 * self.plan.seconds)
         idle = float(np.percentile(send(load).latencies(), 99))
-        capacity = self.keep("overload.capacity", send(replace(load, in_flight=16)).rate)
+        steady = 0.2 * load.seconds, load.seconds
+        capacity = send(replace(load, in_flight=16)).rate_between(*steady)
+        self.keep("overload.capacity", capacity)
         print(f"  capacity {capacity:.1f} requests/s; idle p99 {idle:.1f} ms")
         for times in self.plan.overload:
             self._overload_at(server, load, capacity, times, idle)
@@ -483,15 +518,16 @@ class Bench:
         self, server: Server, load: Load, capacity: float, times: float, idle: float
     ) -> None:
         before = server.rss()
+        probing = ready(replace(load, seconds=1.5, warmup=0))
         running = begin(replace(load, rate=times * capacity, warmup=0), clients=2)
+        probe = release(probing, running.begin + load.seconds)
         most = before
         while time.monotonic() < running.begin + load.seconds:
             most = max(most, server.rss())
             time.sleep(0.05)
-        probe = begin(replace(load, seconds=1.5, warmup=0))
         result = running.finish()
         after = probe.finish()
-        goodput = result.rate
+        goodput = result.rate_between(0.2 * load.seconds, load.seconds)
         name = f"overload.{times:g}x"
         self.keep(f"{name}.goodput_of_capacity", goodput / capacity)
         refusals = result.latencies(None)
@@ -501,12 +537,10 @@ class Bench:
             self.keep(f"{name}.refusal_p99", np.percentile(refusals, 99))
             line += f"   refused {percentiles(refusals)}"
         line += f"   RSS {before / MIB:.0f} -> {most / MIB:.0f} MiB"
-        elapsed = (probe.begin - running.begin - load.seconds) * 1000
         recovered = None
-        for _, status, microseconds in after.answers:
-            elapsed += microseconds / 1000
+        for _, status, microseconds, at in after.answers:
             if status == "OK" and microseconds / 1000 <= 1.5 * idle:
-                recovered = self.keep(f"{name}.recovery_s", elapsed / 1000)
+                recovered = self.keep(f"{name}.recovery_s", at / 1e6)
                 break
         line += f"   recovery {'not within 1.5 s' if recovered is None else f'{recovered:.2f} s'}"
         print(line)

@@ -46,15 +46,18 @@ class Load:
 
 
 class Client:
-    """Sends what a `Load` says, and notes each answer: its call, status, and microseconds."""
+    """Sends what a `Load` says, and notes each answer.
+
+    Of each: its call, its status, the microseconds that it took, and those since the load began.
+    """
 
     def __init__(self, load: Load, channel: grpc.aio.Channel) -> None:
         self._load = load
         self._calls = [
             (channel.unary_unary(method), Path(body).read_bytes()) for method, body in load.calls
         ]
-        self.answers: list[tuple[int, str, int]] = []
-        self.lag = 0.0
+        self.answers: list[tuple[int, str, int, int]] = []
+        self.lag = self.begin = 0.0
 
     async def one(self, index: int, since: float) -> None:
         call, body = self._calls[index]
@@ -63,7 +66,9 @@ class Client:
             status = "OK"
         except grpc.aio.AioRpcError as error:
             status = error.code().name
-        self.answers.append((index, status, round((time.monotonic() - since) * 1e6)))
+        now = time.monotonic()
+        took, at = round((now - since) * 1e6), round((now - self.begin) * 1e6)
+        self.answers.append((index, status, took, at))
 
     async def _closed_loop(self, begin: float, end: float, first: int) -> None:
         await asyncio.sleep(begin - time.monotonic())
@@ -86,6 +91,7 @@ class Client:
             await asyncio.wait(tasks)
 
     async def run(self, begin: float, seconds: float, rate: float | None) -> None:
+        self.begin = begin
         end = begin + seconds
         if rate is not None:
             await self._open_loop(begin, end, rate)
@@ -105,11 +111,13 @@ async def main() -> None:
         client.answers.clear()
         print("ready", flush=True)
         begin = float(sys.stdin.readline())
+        cpu = time.process_time()
         await client.run(begin, load.seconds, load.rate)
         result: dict[str, Any] = {
             "seconds": time.monotonic() - begin,
             "answers": client.answers,
             "lag": client.lag,
+            "cpu": time.process_time() - cpu,
         }
         print(json.dumps(result), flush=True)
 
