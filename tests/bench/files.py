@@ -1,112 +1,231 @@
 """Files: `semid encode` beside the limits of this machine, the extra digit beside other ways.
 
-    python tests/bench/files.py [--rows N] [--dim D] [--digits N] [--device cpu|cuda]
+    python tests/bench/files.py [--only encode|digits|spill|sparse] [--device cpu|cuda]
 
-The limits are measured in the same run: reading the file, copying it in memory, and the encoder
-alone on rows in memory. The extra digit is compared with a loop over items, which is how it is
-usually done, and with pandas where that is installed.
+encode    a file, from the disk and from the page cache, beside what bounds it: reading the disk
+          (past the page cache, by O_DIRECT), reading the page cache, copying in memory, on a GPU
+          the copy from pinned memory, the bare product, and the encoder alone. All take turns in
+          one run. The original's arithmetic is measured on a few rows, and multiplied.
+digits    the extra digit of 10 million items, beside a loop over items (measured on a million,
+          and multiplied) and pandas.
+spill     the extra digit of 100 million items, a tenth of which have one ID: memory, and what
+          goes to the disk.
+sparse    peak memory of `semid encode` on a sparse file of 10 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import platform
+import mmap
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import encode as arithmetic
+import encode_cases as cases
 import numpy as np
 import torch
 
 from semid_client.files import extra_digits
 from semid_server.checkpoint import save_checkpoint
 from semid_server.cli.batch import CheckpointEngine
-from semid_server.model import ModelKind, ModelSpec, build_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LAYERS, WIDTH = 3, 256
+READ_BYTES = 8 << 20
+SECTIONS = ("encode", "digits", "spill", "sparse")
 
 
-def make_checkpoint(folder: Path, dim: int) -> Path:
-    """A model of random unit centroids."""
-    spec = ModelSpec(
-        kind=ModelKind.RQ_KMEANS,
-        input_dim=dim,
-        embedding_dim=dim,
-        codebook_widths=(WIDTH,) * LAYERS,
-        normalize_residuals=True,
-    )
-    model = build_model(spec)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in model.layers:
-            drawn = torch.randn(layer.centroids.shape, generator=generator)
-            layer.centroids.copy_(drawn / drawn.norm(dim=1, keepdim=True))
+def save(folder: Path, codebooks: list[torch.Tensor], *, normalize: bool = True) -> Path:
+    """Write a checkpoint of these centroids."""
+    model, spec = cases.model_of(codebooks, normalize=normalize)
     save_checkpoint(folder / "model", model=model, spec=spec, name="bench")
     return folder / "model"
 
 
-def seconds(work, repeat=3):
-    """The median time of some runs."""
-    times = []
+def median(ways: dict[str, Callable[[], float | None]], repeat: int) -> dict[str, float]:
+    """Median seconds of each way, all taking turns; a way may tell its seconds itself."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeat):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return float(np.median(times))
+        for name, way in ways.items():
+            began = time.perf_counter()
+            told = way()
+            found[name].append(time.perf_counter() - began if told is None else told)
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
-def read(path: Path) -> None:
-    with path.open("rb", buffering=0) as file:
-        buffer = bytearray(8 << 20)
-        while file.readinto(buffer):
-            pass
+# --- encode ----------------------------------------------------------------------------------
 
 
-def encode(path: Path, checkpoint: Path, device: str) -> float:
-    """Seconds that the command says it worked, from the first row to the renamed output."""
-    output = path.with_name("out.npy")
+def read(path: Path, flags: int = 0) -> None:
+    """Read a file once, through one buffer whose address O_DIRECT accepts."""
+    file = os.open(path, os.O_RDONLY | flags)
+    try:
+        with mmap.mmap(-1, READ_BYTES) as buffer:
+            while os.readv(file, [buffer]) == READ_BYTES:
+                pass
+    finally:
+        os.close(file)
+
+
+def forget(path: Path) -> None:
+    """Have the page cache drop a file, and make sure that it did."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)  # only clean pages can go
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+    kept = cached(path)
+    if kept > 0.01:
+        raise SystemExit(f"{path}: {kept:.0%} of it stay in the page cache")
+
+
+def cached(path: Path) -> float:
+    """Which part of a file the page cache holds."""
+    n_pages = -(-path.stat().st_size // mmap.PAGESIZE)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        view = (ctypes.c_ubyte * len(mapped)).from_buffer(mapped)
+        resident = (ctypes.c_ubyte * n_pages)()
+        libc = ctypes.CDLL(None, use_errno=True)
+        failed = libc.mincore(ctypes.byref(view), ctypes.c_size_t(len(mapped)), resident)
+        del view
+        if failed:
+            raise OSError(ctypes.get_errno(), "mincore")
+        return sum(page & 1 for page in resident) / n_pages
+
+
+def semid_encode(path: Path, checkpoint: Path, device: str) -> dict:
+    """What the command tells: its seconds are from the first row to the renamed output."""
     told = subprocess.run(
         [
-            *(sys.executable, "-m", "semid_client", "encode", str(path), "-o", str(output)),
-            *("--force", "--json", "--checkpoint", str(checkpoint), "--device", device),
+            *(
+                sys.executable,
+                "-m",
+                "semid_client",
+                "encode",
+                path,
+                "-o",
+                path.with_name("out.npy"),
+            ),
+            *("--force", "--json", "--checkpoint", checkpoint, "--device", device),
         ],
         check=True,
         capture_output=True,
     ).stdout
-    summary = json.loads(told)
-    print(f"  stages {summary['stage_seconds']}, bottleneck {summary['bottleneck']}")
-    return float(summary["seconds"])
+    return json.loads(told)
 
 
-def files(n: int, dim: int, device: str) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        checkpoint = make_checkpoint(folder, dim)
-        path = folder / "in.npy"
-        rows = np.random.default_rng(0).standard_normal((n, dim), np.float32)
-        np.save(path, rows)
-        engine = CheckpointEngine(str(checkpoint), device=device)
-        block = engine.block_bytes // (4 * dim)
-        engine.encode(rows[:block])
+def limits_of(
+    path: Path, drawn: torch.Tensor, codebooks: list[torch.Tensor], device: torch.device, block: int
+) -> dict[str, Callable[[], float | None]]:
+    """What no way of encoding these rows from a file can be faster than."""
+    rows = drawn.numpy()
+    on_device, stacked = drawn.to(device), torch.cat(codebooks).T.contiguous().to(device)
+    half, stacked_half = on_device.bfloat16(), stacked.bfloat16()
+    copy = np.empty_like(rows)
 
-        def alone() -> None:
-            for start in range(0, n, block):
-                engine.encode(rows[start : start + block])
+    def product(left, right):
+        for start in range(0, len(rows), block):
+            left[start : start + block] @ right
+        ready(device)
 
-        print(f"\nencode {n:,} x {dim} float32 ({rows.nbytes / 1e6:,.0f} MB), {device}")
-        limits = {
-            "reading, from the page cache": seconds(lambda: read(path)),
-            "copying in memory": seconds(rows.copy),
-            "the encoder alone": seconds(alone),
-        }
-        took = encode(path, checkpoint, device)
-        for what, limit in {**limits, "semid encode": took}.items():
-            print(f"  {what:<30}{n / limit:>14,.0f} rows/s{rows.nbytes / limit / 1e6:>10,.0f} MB/s")
-        print(f"  of the slowest limit: {max(limits.values()) / took:.2f}")
+    limits: dict[str, Callable[[], float | None]] = {
+        "reading the disk": lambda: read(path, os.O_DIRECT),
+        "reading the page cache": lambda: read(path),
+        "copying in memory": lambda: np.copyto(copy, rows),
+        "bare product, float32": lambda: product(on_device, stacked),
+        "bare product, bfloat16": lambda: product(half, stacked_half),
+    }
+    if device.type == "cuda":
+        pinned, target = drawn.pin_memory(), torch.empty_like(on_device)
+
+        def transfer():
+            target.copy_(pinned, non_blocking=True)
+            ready(device)
+
+        limits["pinned copy to the GPU"] = transfer
+    return limits
+
+
+def ready(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def encode(folder: Path, n: int, dim: int, device: torch.device, repeat: int) -> dict[str, float]:
+    codebooks, drawn = arithmetic.clusters(dim, WIDTH, n, torch.device("cpu"))
+    checkpoint = save(folder, codebooks)
+    path = folder / "in.npy"
+    rows = drawn.numpy()
+    np.save(path, rows)
+    engine = CheckpointEngine(str(checkpoint), device=str(device))
+    block = engine.block_bytes // (4 * dim)
+    limits = limits_of(path, drawn, codebooks, device, block)
+    stages = {}
+
+    def alone():
+        for start in range(0, n, block):
+            engine.encode(rows[start : start + block])
+
+    def command(*, cold):
+        forget(path) if cold else read(path)
+        told = semid_encode(path, checkpoint, str(device))
+        stages[cold] = told["stage_seconds"]
+        return float(told["seconds"])
+
+    alone()
+    for limit in limits.values():
+        limit()
+    found = median(
+        {
+            **limits,
+            "the encoder alone": alone,
+            "semid encode, page cache": lambda: command(cold=False),
+            "semid encode, disk": lambda: command(cold=True),
+        },
+        repeat,
+    )
+    few = drawn[: 64 if device.type == "cpu" else 4096].to(device)
+    layers = [codebook.to(device) for codebook in codebooks]
+
+    def original():
+        arithmetic.original(few, layers)
+        ready(device)
+
+    once = median({"original arithmetic": original}, repeat)
+    found |= {name: value * n / len(few) for name, value in once.items()}
+    size = rows.nbytes
+    print(f"\nencode {n:,} x {dim} float32 ({size / 1e6:,.0f} MB), {device}, medians of {repeat}\n")
+    print("| what | rows/s | MB/s |\n| --- | ---: | ---: |")
+    for name, value in sorted(found.items(), key=lambda item: item[1]):
+        print(f"| {name} | {n / value:,.0f} | {size / value / 1e6:,.0f} |")
+    print(f"\noriginal arithmetic: from {len(few)} rows")
+    # The product that is faster bounds: codes are proved, in whatever precision.
+    bounds = {name: found[name] for name in limits if name != "bare product, float32"}
+    bounds["bare product"] = min(found[name] for name in limits if name.startswith("bare"))
+    del bounds["bare product, bfloat16"]
+    for where, other in (("page cache", "reading the disk"), ("disk", "reading the page cache")):
+        slowest = max((n for n in bounds if n != other), key=bounds.__getitem__)
+        took = found[f"semid encode, {where}"]
+        ratio = found[f"of the slowest limit, {where}"] = bounds[slowest] / took
+        beside = found["the encoder alone"] / took
+        print(f"from the {where}: {ratio:.2f} of the slowest limit, {slowest}; {beside:.2f} of the")
+        print(f"  encoder alone; stages {stages[where == 'disk']}")
+    return found
+
+
+# --- the extra digit -------------------------------------------------------------------------
 
 
 def loop(codes: np.ndarray) -> np.ndarray:
@@ -119,50 +238,182 @@ def loop(codes: np.ndarray) -> np.ndarray:
     return digits
 
 
-def digits(n: int) -> None:
+def digits(folder: Path, n: int, repeat: int) -> dict[str, float]:
     codes = np.random.default_rng(0).integers(0, WIDTH, (n, LAYERS), np.uint8)
-    print(f"\nextra digit (tiger) of {n:,} items, {LAYERS} x {WIDTH}")
     step = 1 << 17
-    with tempfile.TemporaryDirectory() as name:
-        blocks = [(np.arange(i, min(i + step, n)), codes[i : i + step]) for i in range(0, n, step)]
-        began = time.perf_counter()
-        found = extra_digits(blocks, n, "tiger", Path(name))[0:n]
-        took = time.perf_counter() - began
-    print(f"  {'semid':<30}{took:>10.2f} s")
-    some = min(n, 1_000_000)
-    began = time.perf_counter()
-    naive = loop(codes[:some])
-    per_item = (time.perf_counter() - began) / some
-    print(f"  {'a loop over items':<30}{per_item * n:>10.2f} s (from {some:,} items)")
-    if some == n:
-        np.testing.assert_array_equal(found, naive)
+    blocks = [(np.arange(i, min(i + step, n)), codes[i : i + step]) for i in range(0, n, step)]
+    ways = {"semid": lambda: extra_digits(blocks, n, "tiger", folder)[0:n]}
     try:
         import pandas as pd  # noqa: PLC0415 - a peer that may be missing
     except ModuleNotFoundError:
-        print("  pandas is not installed")
-        return
+        print("\npandas is not installed: pip install -c docker/constraints.txt pandas")
+    else:
+
+        def counted():
+            frame = pd.DataFrame({str(layer): codes[:, layer] for layer in range(LAYERS)})
+            return frame.groupby(list(frame.columns)).cumcount().to_numpy()
+
+        ways[f"pandas {pd.__version__}, groupby.cumcount"] = counted
+    answers: dict[str, np.ndarray] = {}
+
+    def keeping(name, way):
+        def run():
+            answers[name] = way()
+
+        return run
+
+    found = median({name: keeping(name, way) for name, way in ways.items()}, repeat)
+    some = min(n, 1_000_000)
     began = time.perf_counter()
-    frame = pd.DataFrame({str(layer): codes[:, layer] for layer in range(LAYERS)})
-    counted = frame.groupby(list(frame.columns)).cumcount()
+    naive = loop(codes[:some])
+    found["a loop over items"] = (time.perf_counter() - began) * n / some
+    for name, answer in answers.items():
+        np.testing.assert_array_equal(answer, answers["semid"], err_msg=name)
+    np.testing.assert_array_equal(naive, answers["semid"][:some])
+    print(f"\nextra digit (tiger) of {n:,} items, {LAYERS} x {WIDTH}, medians of {repeat}\n")
+    print("| way | s | items/s |\n| --- | ---: | ---: |")
+    for name, value in sorted(found.items(), key=lambda item: item[1]):
+        told = f"{name} (from {some:,})" if name.startswith("a loop") and some < n else name
+        print(f"| {told} | {value:,.2f} | {n / value:,.0f} |")
+    return found
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has had; getrusage would count its parent's, too."""
+    with open("/proc/self/status") as lines:  # noqa: PTH123 - the kernel's
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def spilled_blocks(n: int):
+    """Codes of ``n`` items, a tenth of which have one ID; made as they are asked for."""
+    rng = np.random.default_rng(0)
+    for start in range(0, n, 1 << 17):
+        m = min(1 << 17, n - start)
+        codes = rng.integers(0, WIDTH, (m, LAYERS), np.uint8)
+        codes[rng.random(m) < 0.1] = 7
+        yield np.arange(start, start + m), codes
+
+
+def spill_here(folder: Path, n: int) -> dict[str, float]:
+    """Number ``n`` items in this process, and check those of some IDs."""
+    peak_before = peak_bytes()
+    written = 0
+
+    def blocks():
+        nonlocal written
+        yield from spilled_blocks(n)
+        written = sum(path.stat().st_size for path in folder.glob("part-*"))
+
+    began = time.perf_counter()
+    found = extra_digits(blocks(), n, "grid", folder)
     took = time.perf_counter() - began
-    print(f"  {f'pandas {pd.__version__}, groupby.cumcount':<30}{took:>10.2f} s")
-    np.testing.assert_array_equal(found, counted)
+    peak = peak_bytes()
+    groups: dict[int, list[int]] = {}
+    for rows, codes in spilled_blocks(n):
+        mine = codes[:, 0] == 9
+        here = found[int(rows[0]) : int(rows[-1]) + 1][mine]
+        keys = codes[mine, 1].astype(int) * WIDTH + codes[mine, 2]
+        for key, digit in zip(keys.tolist(), here.tolist(), strict=True):
+            groups.setdefault(key, []).append(digit)
+    for group in groups.values():
+        assert group == (list(range(1, len(group) + 1)) if len(group) > 1 else [0])
+    return {
+        "items_per_s": n / took,
+        "seconds": took,
+        "peak_bytes": peak,
+        "peak_before_bytes": peak_before,
+        "spilled_bytes": written,
+        "checked_items": sum(map(len, groups.values())),
+    }
+
+
+def spill(folder: Path, n: int) -> dict[str, float]:
+    child = [sys.executable, __file__, "--only", "spill", "--spill-items", str(n), "--here", folder]
+    told = subprocess.run(child, check=True, stdout=subprocess.PIPE).stdout
+    found = json.loads(told)
+    print(
+        f"\nextra digit (grid) of {n:,} items, a tenth with one ID: {found['seconds']:.1f} s, "
+        f"{found['items_per_s']:,.0f} items/s, peak memory {found['peak_bytes'] / 1e6:,.0f} MB "
+        f"({found['peak_before_bytes'] / 1e6:,.0f} before), "
+        f"{found['spilled_bytes'] / 1e6:,.0f} MB spilled; {found['checked_items']:,} checked"
+    )
+    return found
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+MEASURED = """
+import sys, semid_client.cli
+try:
+    semid_client.cli.main()
+finally:
+    with open("/proc/self/status") as lines:
+        peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    print(peak * 1024, file=sys.stderr)
+"""
+"""The command `semid`, which ends by telling the most memory that it had."""
+
+
+def sparse(folder: Path, size: float, dim: int, device: str) -> dict[str, float]:
+    """Peak memory of a command that reads ``size`` bytes of zeros and writes unique IDs."""
+    # Centroids of unlike lengths and residuals as they are: else all zeros would be ties.
+    generator = torch.Generator().manual_seed(0)
+    codebooks = [torch.randn(WIDTH, dim, generator=generator) for _ in range(LAYERS)]
+    codebooks = [codebook * torch.linspace(1, 2, WIDTH)[:, None] for codebook in codebooks]
+    checkpoint = save(folder, codebooks, normalize=False)
+    n = int(size) // (4 * dim)
+    np.lib.format.open_memmap(folder / "in.npy", "w+", np.dtype("<f4"), (n, dim))
+    command = [
+        *(sys.executable, "-c", MEASURED, "encode", folder / "in.npy"),
+        *("-o", folder / "out.parquet", "--unique", "grid", "--json"),
+        *("--checkpoint", checkpoint, "--device", device),
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    told, peak = json.loads(done.stdout), int(done.stderr.splitlines()[-1])
+    print(
+        f"\nsemid encode of a sparse file of {size / 1e9:g} GB, {n:,} x {dim}: peak memory "
+        f"{peak / 1e6:,.0f} MB, {told['rows_per_second']:,} rows/s"
+    )
+    return {"peak_bytes": peak, "rows_per_s": told["rows_per_second"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", choices=SECTIONS, help="may be given again")
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=384)
-    parser.add_argument("--digits", type=int, default=10_000_000)
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("numpy", "torch"))
-    machine = platform.processor() or platform.machine()
-    print(f"{machine}, {torch.get_num_threads()} threads; {versions}")
-    if arguments.device.startswith("cuda"):
-        print(torch.cuda.get_device_name(arguments.device))
-    files(arguments.rows, arguments.dim, arguments.device)
-    digits(arguments.digits)
+    parser.add_argument("--items", type=int, default=10_000_000)
+    parser.add_argument("--spill-items", type=int, default=100_000_000)
+    parser.add_argument("--sparse-bytes", type=float, default=10e9)
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here is not None:
+        print(json.dumps(spill_here(options.here, options.spill_items)))
+        return
+    print(arithmetic.machine(options.device, len(os.sched_getaffinity(0))))
+    figures = {}
+    for section in options.only or SECTIONS:
+        with tempfile.TemporaryDirectory(dir=options.folder, prefix="semid-bench-") as name:
+            folder = Path(name)
+            figures[section] = {
+                "encode": lambda folder=folder: encode(
+                    folder, options.rows, options.dim, options.device, options.repeat
+                ),
+                "digits": lambda folder=folder: digits(folder, options.items, options.repeat),
+                "spill": lambda folder=folder: spill(folder, options.spill_items),
+                "sparse": lambda folder=folder: sparse(
+                    folder, options.sparse_bytes, options.dim, str(options.device)
+                ),
+            }[section]()
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
