@@ -35,6 +35,7 @@ NOT_RUN = {
     "bash tests/run.sh": "it runs this very test",
     "docker build": "needs a container engine; tests/e2e/test_container.py takes its steps apart",
     "pip install -q -c docker/constraints.txt -e '.[dev]'": "tests/run.sh installs the same",
+    "semid encode embeddings -o": "needs Ray; tests/e2e/test_ray.py runs it, word for word",
 }
 """Blocks that no test runs, by their beginning, and why."""
 

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -344,6 +345,24 @@ def test_the_output_is_that_of_one_machine(ray, folder, checkpoint, suffix, flag
         f"there.{suffix}",
         f"there.{suffix}.bad-rows.jsonl",
     ]
+
+
+def test_input_and_parts_may_be_in_a_store(ray, folder, checkpoint):
+    store = fsspec.filesystem("memory")
+    store.put(str(folder / "in"), "/ray/in", recursive=True)
+    flags = ("--checkpoint", str(checkpoint), "--on-bad-row", "null")
+    here = ["encode", "in", "-o", "here.parquet", *flags]
+    there = ["encode", "memory://ray/in", "-o", "there.parquet", *flags, *RAY]
+    try:
+        for command in (here, [*there, "--parts", "memory://ray/work/"]):
+            result = CliRunner().invoke(root, command)
+            assert result.exit_code == 0, result.output
+        assert all(path.startswith("/ray/in/") for path in ray.data.read[0])
+        assert store.find("/ray/work") == []
+        made = (folder / "there.parquet").read_bytes()
+        assert made == (folder / "here.parquet").read_bytes()
+    finally:
+        store.rm("/ray", recursive=True)
 
 
 def test_a_job_that_failed_goes_on_with_what_it_wrote(ray, folder, checkpoint):
