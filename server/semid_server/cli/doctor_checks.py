@@ -518,10 +518,10 @@ def check_processors(usable: int, quota: float, threads: int | None, processes: 
     if wanted <= math.ceil(have):
         return ok(name, what)
     why = "they wait for each other" if quota >= usable else "the system stops all of them, often"
+    most = max(1, math.floor(have))
+    fewer = f"--processes {most} " if processes > most else ""
     return warn(
-        name,
-        f"{what}: {why}",
-        f"--threads {max(1, math.floor(have / processes))}, or more processors",
+        name, f"{what}: {why}", f"{fewer}--threads {max(1, most // processes)}, or more processors"
     )
 
 
