@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -35,7 +38,7 @@ from semid_client.files.stream import ArrowOut
 from semid_client.files.work import SAVE_EVERY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -195,11 +198,32 @@ def convert(
     if flags.output == STDIN and sys.stdout.isatty():
         raise click.UsageError("An Arrow stream is no text: redirect standard output.")
     source = open_rows(flags.source, what, column=flags.column, id_column=flags.id_column)
-    with closing(source):
+    with closing(source), _ending_at_the_second_interrupt():
         if flags.output == STDIN:
             _to_stream(flags, source, plan, engine_flags)
         else:
             _to_file(flags, source, plan, engine_flags)
+
+
+@contextmanager
+def _ending_at_the_second_interrupt() -> Iterator[None]:
+    """Tidy up after one interrupt, for as long as that takes; at another, let go of everything.
+
+    What is on the disk then is what a kill leaves, which the next command goes on with.
+    """
+
+    def interrupted(*_: object) -> None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no signal is handled there
+        return
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _to_file(
@@ -213,42 +237,50 @@ def _to_file(
         raise FileError(flags.output, "is the input too; give the output another name")
     check_ids(flags.output, source)
     stream = source.n_rows is None  # begun anew, since it cannot be read again
-    with (
-        Work(
-            flags.output,
-            force=flags.force,
-            restart=flags.restart or stream,
-            save_every=flags.save_every,
-            work_dir=flags.work_dir,
-        ) as work,
-        closing(open_engine(**engine_flags)) as engine,
-    ):
-        todo = plan(engine, source)
-        task = {
-            "input": source.identity(),
-            "fingerprint": engine.info.fingerprint,
-            "column": flags.column,
-            "id_column": flags.id_column,
-            "on_bad_row": flags.on_bad_row,
-            **todo.options,
-        }
-        progress = work.begin(task, todo.width, todo.dtype)
-        if output.local is None and not stream:
-            _tell_where(work)
-        began = time.monotonic()  # the speed told is that of the work, not of loading a model
-        job = _Job(flags, source, engine, todo, progress.rows_in, Stages())
-        if not work.published:
-            spool = IdSpool.of(source, work.folder)
-            job.compute(work, spool.keep if spool else None)
-            if spool:
-                spool.close()
-            if source.identity() != task["input"]:
-                raise FileError(
-                    source.path, "has changed while it was read: --restart reads it anew"
-                )
-            job.finish(work)
-        bad_list = str(work.bad_list) if progress.bad_rows else None
-        job.tell(progress, bad_list, time.monotonic() - began)
+    work = Work(
+        flags.output,
+        force=flags.force,
+        restart=flags.restart or stream,
+        save_every=flags.save_every,
+        work_dir=flags.work_dir,
+    )
+    try:
+        with work, closing(open_engine(**engine_flags)) as engine:
+            todo = plan(engine, source)
+            task = {
+                "input": source.identity(),
+                "fingerprint": engine.info.fingerprint,
+                "column": flags.column,
+                "id_column": flags.id_column,
+                "on_bad_row": flags.on_bad_row,
+                **todo.options,
+            }
+            progress = work.begin(task, todo.width, todo.dtype)
+            if output.local is None and not stream:
+                _tell_where(work)
+            began = time.monotonic()  # the speed told is that of the work, not of loading a model
+            job = _Job(flags, source, engine, todo, progress.rows_in, Stages())
+            if not work.published:
+                spool = IdSpool.of(source, work.folder)
+                job.compute(work, spool.keep if spool else None)
+                if spool:
+                    spool.close()
+                _check_unchanged(source, task["input"])
+                job.finish(work)
+            bad_list = str(work.bad_list) if progress.bad_rows else None
+            job.tell(progress, bad_list, time.monotonic() - began)
+    except BaseException:
+        if work.kept and not stream:
+            click.echo(
+                f"{work.folder}: keeps {work.kept:,} rows, and the same command goes on with them",
+                err=True,
+            )
+        raise
+
+
+def _check_unchanged(source: Source, before: Any) -> None:
+    if source.identity() != before:
+        raise FileError(source.path, "has changed while it was read: --restart reads it anew")
 
 
 def _tell_where(work: Work) -> None:

@@ -176,7 +176,9 @@ class PtRows(MatrixRows):
     def __init__(self, path: str, what: What, column: str | None) -> None:
         files = tensor_files(path)
         with ExitStack() as stack:
-            copy = stack.enter_context(place(path).on_disk())
+            found = place(path)
+            found.open().close()  # or torch says what is missing, and much more
+            copy = stack.enter_context(found.on_disk())
             super().__init__(path, what, files.read(copy, what, column, name=path))
             self.extra_digit = what == "codes"
             self._copy = stack.pop_all()

@@ -47,6 +47,10 @@ SAVE_EVERY: Final = 1.0
 """Seconds between two records of progress."""
 
 
+KEPT: Final = frozenset({"lock", "progress.json", "rows.npy", "bad-rows.jsonl"})
+"""Files that a command goes on with; the others it makes again, and until then there is room."""
+
+
 @dataclass(slots=True)
 class Progress:
     """What is sound of an output's rows.
@@ -93,6 +97,11 @@ class Work:
     work_dir : Path, optional
         Where the folder is. Default: beside the output; of a store's, the working directory.
 
+    Attributes
+    ----------
+    kept : int
+        After an error, the rows of the input that need not be done again.
+
     Raises
     ------
     FileError
@@ -110,6 +119,7 @@ class Work:
     ) -> None:
         self.output, self._force, self._save_every = output, force, save_every
         self._progress: Progress | None = None
+        self.kept = 0
         self.place = place(output)
         self.folder = _folder(self.place, work_dir)
         self._bad_place = self.place.sibling(".bad-rows.jsonl")
@@ -173,6 +183,8 @@ class Work:
         }
         self._columns, self._dtype = columns, dtype.newbyteorder("<")
         with self._naming_output():
+            if not self.published:
+                self._clear(KEPT)
             self._rows = _open(self.folder / "rows.npy")
             self._bad = _open(self.folder / "bad-rows.jsonl")
             self._write_header()
@@ -271,6 +283,7 @@ class Work:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         keep = kind is not None and self._progress is not None and self._progress.rows_in > 0
         if keep and self._rows is not None:
+            self.kept = self.progress.rows_in
             with contextlib.suppress(FileError):  # on a full disk: the last record stands
                 self.save()
         self._leave(keep=keep)
@@ -279,17 +292,19 @@ class Work:
         for file in (self._rows, self._bad):
             if file is not None:
                 file.close()
+        self._clear(KEPT if keep else frozenset({"lock"}))
         if not keep:
-            self._clear()
             shutil.rmtree(self.folder)
         self._lock.close()
 
-    def _clear(self) -> None:
-        """Remove everything but the lock; the progress last, which speaks for the rest."""
+    def _clear(self, but: frozenset[str] = frozenset({"lock"})) -> None:
+        """Remove everything but some; the progress last, which speaks for the rest."""
+        last = self.folder / "progress.json"
         for path in self.folder.iterdir():
-            if path.name not in {"lock", "progress.json"}:
+            if path.name not in but and path != last:
                 path.unlink()
-        (self.folder / "progress.json").unlink(missing_ok=True)
+        if last.name not in but:
+            last.unlink(missing_ok=True)
 
     def _read_progress(self) -> None:
         path = self.folder / "progress.json"

@@ -143,7 +143,12 @@ class PtFiles:
     def write(to: Path, matrix: NDArray[Any]) -> None:
         """Save a matrix, which may be mapped memory, as a tensor."""
         with to.open("wb") as file:  # an open file: else its name would be part of the content
-            torch.save(torch.from_numpy(matrix), file)
+            try:
+                torch.save(torch.from_numpy(matrix), file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # a full disk, over which it stumbled
+                    raise error.__context__ from error
+                raise
 
 
 class TensorRows:

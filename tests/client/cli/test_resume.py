@@ -219,6 +219,21 @@ def test_a_change_is_noticed_and_nothing_is_lost(server, folder, change, says):
     assert result.exit_code == 0, result.output
 
 
+def test_an_input_that_changes_while_it_is_read_gives_no_output(server, folder):
+    np.save("in.npy", embeddings(8 * BLOCK))
+
+    def touch(_request, _context):
+        os.utime("in.npy", ns=(1, 1))
+
+    server.script["Encode"] += [None] * 13 + [touch]
+    result = semid(*encode(server, "in.npy", "out.npy"))
+    assert result.exit_code == 1
+    assert "in.npy: has changed while it was read: --restart reads it anew" in result.stderr
+    assert not (folder / "out.npy").exists()
+    assert semid(*encode(server, "in.npy", "out.npy")).exit_code == 1
+    assert semid(*encode(server, "in.npy", "out.npy", "--restart")).exit_code == 0
+
+
 def test_a_server_replaced_in_the_middle_is_refused_and_its_return_goes_on(server, folder):
     np.save("in.npy", embeddings(8 * BLOCK))
     semid(*encode(server, "in.npy", "whole-out.npy"))
@@ -247,10 +262,44 @@ def test_a_full_disk_is_one_sentence_and_with_room_it_goes_on(server, folder, ou
     )
     command = [sys.executable, "-c", script, *encode(server, "in.npy", output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (1, f"Error: {output}: File too large\n")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"{output}.partial: keeps 3,072 rows, and the same command goes on with them\n"
+        f"Error: {output}: File too large\n"
+    )
     assert not (folder / output).exists()
     assert rows_done(output) == 3 * BLOCK
     assert semid(*encode(server, "in.npy", output)).exit_code == 0
+    assert same(folder, output)
+
+
+@pytest.mark.parametrize(
+    ("output", "room"),
+    [("out.npy", 28_000), ("out.parquet", 35_000), ("out.pt", 40_000), ("out.pt", 263_000)],
+)
+def test_a_disk_that_is_full_at_the_end_leaves_all_rows_and_nothing_else(
+    server, folder, output, room
+):
+    np.save("in.npy", embeddings(8 * BLOCK))
+    options = ("--unique", "tiger")
+    semid(*encode(server, "in.npy", f"whole-{output}", *options))
+    script = (
+        "import resource, semid_client.cli\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))\n"
+        "semid_client.cli.main()"
+    )
+    command = [sys.executable, "-c", script, *encode(server, "in.npy", output, *options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert done.stderr.count("\n") == 2
+    assert "keeps 8,192 rows" in done.stderr
+    assert rows_done(output) == 8 * BLOCK
+    kept = {path.name for path in (folder / f"{output}.partial").iterdir()}
+    assert kept == {"lock", "rows.npy", "bad-rows.jsonl", "progress.json"}
+    asked = server.calls("Encode")
+    assert semid(*encode(server, "in.npy", output, *options)).exit_code == 0
+    assert server.calls("Encode") == asked
     assert same(folder, output)
 
 
