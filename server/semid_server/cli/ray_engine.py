@@ -19,6 +19,7 @@ import socket
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -119,6 +120,7 @@ class Encoder:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
             self._engine = CheckpointEngine(str(path), device=task.device, threads=task.threads)
+        self._pool = ThreadPoolExecutor(self._engine.threads, "semid-encode")
         found = self._engine.info.fingerprint
         if found != task.fingerprint:
             raise FingerprintMismatchError(
@@ -152,12 +154,20 @@ class Encoder:
         if bad:
             numbers = numbers.copy()
             numbers[list(bad)] = 0  # as on one machine: finite, and a code of every model
-        try:
-            codes = self._engine.encode(numbers)
-        except InvalidInputError as error:
-            place = "" if error.row is None else f"row {rows[error.row]}: "
-            raise FileError(task.source, place + error.problem) from error
-        return part_of(rows, codes, bad)
+        return part_of(rows, self._codes(rows, numbers), bad)
+
+    def _codes(self, rows: NDArray[np.int64], numbers: NDArray[Any]) -> NDArray[Any]:
+        """Codes of the embeddings of these rows, piece by piece."""
+        n = max(1, self._engine.block_bytes // max(1, numbers[:1].nbytes))
+
+        def some(start: int) -> NDArray[Any]:
+            try:
+                return self._engine.encode(numbers[start : start + n])
+            except InvalidInputError as error:
+                place = "" if error.row is None else f"row {rows[start + error.row]}: "
+                raise FileError(self._task.source, place + error.problem) from error
+
+        return np.concatenate(list(self._pool.map(some, range(0, len(numbers), n))))
 
     def _no_codes(self) -> NDArray[Any]:
         info = self._engine.info
@@ -286,7 +296,11 @@ class RayEngine:
                 with _naming(source.path, self._ray.exceptions.RayError):
                     self._run(source, missing, parts, fail=on_bad_row == "fail")
             except BaseException:
-                parts.remove_if_empty()
+                if not parts.remove_if_empty():
+                    click.echo(
+                        f"{parts.root}: keeps codes, and the same command goes on with them",
+                        err=True,
+                    )
                 raise
             stages.computing += time.perf_counter() - began
             runs = parts.runs()
@@ -341,7 +355,6 @@ class RayEngine:
         context = data.DataContext.get_current()
         context.raise_original_map_exception = True  # else what an encoder says is lost
         context.enable_progress_bars = sys.stderr.isatty()
-        row_bytes = source.width * source.dtype.itemsize
         rows = data.read_parquet(
             todo,
             filesystem=locate(source.places()[0].name)[0],
@@ -353,7 +366,7 @@ class RayEngine:
         codes = rows.map_batches(
             Encoder,
             fn_constructor_args=(task,),
-            batch_size=max(1, self.block_bytes // row_bytes),
+            batch_size=None,  # blocks as they come: an encoder that waits for more may wait long
             batch_format="pyarrow",
             zero_copy_batch=True,
             compute=data.ActorPoolStrategy(min_size=1, max_size=workers),
@@ -518,8 +531,7 @@ class _naming:  # noqa: N801 -- used like a function
                 f"a node says: {first_line(root)}; the input must be where all nodes see it",
             ) from error
         raise ClusterError(
-            f"the Ray job failed: {type(root).__name__}: {first_line(root)}. What is encoded is "
-            "kept; the same command goes on with it"
+            f"the Ray job failed: {type(root).__name__}: {first_line(root)}"
         ) from error
 
 

@@ -139,10 +139,12 @@ class Parts:
             if self._exists() and not self._list(self._base):
                 self.filesystem.delete_dir(self._base)
 
-    def remove_if_empty(self) -> None:
-        """Remove all, if no part has been written."""
-        if not self._list(self.folder):
-            self.remove()
+    def remove_if_empty(self) -> bool:
+        """Remove all, if no part has been written; tell whether that was so."""
+        if self._list(self.folder):
+            return False
+        self.remove()
+        return True
 
     def _exists(self) -> bool:
         return bool(self.filesystem.get_file_info(self._base).type == fs.FileType.Directory)
