@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class Nodes:
     def kill_one(self):
         self._process.stdin.write("kill\n")
         self._process.stdin.flush()
-        self._said("killed")
+        return int(self._said("killed "))
 
     def _said(self, expected):
         for line in self._process.stdout:
@@ -58,11 +59,12 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def cluster(folder, nodes, cpus):
+def cluster(folder, nodes, cpus, env=os.environ):
     with (
         (folder / "cluster.log").open("w") as log,
         subprocess.Popen(
             [*CLUSTER, str(nodes), str(cpus)],
+            env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -179,7 +181,7 @@ def test_a_node_that_is_killed_changes_no_byte(work, checkpoint):
         ) as process:
             try:
                 wait_for_parts(work, process, 3)
-                nodes.kill_one()
+                assert nodes.kill_one() > 0, "no encoder was lost"
                 killed_with = len(list(work.glob("there.parquet.parts/*/*.parquet")))
                 told, said = process.communicate(timeout=400)
             finally:
@@ -233,3 +235,68 @@ def test_a_bad_row_is_told_from_a_node(work, checkpoint):
         assert "Traceback" not in done.stderr
     finally:
         bad.write_bytes(good)
+
+
+@pytest.fixture
+def s3():
+    """The environment of who speaks to an S3 server with an empty bucket."""
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    with subprocess.Popen(
+        command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            found = next(filter(None, (re.search(r"Running on (\S+)", x) for x in process.stderr)))
+            # Its log of requests goes on; somebody has to read it.
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            env = {
+                "AWS_ENDPOINT_URL": found[1],
+                "AWS_ACCESS_KEY_ID": "anybody",
+                "AWS_SECRET_ACCESS_KEY": "knows",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_CONFIG_FILE": os.devnull,
+            }
+            yield os.environ | env
+        finally:
+            process.kill()
+
+
+STORE = """
+import fsspec
+store = fsspec.filesystem("s3")
+store.mkdir("bucket")
+store.put("in", "bucket/in", recursive=True)
+"""
+
+FETCH = """
+import fsspec
+store = fsspec.filesystem("s3")
+assert sorted(store.find("bucket/out")) == ["bucket/out/there.parquet"], store.find("bucket")
+store.get_file("bucket/out/there.parquet", "there.parquet")
+"""
+
+
+@pytest.mark.slow
+def test_input_output_and_parts_may_be_in_an_object_store(
+    tmp_path, checkpoint, reference_set_named, s3
+):
+    digits = reference_set_named("digits_rkmeans").embeddings
+    write_input(tmp_path / "in", digits, 3, 5000)
+
+    def run(*command, env=os.environ):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+    flags = ("--unique", "tiger", "--checkpoint", str(checkpoint), "--device", "cpu")
+    run(*SEMID, "encode", "in", "-o", "here.parquet", *flags)
+    run(sys.executable, "-c", STORE, env=s3)
+    with cluster(tmp_path, nodes=2, cpus=2, env=s3) as nodes:
+        run(
+            *(*SEMID, "encode", "s3://bucket/in", "-o", "s3://bucket/out/there.parquet", *flags),
+            *("--engine", "ray", "--ray-address", nodes.address, "--parts", "s3://bucket/out"),
+            env=s3,
+        )
+    run(sys.executable, "-c", FETCH, env=s3)
+    made = (tmp_path / "there.parquet").read_bytes()
+    assert made == (tmp_path / "here.parquet").read_bytes()
