@@ -91,8 +91,6 @@ class Source(ABC):
         Whether the last code of a row is the extra digit, where the file records that.
     metadata : dict
         Fingerprint and name of the model, where the file records them.
-    id_type : arrow type, optional
-        Of the ids; None if those are the rows' indices.
     """
 
     path: str
@@ -100,10 +98,14 @@ class Source(ABC):
     width: int
     dtype: np.dtype[Any]
     extra_digit: bool | None = None
-    id_type: Any = None
 
     def __init__(self) -> None:
         self.metadata: dict[str, str] = {}
+
+    @property
+    def id_type(self) -> Any:
+        """Arrow type of the ids; None if those are the rows' indices."""
+        return None
 
     @abstractmethod
     def blocks(self, start: int, n_rows: int) -> Iterator[Block]:
@@ -276,7 +278,13 @@ class NpzRows(Source):
                 f"array {self._id_name!r} is {self._id_dtype} of shape {shape}; expected an "
                 f"integer or a string for each of {self.n_rows} rows",
             )
-        self.id_type = need("pyarrow", self.path).array(np.empty(0, self._id_dtype)).type
+
+    @property
+    def id_type(self) -> Any:
+        """As Arrow has the array's type."""
+        if self._id_name is None:
+            return None
+        return need("pyarrow", self.path).array(np.empty(0, self._id_dtype)).type
 
     @contextmanager
     def _archive(self) -> Iterator[zipfile.ZipFile]:
@@ -338,13 +346,18 @@ class ArrowStreamRows(Source):
         with _reading(self.path, "an Arrow IPC stream"):
             self._reader = pa.ipc.open_stream(stream)
         columns = ListColumns(self.path, self._reader.schema, what, column, id_column)
-        self._columns, self.id_type = columns, columns.id_type
+        self._columns = columns
         self.metadata, self.extra_digit = _recorded(self._reader.schema, what)
         with _reading(self.path, "an Arrow IPC stream"):
             self._first = next(iter(self._reader), None)
         self.width, self.dtype = columns.width_and_type(self._first)
 
         self.spooled_ids: Callable[[int], Iterator[Any]] | None = None
+
+    @property
+    def id_type(self) -> Any:
+        """As the column's."""
+        return self._columns.id_type
 
     def ids(self, n_rows: int) -> Iterator[Any] | None:
         """Ids that were kept while the rows were read; see `IdSpool`."""
@@ -382,7 +395,6 @@ class ParquetRows(Source):
                 if found == self._places[0]:
                     schema = parquet.schema_arrow
                     self._columns = ListColumns(path, schema, what, column, id_column)
-                    self.id_type = self._columns.id_type
                     self.metadata, self.extra_digit = _recorded(schema, what)
                 else:
                     self._columns.check_same(found.name, parquet.schema_arrow)
@@ -394,6 +406,11 @@ class ParquetRows(Source):
         self.n_rows = self._starts[-1]
         first = next(self._batches(0, 1, self._columns.names), None)
         self.width, self.dtype = self._columns.width_and_type(first and first[1])
+
+    @property
+    def id_type(self) -> Any:
+        """As the column's."""
+        return self._columns.id_type
 
     @contextmanager
     def _opened(self, found: Place, ahead: int = PARQUET_BYTES) -> Iterator[Any]:
@@ -552,15 +569,23 @@ class JsonLinesCodes(Source):
         self.path, self._place, self._id = path, place(path), id_column or "id"
         self.dtype = np.dtype(np.int64)
         self.n_rows, self.width = 0, 0
+        self._first_id: Any = None
         for id_, codes in self._lines():
-            if not self.n_rows and id_ is not None:
-                with _reading(path, "lines of JSON"):
-                    self.id_type = need("pyarrow", path).array([id_]).type
+            if not self.n_rows:
+                self._first_id = id_
             self.n_rows += 1
             self.width = self.width or len(codes or ())
         if self.n_rows and not self.width:
             raise FileError(path, "holds no codes")
         self.width = self.width or 1  # of no rows, any
+
+    @property
+    def id_type(self) -> Any:
+        """As Arrow has that of the first line's."""
+        if self._first_id is None:
+            return None
+        with _reading(self.path, "ids"):
+            return need("pyarrow", self.path).array([self._first_id]).type
 
     def _lines(self) -> Iterator[tuple[Any, list[int] | None]]:
         with self._place.open() as file:

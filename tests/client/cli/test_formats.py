@@ -375,8 +375,9 @@ def test_a_format_whose_library_is_missing_says_what_to_install(folder, module, 
     assert done.stderr.count("\n") == 1
 
 
-def test_npy_needs_none_of_the_libraries_of_other_formats(server, folder):
-    np.save("in.npy", embeddings())
+@pytest.mark.parametrize("source", ["in.npy", "ids.npz", "in.safetensors"])
+def test_matrices_need_none_of_the_libraries_of_other_formats(server, folder, source):
+    INPUTS[source](folder, embeddings())
     script = (
         "import sys, semid_client.cli\n"
         "try: semid_client.cli.main()\n"
@@ -384,7 +385,7 @@ def test_npy_needs_none_of_the_libraries_of_other_formats(server, folder):
         "    print([n for n in ('torch', 'pyarrow', 'safetensors') if n in sys.modules])"
     )
     done = subprocess.run(
-        [*(sys.executable, "-c", script, "encode", "in.npy", "-o", "out.npy"), "--unique", "grid"],
+        [*(sys.executable, "-c", script, "encode", source, "-o", "out.npy"), "--unique", "grid"],
         env={"SEMID_TARGET": server.target},
         capture_output=True,
         text=True,

@@ -1,4 +1,12 @@
-"""The extra digit, against a naive loop."""
+"""The extra digit, against a naive loop.
+
+A hundred million rows are numbered by
+
+    pytest -m slow tests/client/files/test_unique.py
+"""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -69,3 +77,55 @@ def test_digits_cross_windows(tmp_path, monkeypatch):
     codes = np.random.default_rng(0).integers(0, 9, (5000, 2), np.uint8)
     digits = numbered(codes, "tiger", tmp_path, block_rows=999, part_rows=2000)
     np.testing.assert_array_equal(digits[0:5000], naive(codes, "tiger"))
+
+
+MANY = 100_000_000
+
+SCRIPT = """
+import resource, sys, time
+from pathlib import Path
+import numpy as np
+from semid_client.files import extra_digits
+
+n, step = int(sys.argv[1]), 1 << 17
+
+def blocks():
+    rng = np.random.default_rng(0)
+    for start in range(0, n, step):
+        rows = np.arange(start, min(start + step, n))
+        yield rows, rng.integers(0, 256, (len(rows), 3), np.uint8)
+
+began = time.monotonic()
+digits = extra_digits(blocks(), n, "tiger", Path(sys.argv[2]))
+print(digits.largest, time.monotonic() - began,
+      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_hundred_million_rows_are_numbered_in_bounded_memory(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(MANY), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    largest, took, peak = (float(number) for number in done.stdout.split())
+    print(f"{MANY:,} rows in {took:.0f} s, peak {peak / 1e6:.0f} MB")  # noqa: T201 - the measure
+    assert peak < 1e9
+    # Of a group of m rows the digits are 0 to m-1: they are that many, and that much in all.
+    sizes, sums = np.zeros(1 << 24, np.int64), np.zeros(1 << 24, np.int64)
+    rng, step = np.random.default_rng(0), 1 << 17
+    with (tmp_path / "digits").open("rb") as file:
+        for start in range(0, MANY, step):
+            codes = rng.integers(0, 256, (min(step, MANY - start), 3), np.uint8).astype(np.int64)
+            keys = codes @ [1 << 16, 1 << 8, 1]
+            digits = np.fromfile(file, np.uint32, len(keys))
+            first = np.unique(keys, return_index=True)[1]
+            # Within a file the digits of a key ascend, one by one.
+            np.testing.assert_array_equal(digits[first], sizes[keys[first]])
+            np.add.at(sizes, keys, 1)
+            np.add.at(sums, keys, digits)
+    np.testing.assert_array_equal(sums, sizes * (sizes - 1) // 2)
+    assert sizes.max() - 1 == largest
