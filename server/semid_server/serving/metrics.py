@@ -13,13 +13,14 @@ from prometheus_client import (
     Counter,
     Gauge,
     GCCollector,
-    Histogram,
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from semid_server.serving.tally import Tallies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -53,7 +54,7 @@ class MethodMetrics:
     ----------
     started : prometheus_client.Counter
         Of the calls that began.
-    handling : prometheus_client.Histogram
+    handling : Tally
         Of the seconds they took.
     """
 
@@ -109,7 +110,7 @@ class Metrics:
             (*CALL, "grpc_code"),
             registry=registry,
         )
-        self.handling = Histogram(
+        self.handling = Tallies(
             "grpc_server_handling_seconds",
             "Seconds from the first byte handled to the end of a call.",
             CALL,
@@ -117,24 +118,24 @@ class Metrics:
             registry=registry,
         )
         self.rows = Counter("semid_rows_total", "Rows answered.", ("operation",), registry=registry)
-        self.batch_rows = Histogram(
+        self.batch_rows = Tallies(
             "semid_batch_rows", "Rows in a batch.", ("operation",), buckets=ROWS, registry=registry
         )
-        self.batch_requests = Histogram(
+        self.batch_requests = Tallies(
             "semid_batch_requests",
             "Requests that shared a batch.",
             ("operation",),
             buckets=REQUESTS,
             registry=registry,
         )
-        self.queue_seconds = Histogram(
+        self.queue_seconds = Tallies(
             "semid_queue_seconds",
             "Seconds that a request waited for its batch to begin.",
             ("operation",),
             buckets=SECONDS,
             registry=registry,
         )
-        self.device_seconds = Histogram(
+        self.device_seconds = Tallies(
             "semid_device_seconds",
             "Seconds that a batch took on the device, copies included.",
             ("operation",),
