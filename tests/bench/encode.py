@@ -332,12 +332,14 @@ def hard(n: int, *, device: torch.device, threads: int, rounds: int) -> None:
 
 
 def network(n: int, *, device: torch.device, threads: int) -> None:
-    """Batches through a model with an encoder network, in float64; a GPU replays graphs of it."""
-    model, spec = cases.random_network_model(768, (512, 256, 128), 64, [256] * LAYERS)
+    """Batches through a trained RQ-VAE, in float64; a GPU replays graphs of it."""
+    loaded = load_checkpoint(REFERENCE / "digits_rqvae" / "model.ckpt")
+    model, spec = loaded.model, loaded.spec
     encoder = make_encoder(model, spec, device=device, threads=threads)
     reference = make_encoder(model, spec, device=device, threads=threads, reference=True)
     encoder.warm_up()
-    rows = torch.randn(n, 768, device=device)
+    digits = torch.from_numpy(np.load(REFERENCE / "data" / "digits.npy"))
+    rows = digits.repeat(-(-n // len(digits)), 1)[:n].to(device)
     ways = {"semid": encoder.encode, "reference arithmetic": reference.encode}
     if device.type == "cuda":
         n_rows = torch.zeros(1, dtype=torch.int32, device=device)
@@ -347,7 +349,8 @@ def network(n: int, *, device: torch.device, threads: int) -> None:
             return encoder.resolve(part, codes, levels)
 
         ways["semid, without a graph"] = kernel_by_kernel
-    print(f"\nwith a network, 768-512-256-128-64 x 256 x {LAYERS}")
+    dims = "-".join(map(str, (spec.input_dim, *spec.encoder_hidden_dims, spec.embedding_dim)))
+    print(f"\nwith a network: digits_rqvae, {dims}, {list(spec.codebook_widths)}")
     batches(ways, rows, device=device, most={"semid, without a graph": SMALL})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,10 @@ _BLOCK_BYTES = 1 << 19
 _CHUNK = 4096
 """Rows that float32 products, or the network, work on at once."""
 
+_SHARE = 4.5e7
+"""Products of numbers that make a share of work: about 0.3 ms, some times what it takes to hand it
+to another thread."""
+
 _WIDEST_INTEGER = 1 << 16
 """Features up to which the int16 product cannot overflow (BOUNDS.md, "Rounding to integers")."""
 
@@ -57,6 +62,8 @@ class CpuEncoder:
         At most so many threads; all processors by default.
     integer_product : bool, optional
         Which product to use; the faster one that works here by default.
+    share : float
+        Products of numbers that are worth another thread.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class CpuEncoder:
         *,
         threads: int | None = None,
         integer_product: bool | None = None,
+        share: float = _SHARE,
     ) -> None:
         device = torch.device("cpu")
         state = model.state_dict()
@@ -83,6 +91,7 @@ class CpuEncoder:
             else _FloatProduct(plan)
         )
         self._tables = _tables(plan, self._product)
+        self._least_share = math.ceil(share / (plan.dim * plan.offsets[-1]))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="semid-encode")
         self._counts = EncodeCounts()
 
@@ -145,6 +154,7 @@ class CpuEncoder:
         values = np.ascontiguousarray(rows.numpy())
         products = self._product.of_chunk(values)
         share = -(-len(values) // self._threads)
+        share = max(share, self._least_share)
         parts = [slice(*span) for span in spans(len(values), share)]
 
         def work(part: slice) -> None:

@@ -37,14 +37,15 @@ _PRODUCT_BYTES = 1 << 29
 _MOST_ROWS = 1 << 17
 """Rows in flight: their products take at most so many bytes, and so many rows fill any GPU."""
 
-_PIECE_BYTES = 1 << 24
+_PIECE_BYTES = 1 << 25
 _RAMP = 4
-"""Host rows are copied in pieces of 16 MiB, some while another is computed; the first and the last
+"""Host rows are copied in pieces of 32 MiB, some while another is computed; the first and the last
 are of a quarter."""
 
 _GRAPH_ROWS = (1, 16, 64, 256)
-"""Batches up to the last are padded to one of these and replayed as a CUDA graph; so are the pieces
-of larger ones from the host, since queueing the kernels one by one takes longer than their copy."""
+"""Batches up to the last are padded to one of these and replayed as a CUDA graph. Larger ones are,
+too, up to the size of a piece from the host: queueing the kernels one by one takes the host longer
+than the device needs for them, or for the copy of a piece."""
 
 _PROBED_ROWS = 4096
 """A large batch, for the check of the product when an encoder is made."""
@@ -240,8 +241,8 @@ class GpuEncoder:
         """Compile the kernels and record the graphs, for every type of rows."""
         before = self._counts.clone()
         for dtype in ROW_DTYPES:
-            # more than the largest graph, which is not that of any batch
-            n = _GRAPH_ROWS[-1] + 1
+            # more than the largest graph: what a graph runs need not be what a large batch does
+            n = min(self._sizes[dtype][-1] + 1, self._rows_at_once)
             self.encode(torch.ones(n, self.input_dim, dtype=dtype, device=self._device))
             with torch.cuda.device(self._device):
                 for i, size in itertools.product(range(STAGES), self._sizes[dtype]):
@@ -295,7 +296,7 @@ class GpuEncoder:
 
     def _codes(self, rows: Tensor) -> Tensor:
         """Codes ``(n, L)`` of contiguous ``rows`` on the device, not more than fit at once."""
-        if len(rows) <= _GRAPH_ROWS[-1]:
+        if len(rows) <= self._sizes[rows.dtype][-1]:
             return self._graph(0, len(rows), rows.dtype).encode(rows)
         self._n_rows.fill_(len(rows))
         codes, levels = self.queue(rows, self._n_rows)

@@ -72,7 +72,7 @@ def test_a_row_has_the_same_codes_alone_in_any_batch_and_on_any_number_of_thread
     want = expected(model, spec, rows)
     order = torch.randperm(len(rows), generator=generator)
     for threads in (1, 2):
-        encoder = CpuEncoder(model, spec, threads=threads, integer_product=integer_product)
+        encoder = CpuEncoder(model, spec, threads=threads, integer_product=integer_product, share=1)
         assert torch.equal(encoder.encode(rows), want)
         assert torch.equal(encoder.encode(rows[order]), want[order])
         alone = [encoder.encode(rows[i : i + 1]) for i in range(90)]
@@ -88,7 +88,7 @@ def test_a_row_has_the_same_codes_alone_in_any_batch_and_on_any_number_of_thread
 def test_reference_sets_are_reproduced(reference_set, checkpoint_of, integer_product):
     model, spec = checkpoint_of(reference_set)
     rows = torch.tensor(reference_set.embeddings)
-    encoder = CpuEncoder(model, spec, threads=2, integer_product=integer_product)
+    encoder = CpuEncoder(model, spec, threads=2, integer_product=integer_product, share=1)
     codes = encoder.encode(rows)
     assert torch.equal(codes, expected(model, spec, rows))
     recorded = torch.tensor(reference_set.codes)

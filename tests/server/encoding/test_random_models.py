@@ -79,7 +79,7 @@ def check_on_cpu(case):
     check(reference.encode(rows), want, case, "reference")
     products = [False, True] if has_integer_product() else [False]
     for integer in products:
-        encoder = CpuEncoder(model, spec, threads=2, integer_product=integer)
+        encoder = CpuEncoder(model, spec, threads=2, integer_product=integer, share=1)
         how = "int16" if integer else "float32"
         check(encoder.encode(rows), want, case, how)
         alone = torch.cat([encoder.encode(row[None]) for row in rows[::17]])
