@@ -134,7 +134,9 @@ class AsyncClient(BaseClient):
         return call(timeout=timeout)
 
     async def _open_lease(self, request: pb.ShareMemoryRequest, timeout: float) -> _Lease:  # noqa: ASYNC109 -- the call itself has none: it lasts as long as the memory is shared
-        call = self._shared_stub.ShareMemory(request, metadata=self._settings.metadata)
+        call = self._shared_stub.ShareMemory(
+            request, metadata=self._settings.metadata, wait_for_ready=True
+        )
         try:
             response = await asyncio.wait_for(call.read(), timeout)
         except BaseException:

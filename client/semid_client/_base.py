@@ -104,7 +104,7 @@ class _Job:
     def check_shared(self, error: SemidClientError) -> None:
         """Raise if a message failed because the server no longer knows what was shared."""
         if self.carrier is not None and self.carrier.lost(error):
-            raise SharingEndedError(str(error)) from error
+            raise SharingEndedError(str(error), can_begin_again=True) from error
 
 
 class BaseClient(ABC):
@@ -188,7 +188,7 @@ class BaseClient(ABC):
 
     @abstractmethod
     def _open_lease(self, request: pb.ShareMemoryRequest, timeout: float) -> Any:
-        """Return what can be waited for, and gives a `Lease`, or `TimeoutError`."""
+        """Return what can be waited for, and gives a `Lease`; waits for a connection."""
 
     @abstractmethod
     def _pause(self, seconds: float) -> Any:
@@ -346,7 +346,14 @@ class BaseClient(ABC):
 
     def _lease_flow(self, request: pb.ShareMemoryRequest, timeout: float) -> Flow[Lease]:
         with self._errors_of("ShareMemory"):
-            lease: Lease = yield self._open_lease(request, timeout)
+            try:
+                lease: Lease = yield self._open_lease(request, timeout)
+            except TimeoutError as error:
+                raise UnavailableError(
+                    f"ShareMemory at {self.target} had no answer within {timeout:g} s",
+                    target=self.target,
+                    method="ShareMemory",
+                ) from error
         return lease
 
     def _allocate_flow(

@@ -319,7 +319,10 @@ class Client(BaseClient):
 
     def _do_open_lease(self, request: pb.ShareMemoryRequest, timeout: float) -> _Lease:
         starting = self._starter.submit(
-            self._shared_stub.ShareMemory, request, metadata=self._settings.metadata
+            self._shared_stub.ShareMemory,
+            request,
+            metadata=self._settings.metadata,
+            wait_for_ready=True,
         )
         late = threading.Event()
         try:

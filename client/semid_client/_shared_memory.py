@@ -79,15 +79,26 @@ HEADER_BYTES: Final = 4096
 
 PROOF_BYTES: Final = 32
 
-PATIENCE: Final = 5.0
-"""Seconds for the server to take what is shared. It takes under a millisecond."""
+PATIENCE: Final = 2.0
+"""Seconds for the server to take what is shared. It takes a millisecond, but a connection that was
+lost is tried again once a second."""
 
 UNTIL_AGAIN: Final = 60.0
 """Seconds before it is tried again where it could not be had."""
 
 
 class SharingEndedError(SemidClientError):
-    """The server no longer knows what was shared with it: never seen outside of this package."""
+    """What is shared can be used no more: never seen outside of this package.
+
+    Attributes
+    ----------
+    can_begin_again : bool
+        Whether sharing anew may help: the server knows it no longer. If not, memory is lacking.
+    """
+
+    def __init__(self, message: str, *, can_begin_again: bool) -> None:
+        super().__init__(message)
+        self.can_begin_again = can_begin_again
 
 
 class Lease(Protocol):
@@ -181,7 +192,8 @@ class Carrier(ABC):
         try:
             offset = self._place(key, rows, wire)
         except OSError as error:
-            raise SharingEndedError(f"{FOLDER}: {error.strerror}") from error
+            said = f"{FOLDER}: {error.strerror}"
+            raise SharingEndedError(said, can_begin_again=False) from error
         return pb.SharedTensor(
             dtype=kind, shape=rows.shape, segment=self.lease.handle, offset=offset
         )
@@ -381,7 +393,7 @@ class Sharing:
             lease = yield from self._open_lease(request, min(timeout, PATIENCE))
         except UnavailableError:
             raise
-        except (CallError, ProtocolError, TimeoutError) as error:
+        except (CallError, ProtocolError) as error:
             self._cannot(str(error))
             return None
         finally:
@@ -402,7 +414,7 @@ class Sharing:
         """Let go of what is no longer shared; unless ``again``, use bytes for a while."""
         if carrier is not None:
             self._forget(carrier)
-        if not again or isinstance(ended.__cause__, OSError):
+        if not (again and ended.can_begin_again):
             self._cannot(str(ended))
 
     @property

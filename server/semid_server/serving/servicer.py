@@ -26,7 +26,7 @@ from semid_server.serving.received import (
     read_encode_request,
     read_encode_stream_request,
 )
-from semid_server.serving.shared_memory import Bounds, SharedMemory
+from semid_server.serving.shared_memory import Bounds, SharedMemory, SharedRows
 from semid_server.serving.types import DecodeKey, EncodeKey, Payload, ServedModel, WorkKey
 
 if TYPE_CHECKING:
@@ -212,6 +212,20 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         return _then(future, lambda rows: _convert(form, wire.decode_response, rows, model, form))
 
     async def _admit(
+        self, key: WorkKey, payload: Payload, nbytes: int, context: Context, *, wait: bool
+    ) -> asyncio.Future[npt.NDArray[Any]]:
+        if not isinstance(payload, SharedRows):
+            return await self._queue(key, payload, nbytes, context, wait=wait)
+        payload.need()
+        try:
+            future = await self._queue(key, payload, nbytes, context, wait=wait)
+        except BaseException:
+            payload.release()
+            raise
+        future.add_done_callback(lambda _: payload.release())
+        return future
+
+    async def _queue(
         self, key: WorkKey, payload: Payload, nbytes: int, context: Context, *, wait: bool
     ) -> asyncio.Future[npt.NDArray[Any]]:
         remaining = context.time_remaining()

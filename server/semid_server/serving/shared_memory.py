@@ -65,7 +65,7 @@ import os
 import re
 import secrets
 import stat
-import weakref
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,10 +111,10 @@ class Bounds:
 
 
 class Segment:
-    """Memory that a caller shares; readable for as long as anything refers to it.
+    """Memory that a caller shares; readable until the sharing has ended and nobody needs it more.
 
-    Requests that were admitted before the sharing ended can so be finished, and the descriptor is
-    never closed, and given to another file, while the device's thread reads from it.
+    Requests that were admitted before the end are still answered. The descriptor is closed with
+    the last of them, not before: it would be given to another file while the device's thread reads.
 
     Attributes
     ----------
@@ -126,18 +126,51 @@ class Segment:
 
     def __init__(self, fd: int, handle: str, nbytes: int) -> None:
         self.handle, self.nbytes = handle, nbytes
-        self._fd = fd
-        weakref.finalize(self, os.close, fd)
+        self._fd: int | None = fd
+        self._needed = 0
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def need(self) -> None:
+        """Keep it readable until as many calls of `release`."""
+        with self._lock:
+            self._needed += 1
+
+    def release(self) -> None:
+        """Take back one call of `need`."""
+        with self._lock:
+            self._needed -= 1
+            self._close_if_unused()
+
+    def end(self) -> None:
+        """End the sharing."""
+        with self._lock:
+            self._ended = True
+            self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if self._ended and not self._needed and self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
     def read(self, into: memoryview, offset: int) -> int:
-        """Read from ``offset`` on; returns the number of bytes, less where the file ends."""
+        """Read from ``offset`` on; returns the number of bytes, less where the file ends.
+
+        Raises
+        ------
+        SegmentNotFoundError
+            It is closed: whoever asked for it has left.
+        """
         done = 0
-        while done < len(into):
-            # A single call may return less, at 2 GiB or on a signal; 0 is the end of the file.
-            count = os.preadv(self._fd, [into[done:]], offset + done)
-            if count == 0:
-                break
-            done += count
+        with self._lock:  # for a block at most: see `fill`
+            if self._fd is None:
+                raise SegmentNotFoundError(f"the memory {self.handle!r} is no longer shared")
+            while done < len(into):
+                # A single call may return less, at 2 GiB or on a signal; 0 is the end of the file.
+                count = os.preadv(self._fd, [into[done:]], offset + done)
+                if count == 0:
+                    break
+                done += count
         return done
 
 
@@ -160,6 +193,14 @@ class SharedRows:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def need(self) -> None:
+        """Keep them readable until `release`, even if the sharing ends."""
+        self._segment.need()
+
+    def release(self) -> None:
+        """Let go of them: they have been answered, or nobody waits for an answer."""
+        self._segment.release()
 
     def part(self, start: int, stop: int) -> SharedRows:
         """Rows ``start`` to ``stop``."""
@@ -266,6 +307,7 @@ class SharedMemory:
             yield segment
         finally:
             del self._segments[segment.handle]
+            segment.end()
             for count, size in ((self._bytes_of, nbytes), (self._segments_of, 1)):
                 count[peer] -= size
                 if not count[peer]:

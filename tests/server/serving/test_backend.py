@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from itertools import pairwise
 
@@ -182,33 +183,43 @@ def test_drift_figures_are_those_of_the_rows_served(make_backend, reference_set_
         assert figures.error == pytest.approx(float(residual.square().sum() / before), rel=1e-4)
 
 
-def shared_rows(rows):
-    """The rows in a file that a caller shares, and its descriptor there."""
-    fd = os.memfd_create("shared")
-    os.pwrite(fd, rows.tobytes(), 0)
-    return SharedRows(Segment(os.dup(fd), "handle", rows.nbytes), 0, rows.shape, rows.nbytes), fd
+@pytest.fixture
+def share_rows():
+    """Return a function that puts rows into a file, as a caller shares it, and returns both."""
+    with contextlib.ExitStack() as stack:
+
+        def share(rows):
+            fd = os.memfd_create("shared")
+            stack.callback(os.close, fd)
+            os.pwrite(fd, rows.tobytes(), 0)
+            segment = Segment(os.dup(fd), "handle", rows.nbytes)
+            stack.callback(segment.end)
+            return SharedRows(segment, 0, rows.shape, rows.nbytes), fd
+
+        yield share
 
 
-def test_rows_that_are_shared_get_the_codes_of_rows_that_were_sent(make_backend, digits):
+def test_rows_that_are_shared_get_the_codes_of_rows_that_were_sent(
+    make_backend, digits, share_rows
+):
     backend = make_backend()
     rows = digits.embeddings[:50]
-    shared, fd = shared_rows(rows)
+    shared, _ = share_rows(rows)
     key = EncodeKey(backend.served, "float32")
     answers = backend.run(key, [rows[:7], shared, rows[9:20]])
-    os.close(fd)
     np.testing.assert_array_equal(
         np.concatenate(answers),
         np.concatenate([digits.codes[s] for s in (np.s_[:7], np.s_[:50], np.s_[9:20])]),
     )
 
 
-def test_what_is_shared_and_cannot_be_used_fails_alone(make_backend, digits):
+def test_what_is_shared_and_cannot_be_used_fails_alone(make_backend, digits, share_rows):
     backend = make_backend()
     good = digits.embeddings[:5]
     bad = good.copy()
     bad[3, 7] = np.nan
-    nan, nan_fd = shared_rows(bad)
-    short, short_fd = shared_rows(good)
+    nan, _ = share_rows(bad)
+    short, short_fd = share_rows(good)
     os.ftruncate(short_fd, 100)
     key = EncodeKey(backend.served, "float32")
     first, unread, middle, none, last = backend.run(key, [good, short, good, nan, good])
@@ -216,5 +227,3 @@ def test_what_is_shared_and_cannot_be_used_fails_alone(make_backend, digits):
         np.testing.assert_array_equal(codes, digits.codes[:5])
     assert "ends at byte 100; 1280 bytes were to follow byte 0" in str(unread)
     assert str(none) == "embeddings[3]: feature 7 is nan; expected a finite number"
-    os.close(nan_fd)
-    os.close(short_fd)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import fcntl
-import gc
 import os
 import secrets
 import signal
@@ -107,16 +106,18 @@ def test_a_request_that_was_admitted_can_still_be_read_and_then_the_file_is_clos
     os.pwrite(fd, b"abcd", 16)
     before = open_files()
     with memory.shared(name, KIB, PROOF, "peer") as segment:
-        rows = SharedRows(segment, 16, (1, 1), 4)
-    del segment
-    gc.collect()
+        rows, others = (SharedRows(segment, 16, (1, 1), 4) for _ in range(2))
+        rows.need()
+        others.need()
+    others.release()
     assert open_files() == before + 1
     found = bytearray(4)
     rows.read(memoryview(found), 0)
     assert found == b"abcd"
-    del rows
-    gc.collect()
+    rows.release()
     assert open_files() == before
+    with pytest.raises(SegmentNotFoundError, match="no longer shared"):
+        rows.read(memoryview(found), 0)
 
 
 @pytest.mark.parametrize(
@@ -276,12 +277,15 @@ def test_files_of_callers_that_are_gone_are_swept_and_those_of_the_living_stay(
 @pytest.fixture
 def segment(make_file):
     """A segment to write to, without a server."""
+    with contextlib.ExitStack() as stack:
 
-    def make(content: bytes) -> SharedRows:
-        _, fd = make_file(PROOF + content)
-        return SharedRows(Segment(os.dup(fd), "handle", KIB), 16, (1, 1), len(content)), fd
+        def make(content: bytes) -> tuple[SharedRows, int]:
+            _, fd = make_file(PROOF + content)
+            segment = Segment(os.dup(fd), "handle", KIB)
+            stack.callback(segment.end)
+            return SharedRows(segment, 16, (1, 1), len(content)), fd
 
-    return make
+        yield make
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
@@ -314,9 +318,11 @@ def test_a_truncated_file_is_an_error_that_says_where_it_ends(segment):
 def test_memory_that_fails_is_an_error_of_its_own():
     reader, writer = os.pipe()  # what cannot be read at an offset stands for what cannot be read
     os.close(writer)
-    rows = SharedRows(Segment(reader, "handle", KIB), 0, (1, 1), 4)
+    segment = Segment(reader, "handle", KIB)
+    rows = SharedRows(segment, 0, (1, 1), 4)
     with pytest.raises(DeviceError, match="cannot be read"):
         rows.read(memoryview(bytearray(4)), 0)
+    segment.end()
 
 
 # -- the service -----------------------------------------------------------------------------
@@ -381,6 +387,19 @@ async def share(serve_runner, toy_runner, memory, make_file):
 
 
 ROWS = np.array([[1, 2, 3, 4], [5, 250, 7, 8], [-9, 310, 1, 0]], "<f4")
+
+
+async def test_no_file_is_kept_open_by_requests_that_were_answered_or_refused(share, memory):
+    before = open_files()  # with the caller's own
+    caller = await share(max_queue_requests=1)
+    await asyncio.gather(
+        *(caller.service.stub.Encode(caller.request(shape=[3, 4])) for _ in range(8)),
+        return_exceptions=True,
+    )
+    assert open_files() == before + 2
+    caller.call.cancel()
+    await ended(memory)
+    assert open_files() == before + 1
 
 
 async def ended(memory):
@@ -541,6 +560,8 @@ def test_whatever_the_fields_say_nothing_is_read_outside_of_what_is_shared(
         rows, kind = wire.read_shared(request, toy_served, memory, max_rows=100, max_bytes=512)
     except (InvalidInputError, MessageTooLargeError, SegmentNotFoundError):
         return
+    finally:
+        segment.end()
     assert own
     assert rows.shape == tuple(shape) == (len(rows), 4)
     assert rows.nbytes == len(rows) * 4 * HOST_TYPES[kind].itemsize <= 512

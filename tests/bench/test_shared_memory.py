@@ -1,0 +1,24 @@
+"""The benchmark of shared memory runs, and what is shared is faster than what is sent."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).with_name("shared_memory.py")
+
+
+def test_the_quick_run_measures_every_way(tmp_path):
+    figures = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, BENCH, "--quick", "--json", figures],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert len(found) == 12
+    assert found["mib_per_s.in place.16777216"] > found["mib_per_s.bytes.16777216"]
