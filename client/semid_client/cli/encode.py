@@ -64,7 +64,8 @@ def encode(tokens: str, unique: Unique | None, **flags: Any) -> None:
             raise FileError(
                 source.path,
                 f"has rows of {source.width} numbers, but model {info.name!r} {engine.where} "
-                f"takes embeddings of {info.input_dim}",
+                f"takes embeddings of {info.input_dim}"
+                + ("; it is turned: transpose it" if source.n_rows == info.input_dim else ""),
             )
         n_codes = info.n_layers + (convention != "none")
         if suffix_of(given.output) == ".jsonl":

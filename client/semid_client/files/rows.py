@@ -36,6 +36,9 @@ What = Literal["embeddings", "codes"]
 ID_COLUMNS: Final = ("id", "item_id")
 """Columns that are taken for the ids where none is named."""
 
+NAMES: Final = 12
+"""Names of columns, arrays or tensors that a message has at most."""
+
 PARQUET_BYTES: Final = 1 << 20
 """Bytes of a Parquet column that are read at a time."""
 
@@ -47,6 +50,9 @@ SAFETENSORS_TYPES: Final = {
     **{f"I{8 * n}": f"<i{n}" for n in (1, 2, 4, 8)},
     **{f"U{8 * n}": f"<u{n}" for n in (1, 2, 4, 8)},
 }
+
+NAMED_FORMATS: Final = (".npz", ".parquet", ".safetensors", ".pt")
+"""What is not ``.npy``, by the ends of names."""
 
 PLUGS: Final = "semid.tensor-files"
 """Entry points, by suffix, of what reads and writes files that only torch knows."""
@@ -484,27 +490,36 @@ class ListColumns:
         self, path: str, schema: Any, what: What, column: str | None, id_column: str | None
     ) -> None:
         self._path, self._pa = path, need("pyarrow", path)
-        types = self._pa.types
-        lists = [
-            field.name
-            for field in schema
-            if types.is_list(field.type)
-            or types.is_large_list(field.type)
-            or types.is_fixed_size_list(field.type)
-        ]
+        lists = [field.name for field in schema if self._is_matrix(field.type)]
         if column is None and what in lists:
             column = what
+        if column is None and not lists:
+            raise FileError(
+                path,
+                "has no column of lists of numbers, an embedding or the codes of an item each; "
+                f"its columns are {_listed(schema.names)}",
+            )
+        if column in schema.names and column not in lists:
+            raise FileError(
+                path,
+                f"column {column!r} is {schema.field(column).type}; expected lists of numbers"
+                + (f", as are {_listed(lists)}" if lists else ""),
+            )
         self._name = _the_one(path, "columns of lists", lists, column)
         self._type = schema.field(self._name).type
         if id_column is None:
             id_column = next((name for name in ID_COLUMNS if name in schema.names), None)
         elif id_column not in schema.names:
-            raise FileError(
-                path, f"has no column {id_column!r}; there are {', '.join(schema.names)}"
-            )
+            raise FileError(path, f"has no column {id_column!r}; there are {_listed(schema.names)}")
         self.id_name = id_column
         self.id_type = None if id_column is None else schema.field(id_column).type
         self.names = [self._name] + ([id_column] if id_column else [])
+
+    def _is_matrix(self, kind: Any) -> bool:
+        types = self._pa.types
+        if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
+            return False
+        return bool(types.is_integer(kind.value_type) or types.is_floating(kind.value_type))
 
     def check_same(self, file: str, schema: Any) -> None:
         """Refuse a further file whose columns are of other types."""
@@ -517,12 +532,7 @@ class ListColumns:
 
     def width_and_type(self, batch: Any) -> tuple[int, np.dtype[Any]]:
         """Numbers in a row, and their type; judged by the first row where lists vary."""
-        try:
-            dtype = np.dtype(self._type.value_type.to_pandas_dtype())
-        except (NotImplementedError, TypeError) as error:
-            raise FileError(
-                self._path, f"column {self._name!r} is {self._type}; expected lists of numbers"
-            ) from error
+        dtype = np.dtype(self._type.value_type.to_pandas_dtype())
         if self._pa.types.is_fixed_size_list(self._type):
             return self._type.list_size, dtype
         column = batch.column(self._name) if batch is not None else []
@@ -667,14 +677,37 @@ def open_rows(  # noqa: PLR0911 -- one for each format
     if suffix == ".npz":
         return NpzRows(path, what, column, id_column)
     if suffix == ".safetensors":
+        _check_no_ids(path, id_column)
         return MatrixRows(path, what, SafetensorsMatrix(path, column))
     if suffix == ".pt":
+        _check_no_ids(path, id_column)
         return PtRows(path, what, column)
     if suffix == ".jsonl" and what == "codes":
         return JsonLinesCodes(path, id_column)
     if suffix == ".parquet" or (suffix != ".npy" and (has_magic(path) or found.is_folder())):
         return ParquetRows(path, what, column, id_column)
-    return MatrixRows(path, what, NpyReader(found))
+    try:
+        matrix = NpyReader(found)
+    except FileError as error:
+        if suffix == ".npy" or not found.exists() or not error.problem.startswith("not a .npy"):
+            raise
+        raise FileError(
+            path,
+            f"is {error.problem}; files of other formats have names that end in "
+            f"{', '.join(NAMED_FORMATS)}" + (", .jsonl" if what == "codes" else ""),
+        ) from error
+    with ExitStack() as stack:
+        stack.callback(matrix.close)
+        if column is not None:
+            raise FileError(path, f"has one array and no names: --column {column} says nothing")
+        _check_no_ids(path, id_column)
+        stack.pop_all()
+    return MatrixRows(path, what, matrix)
+
+
+def _check_no_ids(path: str, id_column: str | None) -> None:
+    if id_column is not None:
+        raise FileError(path, f"has no ids: --id-column {id_column} says nothing")
 
 
 def tensor_files(path: str | os.PathLike[str]) -> Any:
@@ -734,10 +767,16 @@ def _parquet_files(path: str) -> list[Place]:
     return files
 
 
+def _listed(names: list[str]) -> str:
+    """Some names in a sentence."""
+    more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
+    return ", ".join(names[:NAMES]) + more or "none"
+
+
 def _the_one(path: str, what: str, names: list[str], asked: str | None) -> str:
     if asked is not None and asked in names:
         return asked
-    listed = ", ".join(names) or "none"
+    listed = _listed(names)
     if asked is not None:
         raise FileError(path, f"{asked!r} is not one of its {what}: {listed}")
     if len(names) != 1:

@@ -282,11 +282,17 @@ def truncated(name, make):
         damaged(
             "in.parquet",
             lambda: pq.write_table(pa.table({"x": [1]}), "in.parquet"),
-            "columns of lists are none",
+            "has no column of lists of numbers, an embedding or the codes of an item each; its "
+            "columns are x",
+        ),
+        damaged(
+            "in.parquet",
+            lambda: pq.write_table(pa.table({f"f{i}": [1.0] for i in range(384)}), "in.parquet"),
+            "f10, f11 and 372 more",
         ),
         damaged("in.parquet", lambda: None, "in.parquet: No such file or directory"),
         damaged("*.parquet", lambda: None, "there are no .parquet files"),
-        damaged("in.jsonl", lambda: write("in.jsonl", b"{}"), "in.jsonl: not a .npy file"),
+        damaged("in.jsonl", lambda: write("in.jsonl", b"{}"), "in.jsonl: is not a .npy file"),
         damaged("-", lambda: None, "standard input: cannot be read as an Arrow IPC stream"),
     ],
 )
@@ -297,6 +303,33 @@ def test_an_input_that_cannot_be_read_is_one_sentence(server, folder, name, make
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (folder / "out.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["x.parquet", "--column", "tags"], "column 'tags' is list<element: string>; expected li"),
+        (["x.parquet", "--column", "emb"], "'emb' is not one of its columns of lists: vector"),
+        (["x.parquet", "--id-column", "ID"], "has no column 'ID'; there are vector, tags"),
+        (["in.npy", "--column", "x"], "in.npy: has one array and no names: --column x says no"),
+        (["in.npy", "--id-column", "x"], "in.npy: has no ids: --id-column x says nothing"),
+        (["in.pt", "--id-column", "x"], "in.pt: has no ids: --id-column x says nothing"),
+        (["turned.npy"], "takes embeddings of 4; it is turned: transpose it"),
+        (["in.csv"], "in.csv: is not a .npy file: "),
+    ],
+)
+def test_a_mistake_that_is_often_made_is_named(server, folder, options, says):
+    np.save("in.npy", embeddings())
+    np.save("turned.npy", embeddings().T.copy())
+    (folder / "in.csv").write_text("a,b\n1,2\n")
+    (folder / "in.pt").touch()
+    content = table(embeddings())
+    tags = pa.array([["a"]] * N)
+    pq.write_table(pa.table({"vector": content["vector"], "tags": tags}), "x.parquet")
+    result = semid("encode", *options, "-o", "out.npy", "--target", server.target)
+    assert result.exit_code == 1
+    assert says in result.stderr
+    assert semid("encode", "x.parquet", "-o", "out.npy", "--target", server.target).exit_code == 0
 
 
 def test_a_row_group_that_cannot_be_read_is_named_and_what_came_before_is_kept(server, folder):
