@@ -1,8 +1,17 @@
-"""Files of embeddings through a real server and through its checkpoint: the same bytes."""
+"""Files of embeddings through a real server and through its checkpoint: the same bytes.
+
+A server that is killed in the middle of a file, and comes back, or another in its place:
+
+    pytest -m slow tests/e2e/test_files.py
+"""
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -130,3 +139,86 @@ def test_codes_and_modes_that_a_checkpoint_lacks_are_one_sentence(reference_dir,
         )
         assert result.exit_code == 1
         assert says in result.stderr
+
+
+@pytest.fixture
+def long_file(tmp_path, digits):
+    """An input that takes a few seconds, and a command for it."""
+    rows = np.tile(digits, (400, 1))
+    np.save(tmp_path / "in.npy", rows)
+    command = [sys.executable, "-m", "semid_client", "encode", "in.npy", "-o", "out.npy"]
+    return [*command, "--save-every", "0", "--unique", "grid", "--timeout", "60", "--target"]
+
+
+def begun(command, target, folder):
+    """Start the command, and wait until some rows are done."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, target], cwd=folder, **pipes)
+    while not (folder / "out.npy.partial/progress.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    return process
+
+
+def whole(reference_set, n):
+    return np.tile(reference_set.codes, (400, 1))[:n]
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_in_the_middle_is_waited_for(
+    serve, reference_dir, reference_set_named, tmp_path, long_file
+):
+    checkpoint = reference_dir / "digits_rkmeans/model.ckpt"
+    server = serve(checkpoint)
+    with begun(long_file, server.target, tmp_path) as process:
+        try:
+            server.signal(signal.SIGKILL)
+            server.wait()
+            done = json.loads((tmp_path / "out.npy.partial/progress.json").read_text())["rows_in"]
+            serve(checkpoint, "--port", server.target.rpartition(":")[2])
+            out, err = process.communicate(timeout=100)
+        finally:
+            process.kill()
+    assert process.returncode == 0, err
+    codes = np.load(tmp_path / "out.npy")
+    assert done < len(codes)
+    expected = whole(reference_set_named("digits_rkmeans"), len(codes))
+    np.testing.assert_array_equal(codes[:, :-1], expected)
+    assert "718,800 rows" in out
+
+
+@pytest.mark.slow
+def test_another_model_in_the_middle_is_refused_and_the_first_goes_on(
+    serve, reference_dir, reference_set_named, tmp_path, long_file
+):
+    first, other = (
+        reference_dir / name / "model.ckpt"
+        for name in ("digits_rkmeans", "digits_rkmeans_raw_residuals")
+    )
+    server = serve(first)
+    port = server.target.rpartition(":")[2]
+    with begun(long_file, server.target, tmp_path) as process:
+        try:
+            server.signal(signal.SIGKILL)
+            server.wait()
+            another = serve(other, "--port", port)
+            _, err = process.communicate(timeout=100)
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert "FAILED_PRECONDITION" in err or "another codebook" in err
+    assert "rows, and the same command goes on with them" in err
+    assert not (tmp_path / "out.npy").exists()
+    again = subprocess.run(
+        [*long_file, server.target], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 1
+    assert "holds work that was begun with fingerprint" in again.stderr
+    another.stop()
+    serve(first, "--port", port)
+    command = [*long_file, server.target]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "by an earlier command" in out
+    codes = np.load(tmp_path / "out.npy")
+    expected = whole(reference_set_named("digits_rkmeans"), len(codes))
+    np.testing.assert_array_equal(codes[:, :-1], expected)
