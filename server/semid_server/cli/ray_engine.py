@@ -394,17 +394,31 @@ class RayEngine:
                     "--ray-address local for one on this machine"
                 ) from error
             self._connected = True
-        resources = ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus, cpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("GPU", "CPU"))
         if self._device == "cuda" and not gpus:
             raise ConfigurationError("the Ray cluster has no GPU: give --device cpu, or auto")
-        if cpus < self._worker_cpus:
+        device = "cuda" if gpus and self._device != "cpu" else "cpu"
+        each = self._worker_cpus
+        if not any(
+            node.get("CPU", 0) >= each and (device == "cpu" or node.get("GPU", 0) >= 1)
+            for node in nodes
+        ):
             raise ConfigurationError(
-                f"the Ray cluster has {cpus} CPUs, but --worker-cpus is {self._worker_cpus}"
+                f"no node of the Ray cluster has the {each} CPUs of --worker-cpus"
+                + (" and a GPU" if device == "cuda" else "")
             )
-        if gpus and self._device != "cpu":
-            return "cuda", self._workers or gpus
-        return "cpu", self._workers or max(1, cpus // 2 // self._worker_cpus)
+        # With every CPU taken by encoders nobody would read, and all would wait for ever.
+        most = (cpus - 1) // each
+        if not most:
+            raise ConfigurationError(
+                f"the Ray cluster has {cpus} CPUs: an encoder takes {each} (--worker-cpus), and "
+                "what reads and writes takes one more"
+            )
+        if ray.available_resources().get("CPU", 0) <= each:
+            click.echo("The CPUs of the Ray cluster are taken: waiting for some.", err=True)
+        wanted = self._workers or (gpus if device == "cuda" else max(1, cpus // 2 // each))
+        return device, min(wanted, most)
 
     def close(self) -> None:
         """Leave the cluster."""

@@ -25,7 +25,7 @@ from semid_client import ConfigurationError, FingerprintMismatchError
 from semid_client.cli.root import root
 from semid_client.files import FileError, Work
 from semid_server.cli.batch import CheckpointEngine
-from semid_server.cli.ray_engine import Encoder, Task, check_reachable, content_of
+from semid_server.cli.ray_engine import Encoder, RayEngine, Task, check_reachable, content_of
 from semid_server.cli.ray_parts import Parts, gaps, part_of
 from semid_server.cli.ray_rows import ClusterError, indices, seed
 
@@ -291,7 +291,12 @@ def ray(monkeypatch):
     module.data = MixedUp()
     module.exceptions = SimpleNamespace(RayError=type("RayError", (Exception,), {}))
     module.is_initialized = lambda: True
-    module.cluster_resources = lambda: {"CPU": 4.0}
+    module.nodes = lambda: [
+        {"Alive": True, "Resources": {"CPU": 4.0}},
+        {"Alive": True, "Resources": {"CPU": 1.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+    ]
+    module.available_resources = lambda: {"CPU": 5.0}
     monkeypatch.setitem(sys.modules, "ray", module)
     monkeypatch.setitem(sys.modules, "ray.data", module.data)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -432,7 +437,7 @@ def test_an_input_that_nodes_do_not_see_is_one_sentence(ray, folder, checkpoint)
         (("--workers", "2"), "--workers is a flag of --engine ray."),
         ((*RAY, "--device", "cuda:1"), "device 'cuda:1' is not one of auto, cpu, cuda"),
         ((*RAY, "--device", "cuda"), "the Ray cluster has no GPU"),
-        ((*RAY, "--worker-cpus", "5"), "the Ray cluster has 4 CPUs, but --worker-cpus is 5"),
+        ((*RAY, "--worker-cpus", "5"), "no node of the Ray cluster has the 5 CPUs"),
         ((*RAY, "--ray-address", "ray://x:1"), "ray://x:1 is for Ray Client"),
         ((*RAY, "--fingerprint", "0" * 64), "but 0000"),
     ],
@@ -442,6 +447,57 @@ def test_flags_that_cannot_be_meant_are_one_sentence(ray, folder, checkpoint, fl
     assert result.exit_code in {1, 2}
     assert says in result.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "flags", "expected"),
+    [
+        ([(8, 2), (8, 2)], (), ("cuda", 4)),
+        ([(8, 2), (8, 2)], ("--workers", "3"), ("cuda", 3)),
+        ([(8, 2), (8, 2)], ("--device", "cpu"), ("cpu", 8)),
+        ([(8, 0), (8, 0)], ("--worker-cpus", "4"), ("cpu", 2)),
+        ([(4, 0)], ("--workers", "9"), ("cpu", 3)),  # one reads
+        ([(2, 4)], (), ("cuda", 1)),
+        ([(2, 0)], (), ("cpu", 1)),
+    ],
+)
+def test_there_is_an_encoder_a_gpu_or_one_for_every_second_cpu(
+    ray, checkpoint, nodes, flags, expected
+):
+    ray.nodes = lambda: [
+        {"Alive": True, "Resources": {"CPU": float(cpus), "GPU": float(gpus)}}
+        for cpus, gpus in nodes
+    ]
+    given = {f[2:].replace("-", "_"): v for f, v in zip(flags[::2], flags[1::2], strict=True)}
+    engine = RayEngine(
+        str(checkpoint),
+        device=given.pop("device", "auto"),
+        **{name: int(value) for name, value in given.items()},
+    )
+    assert engine._connect() == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "says"),
+    [
+        ([(8, 0)], "cuda", "the Ray cluster has no GPU"),
+        ([(1, 0)], "auto", "has 1 CPUs: an encoder takes 1 .--worker-cpus., and what reads"),
+        ([(0, 1), (4, 0)], "cuda", "no node of the Ray cluster has the 1 CPUs .* and a GPU"),
+    ],
+)
+def test_a_cluster_too_small_is_refused(ray, checkpoint, nodes, device, says):
+    ray.nodes = lambda: [
+        {"Alive": True, "Resources": {"CPU": float(cpus), "GPU": float(gpus)}}
+        for cpus, gpus in nodes
+    ]
+    with pytest.raises(ConfigurationError, match=says):
+        RayEngine(str(checkpoint), device=device)._connect()
+
+
+def test_a_cluster_that_others_use_is_waited_for(ray, checkpoint, capsys):
+    ray.available_resources = lambda: {"CPU": 1.0}
+    RayEngine(str(checkpoint), device="cpu")._connect()
+    assert "are taken: waiting for some" in capsys.readouterr().err
 
 
 def test_what_is_not_parquet_is_refused(ray, folder, checkpoint):
