@@ -1,0 +1,57 @@
+"""`semid serve` with a stand-in for a GPU's driver, for machines that have none.
+
+    python tests/operate/replica_with_device.py CHECKPOINT
+
+Codes, batches and all other figures are real, and made on the CPU. Only what a driver would say is
+made up, from this process: its memory and the machine's load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from semid_server.serving.backend import Backend
+from semid_server.serving.config import ModelSource, ServeConfig
+from semid_server.serving.device_use import DeviceUse
+from semid_server.serving.server import Server
+
+TOTAL = 8 << 30
+
+
+class BackendWithDevice(Backend):
+    """A backend whose device has memory to show."""
+
+    def device_use(self) -> DeviceUse:
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        page = os.sysconf("SC_PAGE_SIZE")
+        return DeviceUse(
+            device="stand-in",
+            total_bytes=TOTAL,
+            used_bytes=resident * page,
+            reserved_bytes=(resident - shared) * page,
+            utilization=min(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)),
+        )
+
+
+def main() -> None:
+    config = ServeConfig(
+        models=(ModelSource(Path(sys.argv[1])),),
+        host="127.0.0.1",
+        port=0,
+        metrics_port=0,
+        device="cpu",
+        threads=1,
+        verify_fraction=0.05,
+    )
+
+    def announce(line: str) -> None:
+        print(f"semid: {line}", flush=True)
+
+    asyncio.run(Server(config, announce=announce, make_backend=BackendWithDevice).run())
+
+
+if __name__ == "__main__":
+    main()
