@@ -39,6 +39,7 @@ from semid_server.checkpoint import save_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import TextIO
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -592,7 +593,39 @@ def main() -> None:
     parser.add_argument("--triton", type=Path, help="interpreter that has nvidia-pytriton")
     parser.add_argument("--only", choices=SECTIONS, action="append", help="these sections alone")
     parser.add_argument("--json", type=Path, help="write all figures to this file too")
+    parser.add_argument(
+        "--write", type=Path, help="put what is printed in place of the first ```text block of this"
+    )
     arguments = parser.parse_args()
+    if arguments.write is None:
+        run(arguments)
+        return
+    document = arguments.write.read_text()
+    before, start, rest = document.partition("```text\n")
+    _, end, after = rest.partition("\n```\n")
+    if not start or not end:
+        sys.exit(f"{arguments.write} has no ```text block")
+    printed = Tee(sys.stdout)
+    with contextlib.redirect_stdout(printed):
+        run(arguments)
+    arguments.write.write_text(before + start + printed.text.strip() + end + after)
+
+
+class Tee:
+    """Writes on, and keeps what was written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.text = stream, ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def run(arguments: argparse.Namespace) -> None:
     machine()
     if arguments.triton is None:
         print("peers     no Triton: give --triton an interpreter that has nvidia-pytriton")

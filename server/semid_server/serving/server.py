@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import signal
@@ -223,6 +224,10 @@ class Server:
             )
         for backend in backends:
             self._show(backend)
+        # Hundreds of thousands of objects, most of them torch's, that stay: the collector need not
+        # look through them again and again while calls wait.
+        gc.collect()
+        gc.freeze()
         self._metrics.watch_queue(lambda: self._batcher.queue)
         return True
 

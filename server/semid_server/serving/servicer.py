@@ -53,7 +53,7 @@ one that runs; the rest stays with the sender."""
 class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
     """Speaks the contract.
 
-    Errors leave as `SemidError`; an interceptor turns them into statuses.
+    Errors leave as `SemidError`; `calls` turns them into statuses.
 
     Parameters
     ----------
