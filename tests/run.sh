@@ -9,8 +9,8 @@
 # .venv-test with the pinned packages of docker/constraints.txt, and keeps it until the pins or
 # pyproject.toml change. SEMID_TEST_VENV=DIR names another place for it.
 #
-# promtool (of Debian's package prometheus) is unpacked into that environment where the machine
-# has none; without apt its tests are skipped and say so.
+# prometheus and promtool (of Debian's package prometheus) are unpacked into that environment where
+# the machine has none; without apt their tests are skipped and say so.
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -49,8 +49,8 @@ if [ "$(cat "$venv/.semid" 2>/dev/null)" != "$wanted" ]; then
 fi
 export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
 
-# Unpacks promtool from Debian's package: no root needed, and no service is started.
-fetch_promtool() {
+# Unpacks the programs of Debian's package: no root needed, and no service is started.
+fetch_prometheus() {
     local apt=$venv/apt
     mkdir -p "$apt/lists/partial" "$apt/archives/partial" &&
         (
@@ -59,8 +59,8 @@ fetch_promtool() {
                 -o APT::Sandbox::User="$(id -un)")
             apt-get "${options[@]}" update &&
                 apt-get "${options[@]}" download prometheus &&
-                dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool &&
-                mv usr/bin/promtool "$venv/bin/promtool"
+                dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin &&
+                mv usr/bin/prometheus usr/bin/promtool "$venv/bin/"
         )
     local status=$?
     rm -rf "$apt"
@@ -68,9 +68,9 @@ fetch_promtool() {
 }
 
 skipped=0
-if ! command -v promtool >/dev/null; then
-    if ! command -v apt-get >/dev/null || ! fetch_promtool; then
-        echo "tests/run.sh: no promtool, and Debian's package prometheus cannot be had here: its tests are skipped"
+if ! command -v promtool >/dev/null || ! command -v prometheus >/dev/null; then
+    if ! command -v apt-get >/dev/null || ! fetch_prometheus; then
+        echo "tests/run.sh: no prometheus, and Debian's package prometheus cannot be had here: its tests are skipped"
         skipped=1
     fi
 fi
@@ -102,6 +102,6 @@ check tests pytest "$@"
 echo
 echo "== summary"
 printf '%s\n' "${summary[@]}"
-[ $skipped -eq 0 ] || echo "skipped promtool check metrics"
+[ $skipped -eq 0 ] || echo "skipped what needs prometheus and promtool"
 echo "checks: $passed passed, $failed failed, $skipped skipped"
 [ $failed -eq 0 ]

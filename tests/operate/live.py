@@ -37,7 +37,7 @@ SEMID = Path(sys.executable).with_name("semid")
 CHECKPOINT = ROOT / "checkpoints/movies"
 MOVIES = ROOT / "tests/reference/data/movies.npy"
 
-PATIENCE = 60.0
+PATIENCE = 150.0
 DAY = 86_400
 
 # Settings of whoever runs this are not the server's.

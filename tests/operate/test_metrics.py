@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import grpc
+import live
 import numpy as np
 import pytest
 
@@ -46,3 +47,19 @@ def test_the_series_of_a_server_with_one_model_are_few(replicas):
     """Methods, codes, operations, levels, layers and buckets: all of them fixed by the contract,
     the configuration or the model."""
     assert len(_series(replicas[0])) < 1000
+
+
+def test_the_labels_are_those_that_the_readme_names(replicas):
+    page = "".join(replica.scrape() for replica in replicas)
+    used = {
+        label for series in SERIES.findall(page) for label in re.findall(r'[{,](\w+)="', series)
+    }
+    section = (live.ROOT / "README.md").read_text().split("\n## Metrics\n")[1].split("\n## ")[0]
+    told = {
+        label
+        for line in section.splitlines()
+        if line.startswith("- ")
+        for clause in line[2:].split("; ")
+        for label in re.findall(r"`(\w+)`", clause.partition(":")[0])
+    }
+    assert told == used - {"le"}

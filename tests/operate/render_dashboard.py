@@ -1,0 +1,186 @@
+"""Draw the dashboard from real data, to be looked at.
+
+    python tests/operate/render_dashboard.py PAGE.png [SECONDS]
+
+Runs the fleet and the Prometheus of the tests for so long (90 s), asks for each panel's data as
+Grafana would, and draws the panels where the dashboard has them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+import live
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.dates import DateFormatter
+from matplotlib.ticker import FuncFormatter
+
+INK, FAINT = "#222222", "#888888"
+UNIT_HEIGHT, WIDTH = 0.42, 22.0
+WINDOW = "4s"
+
+
+def shown(value: float, unit: str) -> str:
+    """A number as Grafana writes it in a unit."""
+    if not math.isfinite(value):
+        return "no data"
+    if unit == "percentunit":
+        return f"{100 * value:.3g} %"
+    if unit == "s":
+        scale, name = next(
+            ((scale, name) for scale, name in ((1, "s"), (1e-3, "ms")) if value >= scale),
+            (1e-6, "us"),
+        )
+        return f"{value / scale:.3g} {name}" if value else "0 s"
+    if unit == "bytes":
+        steps = min(4, int(math.log(value, 1024))) if value >= 1 else 0
+        return f"{value / 1024**steps:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[steps]}"
+    words = {"reqps": " req/s", "ops": " ops/s", "suffix: rows/s": " rows/s"}
+    number = f"{value / 1000:.3g} K" if value >= 10_000 else f"{value:.4g}"
+    return number + words.get(unit, "")
+
+
+def legend(target, labels) -> str:
+    text = target["legendFormat"]
+    for name, value in labels.items():
+        text = text.replace(f"{{{{{name}}}}}", value if len(value) < 20 else f"{value[:10]}...")
+    return text
+
+
+def draw_stat(axes, panel, prometheus) -> None:
+    defaults = panel["fieldConfig"]["defaults"]
+    expression = live.filled(panel["targets"][0]["expr"], rate_interval=WINDOW, operation="encode")
+    value = (prometheus.values(expression) or [math.nan])[0]
+    color = INK
+    for step in defaults["thresholds"]["steps"]:
+        if step["value"] is None or value >= step["value"]:
+            color = {"text": INK, "green": "#2a8a3e", "red": "#c4162a"}[step["color"]]
+    axes.axis("off")
+    axes.text(
+        *(0.5, 0.4, shown(value, defaults["unit"])),
+        ha="center",
+        va="center",
+        fontsize=17,
+        color=color,
+    )
+
+
+def draw_lines(axes, panel, prometheus, begin: float, end: float) -> None:
+    defaults = panel["fieldConfig"]["defaults"]
+    series = []
+    for target in panel["targets"]:
+        query = live.filled(target["expr"], rate_interval=WINDOW, operation="encode")
+        found = prometheus.get("query_range", query=query, start=begin, end=end, step=1)["result"]
+        series += [(legend(target, one["metric"]), one["values"]) for one in found]
+    custom = defaults["custom"]
+    for name, values in series:
+        times = [datetime.fromtimestamp(stamp) for stamp, _ in values]  # noqa: DTZ006 - the reader's
+        axes.plot(times, [float(value) for _, value in values], linewidth=1, label=name)
+    if custom.get("stacking") and series:
+        for line in list(axes.lines):
+            line.remove()
+        stamps = sorted({stamp for _, values in series for stamp, _ in values})
+        tables = [dict(map(tuple, values)) for _, values in series]
+        axes.stackplot(
+            [datetime.fromtimestamp(stamp) for stamp in stamps],  # noqa: DTZ006 - the reader's
+            [[float(table.get(stamp, 0)) for stamp in stamps] for table in tables],
+            labels=[name for name, _ in series],
+            alpha=0.6,
+        )
+    for step in defaults.get("thresholds", {}).get("steps", ()):
+        if step["value"] is not None:
+            axes.axhline(step["value"], color="#c4162a", linewidth=0.8)
+    if custom.get("scaleDistribution", {}).get("type") == "log":
+        axes.set_yscale("log")
+    axes.set_ylim(bottom=defaults.get("min"), top=defaults.get("max"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, defaults["unit"])))
+    axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S"))
+    axes.xaxis.set_major_locator(plt.MaxNLocator(4))
+    axes.tick_params(labelsize=7, colors=INK)
+    axes.grid(color="#dddddd", linewidth=0.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if series:
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.1),
+            ncols=min(len(series), 2),
+            fontsize=7,
+            frameon=False,
+        )
+    else:
+        axes.text(0.5, 0.5, "no data", ha="center", transform=axes.transAxes, color="#c4162a")
+
+
+def draw_table(axes, panel, prometheus) -> None:
+    query = live.filled(panel["targets"][0]["expr"], rate_interval=WINDOW, operation="encode")
+    order = panel["transformations"][0]["options"]["indexByName"]
+    names = sorted(order, key=order.get)
+    rows = [
+        [one["metric"].get(name, "") for name in names]
+        for one in prometheus.get("query", query=query)["result"]
+    ]
+    short = [[cell if len(cell) < 18 else f"{cell[:10]}..." for cell in row] for row in rows]
+    axes.axis("off")
+    table = axes.table(short, colLabels=names, loc="upper center", cellLoc="left")
+    table.auto_set_font_size(False)
+    table.set_fontsize(8)
+
+
+def draw(dashboard, prometheus, begin: float, end: float, page: Path) -> None:
+    places = [panel["gridPos"] for panel in dashboard["panels"]]
+    rows = max(place["y"] + place["h"] for place in places)
+    figure = plt.figure(figsize=(WIDTH, UNIT_HEIGHT * rows), facecolor="white")
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        left, top = place["x"] / 24, 1 - place["y"] / rows
+        if panel["type"] == "row":
+            title = panel["title"].replace("$operation", "encode")
+            figure.text(0.01, top - 0.7 / rows, title, fontsize=12, weight="bold", color=INK)
+            continue
+        legends = 2.4 if panel["type"] == "timeseries" else 0.3
+        axes = figure.add_axes(
+            (
+                left + 0.035,
+                top - (place["h"] - legends) / rows,
+                place["w"] / 24 - 0.045,
+                (place["h"] - legends - 1.1) / rows,
+            )
+        )
+        axes.set_title(
+            panel["title"].replace("$operation", "encode"), loc="left", fontsize=9, color=INK
+        )
+        if panel["type"] == "stat":
+            draw_stat(axes, panel, prometheus)
+        elif panel["type"] == "table":
+            draw_table(axes, panel, prometheus)
+        else:
+            draw_lines(axes, panel, prometheus, begin, end)
+    figure.savefig(page, dpi=70)
+
+
+def main() -> None:
+    page = Path(sys.argv[1])
+    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 90.0
+    mpl.use("agg")
+    dashboard = json.loads((live.DOCKER / "grafana/semid.json").read_text())
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        live.watched_fleet(Path(folder)) as (prometheus, _),
+    ):
+        begin = time.time()
+        print(f"load for {seconds:g} s", flush=True)
+        time.sleep(seconds)
+        draw(dashboard, prometheus, begin, time.time(), page)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
