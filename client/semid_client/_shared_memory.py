@@ -288,6 +288,10 @@ class Sharing:
         slots: int,
         open_lease: Callable[[pb.ShareMemoryRequest, float], Generator[Any, Any, Lease]],
     ) -> None:
+        if mode not in MODES:
+            raise ConfigurationError(
+                f"shared_memory is {mode!r}; expected one of {', '.join(map(repr, MODES))}"
+            )
         self._mode, self._target, self._slots = mode, target, slots
         self._open_lease = open_lease
         # Taken again by the thread that has it when that thread drops an array meanwhile.

@@ -178,7 +178,7 @@ def test_nothing_is_left_when_clients_close_and_arrays_go(digits_server, digits)
         assert len(held_by(digits_server)) == 1
     wait_until(lambda: digits_server.metric("semid_shared_memory_segments") == 0)
     wait_until(lambda: not held_by(digits_server))
-    assert named() == []
+    wait_until(lambda: not named())
 
 
 CLIENT = """
@@ -217,7 +217,7 @@ def test_what_a_killed_client_shared_is_gone(serve, checkpoint, start_client):
     server = serve(checkpoint)
     clients = [start_client(server) for _ in range(3)]
     wait_until(lambda: server.metric("semid_shared_memory_segments") == 6)
-    assert named() == []  # whoever is killed now leaves no name
+    wait_until(lambda: not named())  # whoever is killed now leaves no name
     for client in clients:
         client.send_signal(signal.SIGKILL)
         client.wait()

@@ -1,0 +1,191 @@
+"""What is shared, what is sent, and which memory is used again: without a server."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from semid_client import Client, ConfigurationError
+from semid_client._errors import FailedPreconditionError, UnavailableError
+from semid_client._model import Layer, Limits, ModelInfo, SharedMemoryLimits
+from semid_client._shared_memory import FOLDER, SLOT_BYTES, Segment, Sharing, SharingEndedError
+from semid_client._transfer import Decoding, Encoding
+
+LIMITS = SharedMemoryLimits(1 << 26, 4, 1 << 20, 1 << 26)
+ROWS = np.arange(1 << 20, dtype=np.float32).reshape(-1, 64)
+
+
+def info(limits=LIMITS):
+    layers = (Layer(256, 64),)
+    return ModelInfo(
+        *("toy", "f" * 64, "r-vq", 64, layers, True, np.dtype("u1"), ("sum",)),
+        Limits(1 << 24, 1 << 14, limits),
+    )
+
+
+@dataclass(eq=False)
+class FakeLease:
+    handle: str = "handle"
+    active: bool = True
+
+    def end(self):
+        self.active = False
+
+
+@dataclass
+class FakeServer:
+    """Takes whatever is shared, or says why not."""
+
+    leases: list = field(default_factory=list)
+    files: list = field(default_factory=list)
+    refusal: Exception | None = None
+
+    def open_lease(self, request, timeout):
+        self.files.append(FOLDER / request.name)
+        assert self.files[-1].read_bytes() == request.proof
+        if self.refusal:
+            raise self.refusal
+        self.leases.append(FakeLease())
+        return self.leases[-1]
+        yield
+
+
+@pytest.fixture
+def server():
+    return FakeServer()
+
+
+@pytest.fixture
+def make_sharing(server):
+    def make(mode="auto", target="localhost:1"):
+        return Sharing(mode, target, slots=2, open_lease=server.open_lease)
+
+    yield make
+    assert not [file for file in server.files if file.exists()]
+
+
+def finish(flow):
+    """Run a flow that waits for nothing."""
+    with pytest.raises(StopIteration) as done:
+        next(flow)
+    return done.value.value
+
+
+def carrier_of(sharing, rows=ROWS, limits=LIMITS):
+    return finish(sharing.carrier(Encoding(rows), info(limits), 1.0))
+
+
+def test_a_segment_is_used_again_by_the_next_transfer_and_not_by_one_at_the_same_time(
+    make_sharing, server
+):
+    sharing = make_sharing()
+    first, second = carrier_of(sharing), carrier_of(sharing)
+    assert first is not second
+    sharing.give_back(first)
+    assert carrier_of(sharing) is first
+    assert len(server.leases) == 2
+
+
+def test_a_segment_whose_lease_has_ended_is_not_used_again(make_sharing, server):
+    sharing = make_sharing()
+    first = carrier_of(sharing)
+    sharing.give_back(first)
+    server.leases[0].end()
+    assert carrier_of(sharing) is not first
+
+
+def test_a_slot_is_written_to_again_only_when_its_answer_has_come(make_sharing):
+    carrier = carrier_of(make_sharing())
+    first, second = (carrier.tensor(key, ROWS[:10]).offset for key in (0, 10))
+    assert abs(first - second) >= SLOT_BYTES
+    assert carrier.tensor(0, ROWS[:10]).offset == first  # sent again
+    carrier.done(0)
+    assert carrier.tensor(20, ROWS[:10]).offset == first
+
+
+def test_what_is_in_an_allocated_array_stays_where_it_is(make_sharing):
+    sharing = make_sharing()
+    array = finish(sharing.allocate(1 << 14, 64, "float32", info(), 1.0))
+    array[:] = ROWS
+    begin = carrier_of(sharing, array).tensor(0, array).offset
+    assert carrier_of(sharing, array[100:]).tensor(0, array[100:]).offset == begin + 100 * 256
+    for other in (array[::2], array[:, :32], array.astype(">f4"), ROWS):
+        assert carrier_of(sharing, other) is not carrier_of(sharing, array)
+
+
+def test_an_array_is_shared_until_no_part_of_it_is_in_use(make_sharing, server):
+    array = finish(make_sharing().allocate(1 << 14, 64, "float32", info(), 1.0))
+    part = array[5:6]
+    del array
+    gc.collect()
+    assert server.leases[0].active
+    del part
+    gc.collect()
+    assert not server.leases[0].active
+
+
+@pytest.mark.parametrize("target", ["example.com:50051", "10.0.0.7:50051", "dns:///semid:50051"])
+def test_nothing_is_shared_with_another_machine_unless_told_to(make_sharing, target):
+    assert carrier_of(make_sharing(target=target)) is None
+    assert carrier_of(make_sharing(True, target)) is not None
+
+
+def test_codes_and_few_rows_are_sent(make_sharing, server):
+    sharing = make_sharing(True)
+    assert finish(sharing.carrier(Decoding(np.zeros((9, 1), int), "sum"), info(), 1.0)) is None
+    assert carrier_of(sharing, ROWS[:100]) is None
+    assert carrier_of(make_sharing(mode=False)) is None
+    assert not server.leases
+
+
+def test_a_refusal_is_logged_once_and_not_asked_for_again_at_once(make_sharing, server, caplog):
+    sharing = make_sharing()
+    server.refusal = FailedPreconditionError("of another user")
+    with caplog.at_level(logging.INFO, "semid_client"):
+        assert carrier_of(sharing) is None
+        server.refusal = None
+        assert carrier_of(sharing) is None
+    (said,) = caplog.messages
+    assert "of another user" in said
+
+
+def test_told_to_share_it_does_not_send(make_sharing, server):
+    server.refusal = FailedPreconditionError("of another user")
+    flow = make_sharing(mode=True).carrier(Encoding(ROWS), info(), 1.0)
+    with pytest.raises(ConfigurationError, match=r"shared_memory=True, but .* of another user"):
+        next(flow)
+
+
+def test_a_server_that_cannot_be_reached_is_no_reason_to_give_up_sharing(make_sharing, server):
+    sharing = make_sharing()
+    server.refusal = UnavailableError("starting")
+    with pytest.raises(UnavailableError):
+        next(sharing.carrier(Encoding(ROWS), info(), 1.0))
+    server.refusal = None
+    assert carrier_of(sharing) is not None
+
+
+def test_full_memory_is_an_error_and_no_signal(make_sharing, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sharing = make_sharing()
+    carrier = carrier_of(sharing)
+    monkeypatch.setattr(Segment, "allocate", full)
+    with pytest.raises(SharingEndedError, match=os.strerror(errno.ENOSPC)) as ended:
+        carrier.tensor(0, ROWS)
+    sharing.lost(carrier, ended.value, again=True)
+    assert carrier_of(sharing) is None
+    array = finish(make_sharing().allocate(10, 64, "float32", info(), 1.0))
+    array[:] = 1  # ordinary memory
+
+
+def test_other_modes_are_refused():
+    with pytest.raises(ConfigurationError, match="shared_memory is 'yes'; expected one of 'auto'"):
+        Client("localhost:1", shared_memory="yes")
