@@ -57,6 +57,12 @@ OWN_COLUMNS: Final = ("path", "row_hash")
 PART_ROWS: Final = 1 << 17
 """Rows of a part, at least: with fewer there would be very many files."""
 
+GPU_BATCH_BYTES: Final = 2 * CheckpointEngine.block_bytes
+"""Rows that an encoder on a GPU is given at once: one piece is copied while another is encoded."""
+
+RAY_ADDS: Final = "\nFailed to apply UDF transform"
+"""How Ray goes on in the message of an encoder's error."""
+
 CONNECT_SECONDS: Final = 10.0
 """For a connection to the cluster's head."""
 
@@ -105,37 +111,49 @@ class Task:
 class Encoder:
     """One encoder of the cluster: a stateful actor, called with one block of rows after another.
 
-    Raises
-    ------
-    SemidClientError
-        The checkpoint or the device cannot be used on this node, or it is another model here.
+    A checkpoint or device that cannot be used on its node is told by the first call: of an actor
+    that cannot be made Ray says anything but why.
     """
 
     def __init__(self, task: Task) -> None:
         self._task = task
+        self._refused: SemidClientError | None = None
+        try:
+            self._engine = self._loaded()
+        except SemidClientError as error:
+            self._refused = error
+            return
+        self._pool = ThreadPoolExecutor(self._engine.threads, "semid-encode")
+
+    def _loaded(self) -> CheckpointEngine:
+        task = self._task
         with tempfile.TemporaryDirectory(prefix="semid-") as folder:
             path = Path(folder) / task.checkpoint
             for name, content in task.content.items():
                 file = path / name if name else path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
-            self._engine = CheckpointEngine(str(path), device=task.device, threads=task.threads)
-        self._pool = ThreadPoolExecutor(self._engine.threads, "semid-encode")
-        found = self._engine.info.fingerprint
+            engine = CheckpointEngine(str(path), device=task.device, threads=task.threads)
+        found = engine.info.fingerprint
         if found != task.fingerprint:
             raise FingerprintMismatchError(
                 f"{task.checkpoint} has fingerprint {task.fingerprint} where the job was begun, "
                 f"but {found} on a node: install the same semid on all"
             )
+        return engine
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Codes of a block: columns of `part_schema` for the column of embeddings and Ray's own.
 
         Raises
         ------
+        SemidClientError
+            The checkpoint or the device cannot be used on this node, or it is another model here.
         FileError
             A row is bad, and that is the end of the job.
         """
+        if self._refused is not None:
+            raise self._refused
         task = self._task
         (batch,) = table.combine_chunks().to_batches() or [None]
         if batch is None:
@@ -355,6 +373,7 @@ class RayEngine:
         context = data.DataContext.get_current()
         context.raise_original_map_exception = True  # else what an encoder says is lost
         context.enable_progress_bars = sys.stderr.isatty()
+        row_bytes = source.width * source.dtype.itemsize
         rows = data.read_parquet(
             todo,
             filesystem=locate(source.places()[0].name)[0],
@@ -366,7 +385,9 @@ class RayEngine:
         codes = rows.map_batches(
             Encoder,
             fn_constructor_args=(task,),
-            batch_size=None,  # blocks as they come: an encoder that waits for more may wait long
+            # Blocks as they come, 128 MiB at most: an encoder that waits for more may wait long.
+            # For GPUs Ray insists on a number.
+            batch_size=max(1, GPU_BATCH_BYTES // row_bytes) if device == "cuda" else None,
             batch_format="pyarrow",
             zero_copy_batch=True,
             compute=data.ActorPoolStrategy(min_size=1, max_size=workers),
@@ -537,7 +558,10 @@ class _naming:  # noqa: N801 -- used like a function
         for cause in causes:
             # Ray's own errors are made to look like what they were caused by, and say too much.
             if isinstance(cause, SemidClientError) and not isinstance(cause, self._ray_error):
-                raise cause from None if cause is error else error
+                said, added, _ = str(cause).partition(RAY_ADDS)
+                if added:
+                    raise ClusterError(said) from error
+                raise cause from error
         root = causes[-1]
         if isinstance(root, OSError):
             raise FileError(

@@ -225,9 +225,16 @@ def test_a_bad_row_ends_the_job_or_is_marked(task, digits):
     assert part["problem"].to_pylist() == [None, "is null", "has 1 numbers; expected 64"]
 
 
-def test_a_model_that_is_another_on_a_node_is_refused(task):
+def test_a_model_that_is_another_on_a_node_is_refused(task, digits):
+    encoder = Encoder(replace(task, fingerprint="0" * 64))
     with pytest.raises(FingerprintMismatchError, match="000 where the job was begun"):
-        Encoder(replace(task, fingerprint="0" * 64))
+        encoder(block(digits, [0]))
+
+
+def test_what_a_node_cannot_use_is_told_by_the_first_block(task, digits):
+    encoder = Encoder(replace(task, content={"": b"no checkpoint"}))
+    with pytest.raises(ConfigurationError, match=r"model\.ckpt"):
+        encoder(block(digits, [0]))
 
 
 def test_a_checkpoint_that_is_a_folder_is_sent_whole(reference_dir, task):
@@ -270,7 +277,8 @@ class MixedUp:
         self._tables = [table.select(names) for table in self._tables]
         return self
 
-    def map_batches(self, make, *, fn_constructor_args, **_):
+    def map_batches(self, make, *, fn_constructor_args, batch_size, num_gpus, **_):
+        assert not num_gpus or batch_size, "as Ray demands"
         order = self._random.integers(0, len(self._tables), 2 * len(self._tables)).tolist()
         order += self._random.permutation(len(self._tables)).tolist()
         encoder, tables = make(*fn_constructor_args), self._tables
@@ -416,6 +424,15 @@ def test_a_bad_row_is_the_same_sentence_as_on_one_machine(ray, folder, checkpoin
     assert there.exit_code == 1
     said = [result.stderr.splitlines()[-1] for result in (here, there)]
     assert said == ["Error: in: row 777: number 7 is inf; embeddings are finite"] * 2
+
+
+def test_what_ray_adds_to_a_message_is_left_out(ray, folder, checkpoint):
+    said = "device 'cuda' asked for\nFailed to apply UDF transform after 1/1 attempts\nTo change"
+    failed = ray.exceptions.RayError("all that Ray says")
+    failed.cause = ConfigurationError(said)
+    ray.data = MixedUp(fails=failed)
+    result = encode(checkpoint, "there.npy", *RAY, "--on-bad-row", "skip")
+    assert result.stderr.splitlines()[1:] == ["Error: device 'cuda' asked for"]
 
 
 def test_nodes_that_write_elsewhere_are_noticed(ray, folder, checkpoint):
