@@ -16,6 +16,7 @@ import resource
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -44,6 +45,9 @@ SELF_TEST_ROWS: Final = 512
 CALLS: Final = 50
 """Calls by which the latency of a server is judged."""
 
+LONGEST: Final = 400
+"""Characters of an error that are shown."""
+
 TIME_ERROR: Final = 5
 """What Linux's adjtimex answers while nobody keeps the clock right (adjtimex(2))."""
 
@@ -52,12 +56,14 @@ _SIZE_OF_TIMEX: Final = 512
 
 
 def libraries() -> list[Library] | None:
-    """Every requirement of the base and the server's part; None where semid is not installed."""
+    """Every requirement of the base and the server's part; None where there is no record."""
     from packaging.requirements import Requirement  # noqa: PLC0415
 
     try:
-        texts = requires("semid") or []
+        texts = requires("semid")
     except PackageNotFoundError:
+        texts = None
+    if not texts:
         return None
     found = []
     for requirement in map(Requirement, texts):
@@ -441,9 +447,13 @@ def _field(path: Path, name: str) -> int:
 
 
 def _line(error: BaseException) -> str:
-    """First line of an error, with its kind where the text alone says little."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    """An error in one line, with its kind: the text alone may say little."""
+    text = " ".join(str(error).split())
+    return (
+        f"{type(error).__name__}: {textwrap.shorten(text, LONGEST)}"
+        if text
+        else type(error).__name__
+    )
 
 
 def python() -> tuple[int, int]:
