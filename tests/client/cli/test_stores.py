@@ -317,13 +317,13 @@ def test_a_kill_after_the_upload_is_seen_as_done_and_another_object_is_left_alon
 
 def kill_while_uploading(server, store, folder, *, kills):
     """Kill the same command while it uploads; nobody ever sees a part of the object."""
-    codes = np.zeros((40 << 10, 3), np.uint8)
+    codes = np.zeros((12 << 10, 3), np.uint8)
     codes[:, 0] = np.arange(len(codes)) % 251
     np.save("codes.npy", codes)
     command = [*SEMID, "decode", "codes.npy", "--target", server.target, "-o"]
     subprocess.run([*command, "whole.npy"], check=True, capture_output=True, timeout=100)
     whole, url = Path("whole.npy").read_bytes(), "s3://bucket/out.npy"
-    assert len(whole) > 100 << 20  # some parts
+    assert len(whole) > 40 << 20  # some parts
     rng, seen = random.Random(0), 0  # noqa: S311 - not for secrets
     for _ in range(kills):
         with subprocess.Popen([*command, url], stdout=subprocess.DEVNULL) as process:
