@@ -70,6 +70,9 @@ QUICK: Final = 0.00025
 """Seconds that a batch may take which the event loop runs itself: about what the way to the worker
 and back costs, and too little to be missed by the other calls."""
 
+QUICK_AT_MOST: Final = 4 * QUICK
+"""Seconds that such a batch may take on average, whatever gets in its way."""
+
 LARGE_SHARE: Final = 4
 """A request larger than a turn gets one part in so many of each turn while others wait."""
 
@@ -482,7 +485,13 @@ class Batcher(Generic[Key, Payload, Answer]):
             self._changed.notify()
 
     def _is_quick(self, pace: Pace) -> bool:
-        return pace.known and pace.predict(self._rows) <= QUICK
+        # The worker waits for the interpreter's lock: by the average alone, batches that went there
+        # once would seem to belong there.
+        return (
+            pace.known
+            and pace.shortest(self._rows) <= QUICK
+            and pace.predict(self._rows) <= QUICK_AT_MOST
+        )
 
     def _run_quickly(self) -> None:
         """Run what has come since this was called for, unless it has become much."""

@@ -14,6 +14,9 @@ from typing import Final
 SMOOTHING: Final = 0.2
 """Weight of the newest batch in the average of its size."""
 
+FORGETTING: Final = 1.05
+"""By how much the shortest time of a size grows with each batch that was not as short."""
+
 PROBE_ROWS: Final = 64
 """Rows of a first batch, of which nothing is known."""
 
@@ -22,6 +25,7 @@ PROBE_ROWS: Final = 64
 class _Size:
     rows: float
     seconds: float
+    shortest: float
 
 
 class Pace:
@@ -42,10 +46,11 @@ class Pace:
         size = self._sizes.get(rows.bit_length())
         if size is None:
             # Replaced, not changed: a reader in another thread may be going through it.
-            self._sizes = self._sizes | {rows.bit_length(): _Size(float(rows), seconds)}
+            self._sizes = self._sizes | {rows.bit_length(): _Size(float(rows), seconds, seconds)}
         else:
             size.rows += SMOOTHING * (rows - size.rows)
             size.seconds += SMOOTHING * (seconds - size.seconds)
+            size.shortest = min(seconds, FORGETTING * size.shortest)
         self._best = max(size.rows / size.seconds for size in self._sizes.values())
 
     @property
@@ -62,17 +67,27 @@ class Pace:
 
     def predict(self, rows: int) -> float:
         """Seconds that a batch of ``rows`` is expected to take; 0 if nothing is known."""
+        size, times = self._nearest(rows)
+        return times * size.seconds if size else 0.0
+
+    def shortest(self, rows: int) -> float:
+        """Seconds that a batch of ``rows`` takes when nothing else gets in its way.
+
+        The shortest of the last few dozen: what a busy machine adds to the others is not its own.
+        """
+        size, times = self._nearest(rows)
+        return times * size.shortest if size else 0.0
+
+    def _nearest(self, rows: int) -> tuple[_Size | None, float]:
+        """Return the size to tell a batch by, and how many of those it is."""
         sizes = self._sizes
-        if not sizes:
-            return 0.0
         bits = rows.bit_length()
-        if (same := sizes.get(bits)) is not None:
-            return same.seconds
-        larger = [known for known in sizes if known > bits]
-        if larger:
-            return sizes[min(larger)].seconds
-        largest = sizes[max(sizes)]
-        return rows * largest.seconds / largest.rows
+        if bits in sizes:
+            return sizes[bits], 1.0
+        if larger := [known for known in sizes if known > bits]:
+            return sizes[min(larger)], 1.0
+        largest = sizes[max(sizes)] if sizes else None
+        return largest, rows / largest.rows if largest else 0.0
 
     def rows_within(self, seconds: float) -> int:
         """Rows, at least one, of a batch that takes about ``seconds``.

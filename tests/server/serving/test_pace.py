@@ -36,6 +36,17 @@ def test_work_is_told_at_the_best_rate_there_was():
     assert paced((1, 0.001), (1000, 0.1)).work(50) == pytest.approx(0.005)
 
 
+def test_the_shortest_time_is_that_of_batches_that_nothing_got_in_the_way_of():
+    pace = paced(*[(8, 0.001), (8, 0.03)] * 20)
+    assert 0.001 <= pace.shortest(8) < 0.0011 < pace.predict(8)
+    # Unless no batch has taken so little for long.
+    for _ in range(100):
+        pace.observe(8, 0.03)
+    assert pace.shortest(8) == pytest.approx(0.03)
+    assert pace.shortest(1) == pace.shortest(8)
+    assert Pace().shortest(8) == 0
+
+
 def test_a_new_speed_is_learned():
     pace = paced((100, 1.0), *[(100, 0.01)] * 40)
     assert pace.predict(100) == pytest.approx(0.01, rel=0.02)
