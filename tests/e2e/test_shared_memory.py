@@ -309,6 +309,7 @@ def test_a_server_that_takes_none_is_sent_bytes_and_says_so_once(serve, checkpoi
         client.encode(rows)
 
 
+@pytest.mark.slow  # its bounds are tested without processes too
 def test_more_than_the_server_takes_is_sent_as_bytes(serve, checkpoint, digits):
     rows = enough(digits, np.float32)
     server = serve(checkpoint, "--shared-memory-bytes", 4 * 65 * 1024)
@@ -341,6 +342,7 @@ def test_a_token_that_is_not_good_for_sharing_sends_bytes(serve, checkpoint, dig
         assert shared_bytes(server) == rows.nbytes
 
 
+@pytest.mark.slow  # TLS is the channel's, whatever the call
 def test_sharing_goes_over_tls(serve, checkpoint, digits, tmp_path):
     rows = enough(digits, np.float32)
     authority = trustme.CA()
