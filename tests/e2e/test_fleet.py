@@ -203,7 +203,8 @@ def test_a_rolling_restart_of_three_servers_behind_one_name_fails_no_call(fleet,
     assert accounts["EncodeStream"]["resumed"] > 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_server_that_is_killed_fails_no_call_and_one_that_was_added_is_found(fleet, load):
     fleet.add(*HOSTS[:2])
     loads = {kind: load(kind, fleet.target) for kind in KINDS}
