@@ -125,8 +125,7 @@ def open_engine(
         except ModuleNotFoundError as error:
             needs, extras = ("--checkpoint", "server") if cluster is None else RAY_NEEDS
             raise ConfigurationError(
-                f"{needs} needs {error.name}, which is not installed: "
-                f"pip install 'semid[{extras}]'"
+                f"{needs} needs {error.name}, which is not installed: pip install 'semid[{extras}]'"
             ) from error
         engine: Engine = load(checkpoint, device=device, **(cluster or {}))
         if fingerprint not in ("", engine.info.fingerprint):
