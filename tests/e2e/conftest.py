@@ -106,9 +106,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def run_server(checkpoint, *arguments, log: Path, env=None, wait=True):
-    """Start `semid serve` on free ports of the loopback; kill it afterwards if it still runs."""
-    command = [SEMID, "serve", "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
+def run_server(
+    checkpoint, *arguments, log: Path, env=None, wait=True, program=(SEMID, "serve"), stderr=None
+):
+    """Start `semid serve` on free ports of the loopback; kill it afterwards if it still runs.
+
+    Its standard error goes to the file ``log``, or to ``stderr`` if that is given.
+    """
+    command = [*program, "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
     if checkpoint is not None:
         command += ["--checkpoint", checkpoint]
     with (
@@ -116,7 +121,7 @@ def run_server(checkpoint, *arguments, log: Path, env=None, wait=True):
         subprocess.Popen(
             list(map(str, [*command, *arguments])),
             stdout=subprocess.PIPE,
-            stderr=file,
+            stderr=file if stderr is None else stderr,
             text=True,
             env=ENVIRONMENT | (env or {}),
             cwd=log.parent,
@@ -136,19 +141,23 @@ def run_server(checkpoint, *arguments, log: Path, env=None, wait=True):
             reader.join()
 
 
+@pytest.fixture(scope="session", name="run_server")
+def run_server_fixture():
+    """Return the context manager that runs a server, for servers that several tests share."""
+    return run_server
+
+
 @pytest.fixture
 def serve(tmp_path):
     """Start servers that the test stops, or that are killed after it."""
     with contextlib.ExitStack() as stack:
         count = 0
 
-        def start(checkpoint, *arguments, env=None, wait=True):
+        def start(checkpoint, *arguments, **settings):
             nonlocal count
             count += 1
             log = tmp_path / f"serve-{count}.log"
-            return stack.enter_context(
-                run_server(checkpoint, *arguments, log=log, env=env, wait=wait)
-            )
+            return stack.enter_context(run_server(checkpoint, *arguments, log=log, **settings))
 
         yield start
 

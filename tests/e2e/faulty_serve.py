@@ -1,0 +1,72 @@
+"""`semid serve` with an encoder that fails when the rows say so; everything else is the real thing.
+
+The first number of a row is the order; other rows are encoded as ever. Not a test: started by
+`test_faults.py` as a process of its own, with the arguments of `semid serve`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from semid_server.cli.serve import serve
+from semid_server.serving import backend
+
+HOLD = 1001.0
+"""Say ``held`` on standard output, then wait until somebody opens the gate, a FIFO, for writing."""
+
+NO_MEMORY = 1002.0
+"""What CUDA raises when it has no memory for the batch; where the row is alone, too."""
+
+CROWDED = 1003.0
+"""The same, but only in company."""
+
+BUG = 1004.0
+"""An error after which the device works."""
+
+LOST = 1005.0
+"""An error after which it does nothing more."""
+
+GATE = "SEMID_TEST_GATE"
+
+
+class FaultyEncoder:
+    """An encoder that obeys the rows."""
+
+    lost = False
+
+    def __init__(self, encoder) -> None:
+        self._encoder = encoder
+
+    def __getattr__(self, name):
+        return getattr(self._encoder, name)
+
+    def encode(self, rows, *arguments, **named):
+        """Encode, unless told otherwise."""
+        orders = rows[:, 0].tolist()
+        if HOLD in orders:
+            print("held", flush=True)  # noqa: T201 - read by the test
+            with open(os.environ[GATE]) as gate:  # noqa: PTH123 - it is no file
+                gate.read()
+        if NO_MEMORY in orders or (CROWDED in orders and len(rows) > 1):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 0xSECRET")
+        if BUG in orders:
+            raise RuntimeError("a bug at 0xSECRET")
+        if LOST in orders:
+            FaultyEncoder.lost = True
+        if FaultyEncoder.lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered at 0xSECRET")
+        return self._encoder.encode(rows, *arguments, **named)
+
+
+def _spoil() -> None:
+    make_encoder, device_works = backend.make_encoder, backend.Backend.device_works
+    backend.make_encoder = lambda *given, **named: FaultyEncoder(make_encoder(*given, **named))
+    backend.Backend.device_works = lambda self: not FaultyEncoder.lost and device_works(self)
+
+
+_spoil()  # in the children of --processes too, which import this file
+
+if __name__ == "__main__":
+    serve()

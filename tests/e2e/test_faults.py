@@ -1,0 +1,607 @@
+"""Faults while others call: every call ends once, correct or with an honest status.
+
+One server for all faults that a server outlives, and a bystander who calls it all the while and
+must never notice. After each, calls, queue and file descriptors are as before. The server is the
+real one but for its encoder, which fails when the rows say so: `faulty_serve.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from semid.v1 import semid_pb2 as pb
+from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
+
+# Minutes on a busy machine: `pytest -m slow tests/e2e/test_faults.py`
+pytestmark = pytest.mark.slow
+
+FAULTY = Path(__file__).with_name("faulty_serve.py")
+HOLD, NO_MEMORY, CROWDED, BUG, LOST = 1001.0, 1002.0, 1003.0, 1004.0, 1005.0
+
+OK = grpc.StatusCode.OK
+CANCELLED = grpc.StatusCode.CANCELLED
+INTERNAL = grpc.StatusCode.INTERNAL
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED
+SERVING, NOT_SERVING = (
+    health_pb2.HealthCheckResponse.SERVING,
+    health_pb2.HealthCheckResponse.NOT_SERVING,
+)
+
+
+def wait_until(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < until, f"it did not come to pass within {seconds} s"
+        time.sleep(0.02)
+    return result
+
+
+def encode(rows, order=None):
+    """The request for the codes of float32 rows, the first of which may hold an order."""
+    rows = np.array(rows, "<f4")
+    if order is not None:
+        rows[0, 0] = order
+    tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=rows.shape, data=rows.tobytes())
+    return pb.EncodeRequest(tensor=tensor)
+
+
+def codes_in(response):
+    return np.frombuffer(response.tensor.data, "u1").reshape(response.tensor.shape)
+
+
+class Bystander:
+    """Somebody else, who calls all the while over a connection of its own, and tries nothing twice.
+
+    Its requests share batches with those that fail.
+    """
+
+    def __init__(self, target, embeddings, truth):
+        self._target, self._embeddings, self._truth = target, embeddings, truth
+        self.answers, self.complaints = 0, []
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._call, daemon=True)
+
+    def _call(self):
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+        with grpc.insecure_channel(self._target, options) as channel:
+            stub = SemanticIdServiceStub(channel)
+            while not (self._leave.is_set() and self.answers):
+                start = self.answers % 1700
+                try:
+                    got = codes_in(
+                        stub.Encode(encode(self._embeddings[start : start + 3]), timeout=60)
+                    )
+                except grpc.RpcError as error:
+                    self.complaints.append(f"{error.code()}: {error.details()}")
+                    return
+                if not np.array_equal(got, self._truth[start : start + 3]):
+                    self.complaints.append(f"wrong codes from row {start}")
+                    return
+                self.answers += 1
+                self._leave.wait(0.005)  # not to take the whole of a small machine
+
+    def is_served(self):
+        """Wait for an answer to a call that begins from now on."""
+        before = self.answers
+        wait_until(lambda: self.complaints or self.answers > before + 1)
+        assert self.complaints == []
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._leave.set()
+        self._thread.join(90)
+
+
+def descriptors(server):
+    return len([*Path(f"/proc/{server.process.pid}/fd").iterdir()])
+
+
+def resident(server):
+    return server.metric("process_resident_memory_bytes")
+
+
+def unfinished(server):
+    """Calls begun and not ended."""
+    return server.metric("grpc_server_started_total") - server.metric("grpc_server_handled_total")
+
+
+def ended(server, code, method="Encode"):
+    return server.metric("grpc_server_handled_total", grpc_method=method, grpc_code=code.name)
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory):
+    """What an encoder that holds waits behind."""
+    path = tmp_path_factory.mktemp("gate") / "gate"
+    os.mkfifo(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(reference_dir, tmp_path_factory):
+    """A copy that tests may spoil, if they mend it."""
+    path = tmp_path_factory.mktemp("checkpoint") / "model.ckpt"
+    shutil.copy(reference_dir / "digits_rkmeans/model.ckpt", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def faulty(run_server, gate, checkpoint, tmp_path_factory):
+    log = tmp_path_factory.mktemp("faulty") / "serve.log"
+    with run_server(
+        checkpoint,
+        "--log-level=debug",
+        "--keepalive=2",
+        log=log,
+        env={"SEMID_TEST_GATE": str(gate)},
+        program=(sys.executable, FAULTY),
+    ) as server:
+        yield server
+        assert server.process.poll() is None, server.stderr()
+        assert server.stop() == 0
+        assert "SECRET" in server.stderr(), "what failed is told to the operator"
+
+
+@pytest.fixture(scope="module")
+def truth(faulty, digits):
+    with faulty.stub() as stub:
+        codes = codes_in(stub.Encode(encode(digits)))
+        decode = pb.DecodeRequest(
+            tensor=pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=[1, 3], data=bytes(3))
+        )
+        stub.Decode(decode)
+    return codes
+
+
+@pytest.fixture
+def fire(faulty, digits, truth):
+    """The server and its bystander; afterwards everything is as it was before."""
+    wait_until(lambda: unfinished(faulty) == 0)
+    before = descriptors(faulty)
+    with Bystander(faulty.target, digits, truth) as bystander:
+        faulty.bystander = bystander
+        bystander.is_served()
+        yield faulty
+    assert bystander.complaints == []
+    wait_until(lambda: unfinished(faulty) == 0)
+    for name in ("semid_queue_requests", "semid_queue_rows", "semid_queue_bytes"):
+        assert faulty.metric(name) == 0
+    wait_until(lambda: descriptors(faulty) <= before)
+
+
+@pytest.fixture
+def stub(faulty):
+    with faulty.stub() as stub:
+        yield stub
+
+
+@pytest.fixture
+def hold(fire, gate, stub, digits):
+    """Return a function that has the encoder hold a batch, and one that lets it go."""
+
+    def begin(rows=1):
+        call = stub.Encode.future(encode(digits[:rows], HOLD), timeout=60)
+        fire.wait_for("held")
+        return call
+
+    def release():
+        with gate.open("w"):
+            pass
+
+    return begin, release
+
+
+# --- callers who leave ----------------------------------------------------------------------
+
+DOOMED = """
+import sys, threading
+import grpc, numpy as np
+from semid.v1 import semid_pb2 as pb
+from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
+
+def encode(first):
+    rows = np.full((2, 64), first, "<f4")
+    tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=rows.shape, data=rows.tobytes())
+    return pb.EncodeRequest(tensor=tensor)
+
+answered = threading.Event()
+def messages():
+    for number in range(3):
+        yield pb.EncodeStreamRequest(request=encode(number))
+    answered.wait()
+    for number in range(100):
+        yield pb.EncodeStreamRequest(request=encode(number))
+
+stub = SemanticIdServiceStub(grpc.insecure_channel(sys.argv[1]))
+stream = stub.EncodeStream(messages())
+for _ in range(3):
+    next(stream)
+calls = [stub.Encode.future(encode(float(sys.argv[2])))]
+sys.stdin.readline()
+answered.set()
+calls += [stub.Encode.future(encode(7)) for _ in range(20)]
+sys.stdin.readline()
+"""
+
+
+def test_a_client_killed_amid_its_calls_leaves_nothing_behind(fire, hold):
+    _, release = hold
+    before = ended(fire, CANCELLED), ended(fire, CANCELLED, "EncodeStream")
+    left = fire.metric("semid_withdrawn_requests_total", operation="encode")
+    with subprocess.Popen(
+        [sys.executable, "-c", DOOMED, fire.target, str(HOLD)], stdin=subprocess.PIPE, text=True
+    ) as client:
+        try:
+            fire.wait_for("held")  # its first call is in a batch, its stream was answered thrice
+            client.stdin.write("\n")
+            client.stdin.flush()
+            # 20 more calls and some of the stream are in the queue.
+            wait_until(lambda: fire.metric("semid_queue_requests") >= 20 + 8)
+        finally:
+            client.kill()
+    wait_until(lambda: ended(fire, CANCELLED) == before[0] + 21)
+    wait_until(lambda: ended(fire, CANCELLED, "EncodeStream") == before[1] + 1)
+    # Nothing is computed for who has left.
+    assert fire.metric("semid_withdrawn_requests_total", operation="encode") >= left + 28
+    release()
+
+
+def test_a_call_cancelled_in_the_queue_is_not_computed(fire, hold, stub, digits):
+    begin, release = hold
+    first = begin()
+    left = fire.metric("semid_withdrawn_requests_total", operation="encode")
+    waiting = fire.metric("semid_queue_requests")
+    queued = stub.Encode.future(encode(digits[:1000]))
+    wait_until(lambda: fire.metric("semid_queue_requests") > waiting)
+    assert fire.metric("semid_queue_rows") >= 1000
+    queued.cancel()
+    wait_until(
+        lambda: fire.metric("semid_withdrawn_requests_total", operation="encode") == left + 1
+    )
+    assert fire.metric("semid_queue_rows") < 1000
+    release()
+    assert first.code() is OK
+
+
+def test_a_call_cancelled_in_the_batch_takes_nothing_from_those_it_shares_it_with(
+    fire, hold, stub, digits, truth
+):
+    begin, release = hold
+    first = begin()
+    shared = fire.metric("semid_queue_requests")
+    leaving = stub.Encode.future(encode(digits[:5], HOLD))
+    staying = [stub.Encode.future(encode(digits[n : n + 9])) for n in range(10)]
+    wait_until(lambda: fire.metric("semid_queue_requests") >= shared + 11)
+    release()
+    fire.wait_for("held")  # the second batch has begun, with all of them
+    before = ended(fire, CANCELLED)
+    leaving.cancel()
+    wait_until(lambda: ended(fire, CANCELLED) == before + 1)
+    release()
+    assert first.code() is OK
+    for n, call in enumerate(staying):
+        np.testing.assert_array_equal(codes_in(call.result()), truth[n : n + 9])
+
+
+def test_a_deadline_that_passes_in_the_queue_costs_nothing(fire, hold, stub, digits):
+    begin, release = hold
+    first = begin()
+    rows = fire.metric("semid_rows_total", operation="encode")
+    late = stub.Encode.future(encode(digits[:1500]), timeout=0.3)
+    assert late.code() is DEADLINE_EXCEEDED
+    release()
+    assert first.code() is OK
+    wait_until(lambda: fire.metric("semid_queue_requests") == 0)
+    assert fire.metric("semid_rows_total", operation="encode") < rows + 1500
+
+
+def test_a_deadline_that_passes_in_the_batch_ends_that_call_alone(fire, hold, stub, digits, truth):
+    begin, release = hold
+    first = begin()
+    waiting = fire.metric("semid_queue_requests")
+    late = stub.Encode.future(encode(digits[:5], HOLD), timeout=2)
+    other = stub.Encode.future(encode(digits[:9]))
+    wait_until(lambda: fire.metric("semid_queue_requests") >= waiting + 2)
+    release()
+    fire.wait_for("held")
+    before = ended(fire, DEADLINE_EXCEEDED)
+    assert late.code() is DEADLINE_EXCEEDED
+    wait_until(lambda: ended(fire, DEADLINE_EXCEEDED) == before + 1)
+    release()
+    assert first.code() is OK
+    np.testing.assert_array_equal(codes_in(other.result()), truth[:9])
+
+
+# --- connections ----------------------------------------------------------------------------
+
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How every HTTP/2 connection begins, and no settings."""
+
+
+class Proxy:
+    """A wire that can be cut in the middle without either end hearing of it."""
+
+    def __init__(self, target, *, until=None):
+        """Forward between clients and ``target``; of what a client sends, ``until`` bytes."""
+        host, _, port = target.rpartition(":")
+        self._far = host, int(port)
+        self._until = until
+        self.flowing = threading.Event()
+        self.flowing.set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._sockets = [self._listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(self._far)
+                self._sockets += [near, far]
+                for pair in ((near, far, self._until), (far, near, None)):
+                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _pump(self, source, sink, until):
+        with contextlib.suppress(OSError):
+            sent = 0
+            while data := source.recv(4096):
+                if until is not None and sent < until <= sent + len(data):
+                    self.flowing.clear()
+                self.flowing.wait()
+                sink.sendall(data)
+                sent += len(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self):
+        self.flowing.set()
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
+@pytest.fixture
+def make_proxy(faulty):
+    proxies = []
+
+    def make(**settings):
+        proxies.append(Proxy(faulty.target, **settings))
+        return proxies[-1]
+
+    yield make
+    for proxy in proxies:
+        proxy.close()
+
+
+def test_connections_that_fall_silent_hold_up_nobody(fire):
+    host, _, port = fire.target.rpartition(":")
+    with contextlib.ExitStack() as stack:
+        for number in range(100):
+            silent = stack.enter_context(socket.create_connection((host, int(port))))
+            if number % 2:
+                silent.sendall(GREETING)
+                assert silent.recv(9), "the server greets too"
+        fire.bystander.is_served()
+        # Somebody new is served too.
+        stub = SemanticIdServiceStub(stack.enter_context(grpc.insecure_channel(fire.target)))
+        assert stub.GetModel(pb.GetModelRequest(), timeout=20).model.input_dim == 64
+
+
+def test_a_stream_whose_answers_nobody_reads_is_read_no_further(fire, stub):
+    codes = np.zeros((2048, 3), "u1")
+    tensor = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=codes.shape, data=codes.tobytes())
+    message = pb.DecodeStreamRequest(request=pb.DecodeRequest(tensor=tensor))  # 512 KiB answer it
+    total = 150
+    sent = [0, 0, 0]
+
+    def messages(number):
+        for _ in range(total):
+            sent[number] += 1
+            yield message
+
+    memory = resident(fire)
+    streams = [stub.DecodeStream(messages(number), timeout=100) for number in range(3)]
+    first = [next(stream) for stream in streams]
+    for _ in range(10):
+        fire.bystander.is_served()
+    # All answers together are 236 MB, and most of them are left uncomputed.
+    assert resident(fire) - memory < 100e6
+    for stream in streams[1:]:
+        stream.cancel()
+    # It has lost nothing: who reads on gets the rest.
+    rest = sum(
+        answer.response.tensor.data == first[0].response.tensor.data for answer in streams[0]
+    )
+    assert rest == total - 1
+
+
+def test_a_peer_that_vanished_is_noticed_and_its_calls_end(fire, hold, make_proxy):
+    _, release = hold
+    proxy = make_proxy()
+    before = ended(fire, CANCELLED), ended(fire, CANCELLED, "EncodeStream")
+    with grpc.insecure_channel(proxy.target) as channel:
+        far = SemanticIdServiceStub(channel)
+        never = threading.Event()
+        stream = far.EncodeStream(iter(never.wait, None))
+        call = far.Encode.future(encode(np.zeros((1, 64)), HOLD))
+        fire.wait_for("held")
+        connected = descriptors(fire)
+        proxy.flowing.clear()  # both ends stay open, and nothing comes through
+        wait_until(lambda: ended(fire, CANCELLED) == before[0] + 1)
+        wait_until(lambda: ended(fire, CANCELLED, "EncodeStream") == before[1] + 1)
+        wait_until(lambda: descriptors(fire) < connected)
+        release()
+        fire.bystander.is_served()
+        assert not call.done()
+        stream.cancel()
+        never.set()
+
+
+def test_a_request_that_dribbles_in_holds_up_nobody(fire, make_proxy, digits, truth):
+    proxy = make_proxy(until=20_000)
+    with grpc.insecure_channel(proxy.target) as channel:
+        call = SemanticIdServiceStub(channel).Encode.future(encode(digits), timeout=60)
+        wait_until(lambda: not proxy.flowing.is_set())
+        for _ in range(5):
+            fire.bystander.is_served()
+        assert not call.done()
+        proxy.flowing.set()
+        np.testing.assert_array_equal(codes_in(call.result()), truth)
+
+
+# --- the device -----------------------------------------------------------------------------
+
+
+def queued_together(fire, hold, stub, requests):
+    """Have requests share a batch, and return their calls."""
+    begin, release = hold
+    first = begin()
+    waiting = fire.metric("semid_queue_requests")
+    calls = [stub.Encode.future(request, timeout=60) for request in requests]
+    wait_until(lambda: fire.metric("semid_queue_requests") >= waiting + len(requests))
+    release()
+    assert first.code() is OK
+    return calls
+
+
+def test_a_batch_without_device_memory_is_split_and_a_request_without_fails_alone(
+    fire, hold, stub, digits, truth
+):
+    requests = [encode(digits[n : n + 9]) for n in range(12)]
+    requests[3] = encode(digits[:1], CROWDED)
+    requests[7] = encode(digits[:30], NO_MEMORY)
+    calls = queued_together(fire, hold, stub, requests)
+    assert calls[3].code() is OK
+    assert calls[7].code() is INTERNAL
+    assert "no memory for this request of 30 rows" in calls[7].details()
+    assert "SECRET" not in calls[7].details()
+    for n in {*range(12)} - {3, 7}:
+        np.testing.assert_array_equal(codes_in(calls[n].result()), truth[n : n + 9])
+
+
+def test_a_request_that_makes_the_encoder_fail_fails_alone(fire, hold, stub, digits, truth):
+    requests = [encode(digits[n : n + 9]) for n in range(12)]
+    requests[5] = encode(digits[:1], BUG)
+    calls = queued_together(fire, hold, stub, requests)
+    assert calls[5].code() is INTERNAL
+    assert "SECRET" not in calls[5].details()
+    for n in {*range(12)} - {5}:
+        np.testing.assert_array_equal(codes_in(calls[n].result()), truth[n : n + 9])
+    assert health_of(fire) == SERVING
+
+
+def health_of(server):
+    with server.channel() as channel:
+        return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status
+
+
+def test_a_device_that_is_lost_ends_the_process_once_every_call_has_its_answer(
+    serve, gate, reference_dir, digits
+):
+    server = serve(
+        reference_dir / "digits_rkmeans/model.ckpt",
+        env={"SEMID_TEST_GATE": str(gate)},
+        program=(sys.executable, FAULTY),
+    )
+    with server.channel() as channel:
+        stub = SemanticIdServiceStub(channel)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        held = stub.Encode.future(encode(digits[:1], HOLD))
+        server.wait_for("held")
+        calls = [stub.Encode.future(encode(digits[:1], LOST))]
+        calls += [stub.Encode.future(encode(digits[n : n + 9])) for n in range(30)]
+        wait_until(lambda: server.metric("semid_queue_requests") == 31)
+        with gate.open("w"):
+            pass
+        assert held.code() is OK
+        # Another server can answer what this one no longer can.
+        assert {call.code() for call in calls} == {UNAVAILABLE}
+        assert next(watch).status == NOT_SERVING
+    assert server.wait() == 1
+    said = server.stderr()
+    assert "Error: the device has failed and can do nothing more for this process" in said
+    assert signal.SIGTERM.name not in said
+
+
+# --- around it ------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_is_lost_or_spoilt_while_it_is_served_changes_nothing(fire, checkpoint):
+    whole = checkpoint.read_bytes()
+
+    def reloads(result):
+        return fire.metric("semid_model_reloads_total", result=result)
+
+    failed, loaded = reloads("failed"), reloads("ok")
+    try:
+        for spoilt in (None, b"", whole[: len(whole) // 2], b"x" * len(whole)):
+            if spoilt is None:
+                checkpoint.unlink()
+            else:
+                checkpoint.write_bytes(spoilt)
+            fire.signal(signal.SIGHUP)
+            failed += 1
+            wait_until(lambda: reloads("failed") == failed)  # noqa: B023 - awaited in its turn
+            fire.bystander.is_served()
+    finally:
+        checkpoint.write_bytes(whole)
+    assert health_of(fire) == SERVING
+    fire.signal(signal.SIGHUP)
+    wait_until(lambda: reloads("ok") == loaded + 1)
+    fire.bystander.is_served()
+
+
+def test_scrapers_that_never_read_hold_up_neither_calls_nor_other_scrapes(fire):
+    host, _, port = fire.metrics.rpartition(":")
+    with contextlib.ExitStack() as stack:
+        for number in range(100):
+            silent = stack.enter_context(socket.create_connection((host, int(port))))
+            if number % 2:
+                silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+                silent.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        fire.bystander.is_served()
+        assert fire.metric("semid_serving") == 1
+
+
+@pytest.mark.slow
+def test_scrapers_that_never_read_are_let_go(fire):
+    host, _, port = fire.metrics.rpartition(":")
+    with socket.create_connection((host, int(port)), 60) as silent:
+        assert silent.recv(1) == b"", "closed by the server"
+
+
+def test_a_log_that_nobody_reads_holds_up_no_call_and_no_end(serve, checkpoint, digits):
+    reader, writer = os.pipe()
+    try:
+        server = serve(checkpoint, "--log-level=debug", stderr=writer)
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        with server.stub() as stub:
+            for n in range(50):
+                assert len(stub.Encode(encode(digits[n : n + 1]), timeout=30).tensor.data) == 3
+        assert server.stop() == 0
+    finally:
+        os.close(reader)
+        os.close(writer)
