@@ -21,12 +21,15 @@ import sys
 import time
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from semid_client import Client
 from semid_server.cli.serve import serve as serve_command
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -227,7 +230,7 @@ class Image:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory) -> Image:
+def image(tmp_path_factory) -> Iterator[Image]:
     """All steps run, in order; the context is what the allow-list lets through."""
     made = Image(tmp_path_factory.mktemp("image"))
     for path in _allowed():
@@ -246,7 +249,8 @@ def image(tmp_path_factory) -> Image:
             lent.callback((packages / "triton").unlink)
         made.build(STAGES["builder-cuda"].the("RUN"))
     made.build(RUNTIME.the("RUN"))
-    return made
+    yield made
+    shutil.rmtree(made.opt)  # more than a gigabyte, of which pytest would keep three
 
 
 @in_place
