@@ -97,7 +97,8 @@ check types mypy
 check imports lint-imports
 check protocol buf lint proto
 check dockerfile hadolint docker/Dockerfile
-check tests pytest "$@"
+# Two processes, each with whole files: most tests wait for a process that they started.
+check tests pytest -n 2 --dist loadfile "$@"
 
 echo
 echo "== summary"
