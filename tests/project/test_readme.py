@@ -221,8 +221,9 @@ def test_the_metrics_are_those_of_the_endpoint(root, server, ports):
     with contextlib.closing(connection):
         connection.request("GET", "/metrics")
         page = connection.getresponse().read().decode()
-    served = set(re.findall(r"^# TYPE ((?:semid|grpc)_\w+)", page, re.MULTILINE))
-    told = {name for row in _table(root, "Metrics") for name in re.findall(r"`(\w+)`", row[0])}
+    served = dict(re.findall(r"^# TYPE ((?:semid|grpc)_\w+) (\w+)$", page, re.MULTILINE))
+    table = _table(root, "Metrics")
+    told = {name: row[1] for row in table for name in re.findall(r"`(\w+)`", row[0])}
     assert told == served
 
 
