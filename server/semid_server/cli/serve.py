@@ -346,6 +346,12 @@ def _default(name: str) -> dict[str, Any]:
     help="Whether there is a metrics endpoint.",
 )
 @_option(
+    "--tracing",
+    is_flag=True,
+    help="Export spans of calls and batches by OTLP over gRPC, as the OTEL_ variables say. Needs "
+    "'semid[tracing]'.",
+)
+@_option(
     "--reference",
     is_flag=True,
     help="Encode by the float64 reference alone, hundreds of times slower: to rule out the fast "

@@ -116,7 +116,7 @@ RunnerT = TypeVar("RunnerT", bound=Runner[Any, Any, Any])
 class Observer(Protocol):
     """Is told what happens to requests. Called by the loop and the worker: must be thread-safe."""
 
-    def admitted(self, key: Hashable) -> object:
+    def admitted(self, key: Hashable, rows: int) -> object:
         """Told by its caller's task that a request was admitted; `ran` is given what it returns."""
 
     def refused(self, key: Hashable) -> None:
@@ -434,7 +434,7 @@ class Batcher(Generic[Key, Payload, Answer]):
             )
             if deadline is not None and not patient:
                 self._refuse_if_hopeless(entry, deadline, now)
-            entry.mark = self._observer.admitted(key)
+            entry.mark = self._observer.admitted(key, rows)
             insort(self._queues.setdefault(key, []), entry, key=_turn)
             self._requests += 1
             self._rows += rows

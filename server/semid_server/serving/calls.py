@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
     Refusal = Callable[[], SemidError | None]
+    Trace = Callable[[str, Handler], Handler]
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         Who may call what; everybody everything without it.
     max_calls : int, optional
         Calls in progress, at most: one more is refused.
+    trace : callable, optional
+        Given a method's full name and what answers its calls, returns what does so in its place:
+        for spans. Without it, calls are answered by what it would have been given.
     """
 
     def __init__(
@@ -75,9 +79,10 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         tokens: TokenFile | None = None,
         *,
         max_calls: int | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self._service, self._metrics, self._tokens = service, metrics, tokens
-        self._max_calls = max_calls
+        self._max_calls, self._trace = max_calls, trace
         self._methods: dict[str, _Method] = {}
         self._draining = False
         self._calls = self._in_progress = 0
@@ -135,7 +140,13 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         }
         kind, wrap = kinds[handler.request_streaming, handler.response_streaming]
         metrics = self._metrics.of_method((kind, self._service, name))
-        return _Method(name, wrap(name, handler, metrics), metrics, refusal)
+        wrapped = self._traced(name, wrap(name, handler, metrics))
+        return _Method(name, wrapped, metrics, refusal)
+
+    def _traced(self, name: str, handler: Handler) -> Handler:
+        if self._trace is None:
+            return handler
+        return self._trace(f"{self._service}/{name}", handler)
 
     def _unary(self, name: str, handler: Handler, metrics: MethodMetrics) -> Handler:
         # gRPC hands over bytes and is given bytes: its own way around both is no shorter.
@@ -205,7 +216,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
                     self._metrics.refused_call(method.name)
                 await call.fail(error)
 
-        return grpc.stream_unary_rpc_method_handler(refuse)
+        return self._traced(method.name, grpc.stream_unary_rpc_method_handler(refuse))
 
     def _too_many(self) -> OverloadedError:
         return OverloadedError(

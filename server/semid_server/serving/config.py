@@ -97,6 +97,7 @@ class ServeConfig:
     token_file: Path | None = None
     reflection: bool = True
     metrics: bool = True
+    tracing: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work together; the message names both values."""

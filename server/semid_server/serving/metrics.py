@@ -231,7 +231,7 @@ class Metrics:
 
     # -- the batcher's observer --------------------------------------------------------------
 
-    def admitted(self, key: Hashable) -> object:  # noqa: ARG002 - the observer's signature
+    def admitted(self, key: Hashable, rows: int) -> object:  # noqa: ARG002 - the observer's signature
         """Mark nothing: what is counted is counted when it ends."""
         return None
 

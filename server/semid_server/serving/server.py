@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from semid_server.serving.config import ModelSource, ServeConfig
+    from semid_server.serving.tracing import Tracing
     from semid_server.serving.types import Payload, WorkKey
 
 Stamp = tuple[tuple[int, int, int], ...] | None
@@ -117,6 +118,7 @@ class Server:
     ) -> None:
         self._config, self._announce, self._make_backend = config, announce, make_backend
         self._metrics = Metrics()
+        tracing = self._tracing = _open_tracing() if config.tracing else None
         self._catalogue = Catalogue()
         self._batcher: Batcher[WorkKey, Payload, npt.NDArray[Any]] = Batcher(
             limits=BatchLimits(
@@ -126,7 +128,7 @@ class Server:
                 max_queue_requests=config.max_queue_requests,
                 max_queue_bytes=config.max_queue_bytes,
             ),
-            observer=self._metrics,
+            observer=self._metrics if tracing is None else tracing.observe(self._metrics),
         )
         memory = self._shared_memory = SharedMemory(Bounds(config.shared_memory_bytes))
         self._metrics.watch_shared_memory(lambda: memory.nbytes, lambda: memory.segments)
@@ -148,25 +150,32 @@ class Server:
             The device has failed for good; calls in progress were told so.
         """
         with self._signals():
-            if self._config.processes == 1:
-                check_address(service_address(self._config))
-                if (admin := admin_address(self._config)) is not None:
-                    check_address(admin)
-            if not self._config.metrics:
-                await self._serve()
-                return
-            metrics_server, address = open_metrics(self._config, self.registry)
-            self._announce(f"metrics on {address}")
             try:
-                await self._serve()
+                await self._run()
             finally:
-                # In a thread, since it waits for the serving loop to notice.
-                await asyncio.to_thread(metrics_server.shutdown)
-                metrics_server.server_close()
+                if self._tracing is not None:  # in a thread, since it waits for who takes the spans
+                    await asyncio.to_thread(self._tracing.close)
 
     def request_stop(self) -> None:
         """Begin the drain; may be called more than once."""
         self._stop.set()
+
+    async def _run(self) -> None:
+        if self._config.processes == 1:
+            check_address(service_address(self._config))
+            if (admin := admin_address(self._config)) is not None:
+                check_address(admin)
+        if not self._config.metrics:
+            await self._serve()
+            return
+        metrics_server, address = open_metrics(self._config, self.registry)
+        self._announce(f"metrics on {address}")
+        try:
+            await self._serve()
+        finally:
+            # In a thread, since it waits for the serving loop to notice.
+            await asyncio.to_thread(metrics_server.shutdown)
+            metrics_server.server_close()
 
     async def _serve(self) -> None:
         self._shared_memory.sweep()
@@ -341,7 +350,8 @@ class Server:
                 self._config.token_file, frozenset(method.name for method in methods)
             )
         most = self._config.max_concurrent_rpcs
-        self._calls = Calls(SERVICE, self._metrics, tokens, max_calls=most)
+        trace = None if self._tracing is None else self._tracing.trace
+        self._calls = Calls(SERVICE, self._metrics, tokens, max_calls=most, trace=trace)
         server = grpc.aio.server(
             # Those of other services, such as probes of health, find room beyond it.
             maximum_concurrent_rpcs=most + PROBES,
@@ -464,6 +474,19 @@ def stamp(path: Path) -> Stamp:
         )
     except OSError:  # in the middle of being replaced, or gone: the version in memory serves on
         return None
+
+
+def _open_tracing() -> Tracing:
+    try:
+        # The extra is needed by who asks for it alone.
+        from semid_server.serving.tracing import open_tracing  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        raise ConfigurationError(
+            f"tracing needs {error.name}, which is not installed: pip install 'semid[tracing]'"
+        ) from error
+    return open_tracing()
 
 
 def _milliseconds(seconds: float) -> int:

@@ -74,7 +74,7 @@ class NotingObserver:
     admissions: int = 0
     marks: list = field(default_factory=list)
 
-    def admitted(self, key):
+    def admitted(self, key, rows):
         self.admissions += 1
         return self.admissions
 
@@ -193,7 +193,7 @@ async def serve_runner():
     """Return a function that serves a runner over loopback, as `Server` would."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def serve(runner, *, model=MODEL, shared_memory=None, **settings):
+        async def serve(runner, *, model=MODEL, shared_memory=None, tracing=None, **settings):
             config = ServeConfig(models=SOURCES, **settings)
             metrics = Metrics()
             batcher = Batcher(
@@ -203,7 +203,7 @@ async def serve_runner():
                     max_queue_requests=config.max_queue_requests,
                     max_queue_bytes=config.max_queue_bytes,
                 ),
-                observer=metrics,
+                observer=metrics if tracing is None else tracing.observe(metrics),
             )
             await batcher.start(lambda: runner)
             stack.callback(batcher.stop)
@@ -218,9 +218,13 @@ async def serve_runner():
                 on_received=metrics.received,
             )
             server = grpc.aio.server()
-            add_to_server(
-                servicer, server, Calls(SERVICE, metrics, max_calls=config.max_concurrent_rpcs)
+            calls = Calls(
+                SERVICE,
+                metrics,
+                max_calls=config.max_concurrent_rpcs,
+                trace=None if tracing is None else tracing.trace,
             )
+            add_to_server(servicer, server, calls)
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
             stack.push_async_callback(server.stop, None)
