@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import ssl
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 import grpc
 
@@ -13,9 +13,13 @@ from semid_server.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+ATTEMPTS: Final = 3
+"""How often files that change while they are read are read again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,15 @@ class TlsFiles:
     def all(self) -> tuple[Path, ...]:
         """Every file there is."""
         return tuple(path for path in (self.certificate, self.key, self.client_ca) if path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pems:
+    """What `TlsFiles` hold, as it is handed to gRPC."""
+
+    key: bytes = field(repr=False)
+    certificate: bytes
+    client_ca: bytes | None
 
 
 class Certificates:
@@ -94,22 +107,70 @@ class Certificates:
         ]
 
     def _load(self) -> grpc.ServerCertificateConfiguration:
-        files = self._files
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            # gRPC would find out only when a client connects, and tell nobody.
-            context.load_cert_chain(files.certificate, files.key, password=_no_passphrase)
-            if files.client_ca is not None:
-                context.load_verify_locations(files.client_ca)
-        except (ssl.SSLError, ValueError) as error:
-            names = ", ".join(map(str, files.all))
-            raise ConfigurationError(
-                f"TLS: {names} cannot be used together ({error}); expected PEM files: a "
-                "certificate chain, its private key without a passphrase, and authorities"
-            ) from error
-        chain = (_read(files.key), _read(files.certificate))
-        roots = None if files.client_ca is None else _read(files.client_ca)
-        return grpc.ssl_server_certificate_configuration([chain], roots)
+        pems = read_pems(self._files)
+        return grpc.ssl_server_certificate_configuration(
+            [(pems.key, pems.certificate)], pems.client_ca
+        )
+
+
+def read_pems(files: TlsFiles, *, read: Callable[[Path], bytes] | None = None) -> Pems:
+    """Return what the files hold, once it is known to be of use together.
+
+    OpenSSL checks files, and gRPC is handed bytes: they are read before and after the check, and
+    are the ones that were checked if they are the same.
+
+    Parameters
+    ----------
+    files : TlsFiles
+        Where they are.
+    read : callable, optional
+        Reads one of them.
+
+    Raises
+    ------
+    ConfigurationError
+        A file cannot be read, they do not fit, or they change whenever they are read.
+    """
+    before = _read_all(files, read or _read)
+    for _ in range(ATTEMPTS):
+        _check(files)
+        after = _read_all(files, read or _read)
+        if before == after:
+            return after
+        before = after
+    names = ", ".join(map(str, files.all))
+    raise ConfigurationError(f"TLS: {names} changed each of {ATTEMPTS} times they were read")
+
+
+def _read_all(files: TlsFiles, read: Callable[[Path], bytes]) -> Pems:
+    return Pems(
+        key=read(files.key),
+        certificate=read(files.certificate),
+        client_ca=None if files.client_ca is None else read(files.client_ca),
+    )
+
+
+def _check(files: TlsFiles) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # gRPC would find out only when a client connects, and tell nobody.
+        context.load_cert_chain(files.certificate, files.key, password=_no_passphrase)
+        if files.client_ca is not None:
+            context.load_verify_locations(files.client_ca)
+    except OSError as error:
+        if isinstance(error, ssl.SSLError):
+            raise _unusable(files, error) from error
+        raise ConfigurationError(f"TLS: {error.strerror} while the files were checked") from error
+    except ValueError as error:
+        raise _unusable(files, error) from error
+
+
+def _unusable(files: TlsFiles, error: Exception) -> ConfigurationError:
+    names = ", ".join(map(str, files.all))
+    return ConfigurationError(
+        f"TLS: {names} cannot be used together ({error}); expected PEM files: a "
+        "certificate chain, its private key without a passphrase, and authorities"
+    )
 
 
 def _no_passphrase() -> str:

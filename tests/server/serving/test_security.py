@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
 from semid_server.errors import ConfigurationError
-from semid_server.serving.tls import Certificates, TlsFiles
+from semid_server.serving.tls import Certificates, TlsFiles, read_pems
 
 MODEL = pb.GetModelRequest()
 
@@ -156,6 +156,35 @@ def token_file(tmp_path):
         f"{hashlib.sha256(b'all').hexdigest()}\n{hashlib.sha256(b'none').hexdigest()} Decode\n"
     )
     return path
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_renewal_while_the_files_are_read_never_mixes_old_and_new(identity, place):
+    clients = trustme.CA()
+    reads = []
+
+    def read(path):
+        if len(reads) == place:
+            identity.renew()
+        reads.append(path)
+        return path.read_bytes()
+
+    clients.cert_pem.write_to_path(identity.client_ca)
+    pems = read_pems(identity.files(mutual=True), read=read)
+    assert len(reads) > place
+    assert pems.key == identity.key.read_bytes()
+    assert pems.certificate == identity.certificate.read_bytes()
+    assert pems.client_ca == clients.cert_pem.bytes()
+    assert str(pems.key) not in repr(pems)
+
+
+def test_files_that_change_whenever_they_are_read_are_refused(identity):
+    def read(path):
+        identity.renew()
+        return path.read_bytes()
+
+    with pytest.raises(ConfigurationError, match=r"server\.key.* changed each of 3 times"):
+        read_pems(identity.files(), read=read)
 
 
 async def test_with_a_token_file_calls_need_a_token_that_is_good_for_them(
