@@ -11,6 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+OUTLIER: Final = 4.0
+"""By how many times the average a single batch may raise what is averaged: one long stall (a page
+that is read from disk, a process that was stopped) says nothing of the batches after it."""
+
 SMOOTHING: Final = 0.2
 """Weight of the newest batch in the average of its size."""
 
@@ -49,7 +53,9 @@ class Pace:
             self._sizes = self._sizes | {rows.bit_length(): _Size(float(rows), seconds, seconds)}
         else:
             size.rows += SMOOTHING * (rows - size.rows)
-            size.seconds += SMOOTHING * (seconds - size.seconds)
+            # The second time tells whether the first, of which nothing was known, was a stall.
+            expected = min(size.seconds, OUTLIER * seconds)
+            size.seconds = expected + SMOOTHING * (min(seconds, OUTLIER * expected) - expected)
             size.shortest = min(seconds, FORGETTING * size.shortest)
         self._best = max(size.rows / size.seconds for size in self._sizes.values())
 

@@ -690,6 +690,22 @@ async def test_what_could_not_be_done_in_time_gives_its_turn_to_others(make_turn
     assert observer.expiries == ["k"]
 
 
+async def test_one_stall_costs_later_requests_with_time_left_nothing(make_turns, clock, observer):
+    batcher, rows = await make_turns()
+    stalled = await hold(batcher, rows)
+    clock.now += 60
+    rows.may_run.set()
+    await stalled
+    await ask(batcher, range(1))
+    assert await asyncio.to_thread(rows.began.acquire, timeout=30)
+    rows.may_run.clear()
+    first = await hold(batcher, rows)
+    queued = [ask(batcher, range(1), deadline=clock.now + 1) for _ in range(5)]
+    rows.may_run.set()
+    assert await asyncio.gather(first, *queued) == [[0]] * 6
+    assert observer.refusals == observer.expiries == []
+
+
 async def test_a_refusal_is_told_before_there_is_a_request(make_turns):
     batcher, rows = await make_turns(max_queue_requests=2)
     first = await hold(batcher, rows)

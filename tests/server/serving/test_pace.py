@@ -52,6 +52,18 @@ def test_a_new_speed_is_learned():
     assert pace.predict(100) == pytest.approx(0.01, rel=0.02)
 
 
+@pytest.mark.parametrize("before", [0, 1, 20])
+def test_one_stall_is_forgotten_with_the_next_batch(before):
+    pace = paced(*[(100, 0.01)] * before, (100, 60.0), (100, 0.01))
+    assert pace.predict(100) <= 0.04
+    assert pace.work(100) <= 0.04
+
+
+def test_a_lasting_slowness_is_learned():
+    pace = paced(*[(100, 0.01)] * 20, *[(100, 60.0)] * 40)
+    assert pace.predict(100) == pytest.approx(60.0, rel=0.02)
+
+
 def test_empty_batches_and_those_without_time_tell_nothing():
     assert not paced((0, 1.0), (10, 0.0)).known
 
