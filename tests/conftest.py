@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before any test's module is: Triton reads it when a kernel is defined.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 REFERENCE_DIR = Path(__file__).parent / "reference"
 
@@ -20,6 +26,14 @@ REFERENCE_SETS = (
     "movies_rkmeans",
     "movies_rkmeans_64",
 )
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Keep a file's tests in one process, where several share the run, and those of a fleet."""
+    for item in items:
+        folder = item.path.parent
+        group = folder if folder.name == "operate" else item.path
+        item.add_marker(pytest.mark.xdist_group(str(group.relative_to(REFERENCE_DIR.parent))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,8 +97,8 @@ check types mypy
 check imports lint-imports
 check protocol buf lint proto
 check dockerfile hadolint docker/Dockerfile
-# Two processes, each with whole files: most tests wait for a process that they started.
-check tests pytest -n 2 --dist loadfile "$@"
+# In two processes, each with whole files (tests/conftest.py): most tests wait for another process.
+check tests pytest -n 2 --dist loadgroup "$@"
 
 echo
 echo "== summary"

@@ -221,12 +221,14 @@ def test_an_overloaded_server_refuses_at_once_and_keeps_its_memory(serve, large,
 
 
 def test_a_request_that_expired_in_the_queue_is_not_computed(serve, large, movies, tensor_of):
-    # A long turn: else the small requests would be done between the parts of the long one.
-    server = serve(large, *SLOWLY, "--max-batch-seconds", "3600")
-    long = pb.EncodeRequest(tensor=tensor_of(movies))
+    # One long turn: else the small requests would be done between the parts of the long one.
+    server = serve(large, *SLOWLY, "--max-batch-seconds", 3600, "--max-message-bytes", 1 << 25)
+    rows = np.tile(movies, (5, 1))
+    long = pb.EncodeRequest(tensor=tensor_of(rows))
     with server.stub() as stub:
+        stub.Encode(long)  # now the server knows how many rows make a turn
         busy = stub.Encode.future(long)
-        while server.metric("grpc_server_started_total", grpc_method="Encode") < 1:
+        while server.metric("semid_received_bytes_total", transport="message") < 2 * rows.nbytes:
             assert server.process.poll() is None
         late = stub.Encode.future(pb.EncodeRequest(tensor=tensor_of(movies[:1])), timeout=0.05)
         left = stub.Encode.future(pb.EncodeRequest(tensor=tensor_of(movies[:1])))
@@ -237,5 +239,5 @@ def test_a_request_that_expired_in_the_queue_is_not_computed(serve, large, movie
             grpc.StatusCode.RESOURCE_EXHAUSTED,
         }
         assert busy.code() is OK
-        assert server.metric("semid_rows_total", operation="encode") == len(movies)
+        assert server.metric("semid_rows_total", operation="encode") == 2 * len(rows)
     assert server.stop() == 0

@@ -45,7 +45,7 @@ def promtool() -> str:
     return found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def watched(tmp_path_factory):
     """Two replicas under load, and the Prometheus that watches them."""
     if shutil.which("prometheus") is None:
@@ -54,11 +54,11 @@ def watched(tmp_path_factory):
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def prometheus(watched):
     return watched[0]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def replicas(watched):
     return watched[1]

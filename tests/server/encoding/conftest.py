@@ -1,18 +1,12 @@
-"""Models of all kinds, and rows that are hard for each; Triton's interpreter where no GPU is."""
+"""Models of all kinds, and rows that are hard for each."""
 
 from __future__ import annotations
 
 import functools
-import os
-
-import pytest
-import torch
-
-if not torch.cuda.is_available():
-    # before the kernels are imported: Triton reads it when a kernel is defined
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import encode_cases as cases
+import pytest
+import torch
 
 from semid_server.checkpoint import load_checkpoint
 
