@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -213,7 +212,8 @@ def _ending_at_the_second_interrupt() -> Iterator[None]:
     """
 
     def interrupted(*_: object) -> None:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        # By the system itself: a handler here would wait until Python comes to call it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():

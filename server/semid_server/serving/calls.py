@@ -220,7 +220,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
 
     def _too_many(self) -> OverloadedError:
         return OverloadedError(
-            f"{self._in_progress} calls are in progress, the most that this server takes",
+            f"{self._in_progress} calls are in progress; this server takes {self._max_calls}",
             retry_after=TOO_MANY_RETRY_AFTER,
         )
 

@@ -303,7 +303,7 @@ def test_a_second_interrupt_ends_at_once(make_server, folder):
         finally:
             process.kill()
             release.set()
-    assert (process.returncode, stderr) == (130, "")
+    assert (process.returncode, stderr) == (-signal.SIGINT, "")
 
 
 def test_a_terminal_sees_progress_and_the_stage_that_the_others_wait_for(make_server, folder):
