@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from semid_server.errors import InvalidInputError, NotServingError, OverloadedError, SemidError
 from semid_server.serving.logs import REQUEST_ID_KEY, begin_request
-from semid_server.serving.status import status_of
+from semid_server.serving.status import code_of_cancelled, status_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -301,11 +301,9 @@ class _Call:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
-            remaining = self._context.time_remaining()
-            late = remaining is not None and remaining <= 0
-            self._code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
         seconds = time.perf_counter() - self._started
+        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            self._code = code_of_cancelled(seconds, self._context.time_remaining())
         self._metrics.handling.observe(seconds)
         self._metrics.handled(self._code).inc()
         if logger.isEnabledFor(logging.DEBUG):

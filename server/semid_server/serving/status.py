@@ -48,6 +48,10 @@ MAX_TEXT = 512
 MAX_DESCRIPTION = 128
 """Characters of the description of a violation."""
 
+ROUNDED_UP = 0.02
+"""Share of its time that a call may have left at its deadline: gRPC's C core, on which most clients
+are built, sends timeouts rounded up to three digits, by up to 0.01, and messages take a moment."""
+
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
@@ -95,6 +99,24 @@ def status_of(error: errors.SemidError) -> WireStatus:
             status.details.append(packed)
         metadata.append((DETAILS_KEY, status.SerializeToString()))
     return WireStatus(code, message, tuple(metadata))
+
+
+def code_of_cancelled(seconds: float, remaining: float | None) -> grpc.StatusCode:
+    """Return the status of a call that its caller's side ended: by choice, or at the deadline.
+
+    A client whose deadline passes cancels its call, and is heard before the server's own clock
+    comes to that end.
+
+    Parameters
+    ----------
+    seconds : float
+        How long the call has taken.
+    remaining : float or None
+        Seconds to its deadline as it was sent, never below 0; None without one.
+    """
+    if remaining is None or remaining > ROUNDED_UP * (seconds + remaining):
+        return grpc.StatusCode.CANCELLED
+    return grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def _shortened(text: str, limit: int = MAX_TEXT) -> str:

@@ -34,6 +34,7 @@ from opentelemetry.trace import Link, SpanKind, StatusCode
 
 from semid_server.errors import ConfigurationError
 from semid_server.serving.logs import REQUEST_ID_KEY
+from semid_server.serving.status import code_of_cancelled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Hashable, Sequence
@@ -171,10 +172,10 @@ class _Exporting(BatchSpanProcessor):
 class _CallSpan:
     """The span of one call, and what is learned of the call until it ends."""
 
-    __slots__ = ("_context", "_key", "_requests", "_rows", "_wait", "span")
+    __slots__ = ("_context", "_key", "_requests", "_rows", "_started", "_wait", "span")
 
     def __init__(self, tracer: Tracer, method: str, context: CallContext) -> None:
-        self._context = context
+        self._context, self._started = context, time.perf_counter()
         self._key: Any = None
         self._requests = self._rows = 0
         self._wait: float | None = None
@@ -225,9 +226,8 @@ class _CallSpan:
         if error is None:
             return grpc.StatusCode.OK
         if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
-            remaining = self._context.time_remaining()
-            late = remaining is not None and remaining <= 0
-            return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+            seconds = time.perf_counter() - self._started
+            return code_of_cancelled(seconds, self._context.time_remaining())
         code: Any = self._context.code()  # a number, 0, unless the call was aborted
         return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
 

@@ -7,10 +7,18 @@ import inspect
 import grpc
 import pytest
 from google.rpc import status_pb2
+from hypothesis import given
+from hypothesis import strategies as st
 
 from semid_server import errors
 from semid_server.errors import FieldViolation, InvalidInputError, OverloadedError
-from semid_server.serving.status import CODES, DETAILS_KEY, MAX_VIOLATIONS, status_of
+from semid_server.serving.status import (
+    CODES,
+    DETAILS_KEY,
+    MAX_VIOLATIONS,
+    code_of_cancelled,
+    status_of,
+)
 
 ALL_ERRORS = [
     error
@@ -56,3 +64,19 @@ def test_an_overload_carries_its_hint_twice():
     metadata = dict(status.trailing_metadata)
     assert metadata["grpc-retry-pushback-ms"] == "1500"
     assert DETAILS_KEY in metadata
+
+
+@given(timeout=st.floats(0.01, 1e6), rounded_up=st.floats(0, 0.01))
+def test_a_caller_who_left_at_its_deadline_ran_out_of_time(timeout, rounded_up):
+    code = code_of_cancelled(timeout, rounded_up * timeout)
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+@given(timeout=st.floats(0.01, 1e6), share=st.floats(0, 0.95))
+def test_a_caller_who_left_before_its_deadline_left_by_choice(timeout, share):
+    code = code_of_cancelled(share * timeout, (1 - share) * timeout)
+    assert code is grpc.StatusCode.CANCELLED
+
+
+def test_a_caller_without_a_deadline_left_by_choice():
+    assert code_of_cancelled(1e6, None) is grpc.StatusCode.CANCELLED
