@@ -11,10 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # Before any test's module is: Triton reads it when a kernel is defined.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# How long an example takes tells of the machine and its load.
+settings.register_profile(
+    "any-machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any-machine")
 
 REFERENCE_DIR = Path(__file__).parent / "reference"
 

@@ -27,7 +27,6 @@ def measured(tmp_path, *flags):
     return json.loads(figures.read_text())
 
 
-@pytest.mark.timeout(300)  # a quarter of a minute on a machine that does nothing else
 def test_a_quick_run_measures_every_section(tmp_path):
     found = measured(
         tmp_path,

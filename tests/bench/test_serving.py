@@ -7,12 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 BENCH = Path(__file__).with_name("serving.py")
 
 
-@pytest.mark.timeout(300)  # half a minute on a machine that does nothing else
 def test_the_quick_run_measures_every_section(tmp_path):
     figures = tmp_path / "figures.json"
     done = subprocess.run(

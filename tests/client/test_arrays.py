@@ -61,7 +61,9 @@ def test_codes_of_any_integer_type_and_layout_mean_their_values(server, connect,
 
 
 @settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     n=st.integers(0, 70),

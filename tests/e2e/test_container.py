@@ -254,7 +254,6 @@ def image(tmp_path_factory) -> Iterator[Image]:
 
 
 @in_place
-@pytest.mark.timeout(600)
 def test_all_steps_run_in_an_empty_place(image):
     assert (image.opt / "bin/semid").exists()
     assert f"semid:x:{USER}:{USER}:" in (image.etc / "passwd").read_text()
@@ -273,7 +272,6 @@ SETTINGS = (
 
 
 @in_place
-@pytest.mark.timeout(300)
 def test_it_serves_from_a_read_only_root_as_another_user_and_ends_on_sigterm(image, tmp_path):
     log = tmp_path / "log"
     with (

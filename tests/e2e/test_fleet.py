@@ -189,7 +189,6 @@ def settle(loads: dict[str, Load]) -> dict[str, dict]:
     return accounts
 
 
-@pytest.mark.timeout(240)
 def test_a_rolling_restart_of_three_servers_behind_one_name_fails_no_call(fleet, load):
     three = HOSTS[:3]
     fleet.add(*three)
@@ -204,7 +203,6 @@ def test_a_rolling_restart_of_three_servers_behind_one_name_fails_no_call(fleet,
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_server_that_is_killed_fails_no_call_and_one_that_was_added_is_found(fleet, load):
     fleet.add(*HOSTS[:2])
     loads = {kind: load(kind, fleet.target) for kind in KINDS}
@@ -215,7 +213,6 @@ def test_a_server_that_is_killed_fails_no_call_and_one_that_was_added_is_found(f
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_fleet_whose_every_server_moves_to_another_address_fails_no_call(fleet, load):
     fleet.add(*HOSTS[:3])
     loads = {kind: load(kind, fleet.target) for kind in KINDS}
@@ -228,7 +225,6 @@ def test_a_fleet_whose_every_server_moves_to_another_address_fails_no_call(fleet
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_server_that_hangs_is_left_in_the_end(fleet):
     fleet.add(*HOSTS[:2])
     with Client(fleet.target, timeout=1.0) as client:

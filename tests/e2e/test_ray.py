@@ -29,7 +29,6 @@ pytestmark = [
         importlib.util.find_spec("ray") is None,
         reason="ray is not installed: pip install -c docker/constraints.txt -e '.[ray]'",
     ),
-    pytest.mark.timeout(600),
 ]
 
 SEMID = [sys.executable, "-m", "semid_client"]

@@ -141,7 +141,6 @@ def server(checkout, ports, tmp_path_factory):
             process.kill()
 
 
-@pytest.mark.timeout(300)  # one of them trains a model
 @pytest.mark.parametrize("block", SESSION, ids=lambda block: block.text.split("\n")[0][:40])
 def test_a_block_runs_as_written_and_prints_what_it_says(block, checkout, server, ports):
     assert server.poll() is None
@@ -165,7 +164,6 @@ def test_a_block_runs_as_written_and_prints_what_it_says(block, checkout, server
         assert line in printed
 
 
-@pytest.mark.timeout(600)
 def test_the_first_command_takes_a_fresh_checkout_to_the_demo(checkout):
     block = _with_beginning(SET_UP)
     assert len(block.text.strip().splitlines()) == 1, "one line to paste"

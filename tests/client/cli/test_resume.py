@@ -138,7 +138,6 @@ def test_a_command_that_is_killed_goes_on_to_the_same_bytes(server, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", CASES)
 def test_a_command_that_is_killed_thirty_times_goes_on_to_the_same_bytes(server, folder, case):
     write_parquet("in.parquet", 20 * BLOCK, bad=[5, 6, 9000])
@@ -408,7 +407,6 @@ def test_files_that_do_not_belong_together_are_not_compared(server, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_ten_gigabytes_take_less_than_one_and_a_half_of_memory(server, folder):
     shape = (10 * 10**9 // (4 * D), D)
     np.lib.format.open_memmap("in.npy", "w+", np.dtype("<f4"), shape)  # a sparse file

@@ -349,6 +349,5 @@ def test_a_command_that_is_killed_while_it_uploads_shows_no_part(wide_server, st
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_command_that_is_killed_often_while_it_uploads_shows_no_part(wide_server, store, folder):
     assert kill_while_uploading(wide_server, store, folder, kills=30)

@@ -121,7 +121,7 @@ PLACES = st.sampled_from(
 @settings(
     max_examples=300,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(changes=st.dictionaries(PLACES, VALUES, min_size=1, max_size=2), plain=st.booleans())
 def test_a_file_with_anything_in_any_place_loads_or_is_refused(

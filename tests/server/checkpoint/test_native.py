@@ -147,7 +147,7 @@ def test_half_precision_weights_are_read_as_the_numbers_they_are(folder, spec):
 @settings(
     max_examples=400,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_a_flipped_bit_is_refused_or_harmless(folder, data):
@@ -176,7 +176,7 @@ def test_a_flipped_bit_is_refused_or_harmless(folder, data):
 @settings(
     max_examples=100,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_a_truncated_file_is_refused(folder, data):

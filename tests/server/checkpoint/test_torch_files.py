@@ -225,7 +225,7 @@ def test_tensors_saved_on_a_device_that_is_not_here_load_onto_the_cpu(tmp_path, 
 @settings(
     max_examples=100,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_a_truncated_file_is_refused(tmp_path, legacy, data):
@@ -241,7 +241,7 @@ def test_a_truncated_file_is_refused(tmp_path, legacy, data):
 @settings(
     max_examples=200,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_a_flipped_bit_never_gives_other_numbers(tmp_path, data):
@@ -273,7 +273,7 @@ def test_a_flipped_bit_in_the_numbers_is_located(tmp_path):
 @settings(
     max_examples=200,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     prefix=st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"c", b"\x93NUMPY"]), data=st.data()

@@ -563,7 +563,9 @@ DECODES = st.one_of(
 
 
 @settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(encodes=st.lists(ENCODES, max_size=30), decodes=st.lists(DECODES, max_size=30))
 async def test_no_request_is_answered_with_internal_or_unknown(toy, encodes, decodes):

@@ -542,7 +542,10 @@ INT64 = st.integers(-(2**63), 2**63 - 1) | st.sampled_from(
 @settings(
     max_examples=200,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # it is a constant
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+    ],  # it is a constant
 )
 def test_whatever_the_fields_say_nothing_is_read_outside_of_what_is_shared(
     toy_served, shape, offset, dtype, own
