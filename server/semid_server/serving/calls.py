@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
     Refusal = Callable[[], SemidError | None]
     Trace = Callable[[str, Handler], Handler]
+    Metadata = tuple[tuple[str, str | bytes], ...]
 
 logger = logging.getLogger(__name__)
 
@@ -275,6 +276,7 @@ class _Call:
         "_calls",
         "_code",
         "_context",
+        "_counted",
         "_metadata",
         "_method",
         "_metrics",
@@ -289,6 +291,7 @@ class _Call:
         self._trailing = ((REQUEST_ID_KEY, begin_request(self._metadata)),)
         context.set_trailing_metadata(self._trailing)
         self._code = grpc.StatusCode.OK
+        self._counted = False
         self._started = time.perf_counter()
 
     def check(self) -> None:
@@ -301,23 +304,32 @@ class _Call:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        seconds = time.perf_counter() - self._started
-        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
-            self._code = code_of_cancelled(seconds, self._context.time_remaining())
-        self._metrics.handling.observe(seconds)
-        self._metrics.handled(self._code).inc()
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s: %s after %.1f ms", self._method, self._code.name, 1e3 * seconds)
+        if not self._counted:
+            seconds = time.perf_counter() - self._started
+            if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+                self._code = code_of_cancelled(seconds, self._context.time_remaining())
+            self._count(seconds)
         self._calls._end()  # noqa: SLF001 - its own
 
     async def fail(self, error: Exception) -> NoReturn:
         """End the call with the status of ``error``."""
         if isinstance(error, SemidError):
             status = status_of(error)
-            self._code = status.code
             trailing = self._trailing + status.trailing_metadata
-            await self._context.abort(status.code, status.message, trailing)
+            await self._abort(status.code, status.message, trailing)
         logger.error("%s failed", self._method, exc_info=error)
-        self._code = grpc.StatusCode.INTERNAL
-        await self._context.abort(self._code, INTERNAL_MESSAGE, self._trailing)
+        await self._abort(grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE, self._trailing)
         raise AssertionError("abort() raises")  # pragma: no cover
+
+    async def _abort(self, code: grpc.StatusCode, message: str, trailing: Metadata) -> None:
+        # Counted first, as what is answered is: who knows the outcome finds it in the metrics.
+        self._code = code
+        self._count(time.perf_counter() - self._started)
+        await self._context.abort(code, message, trailing)
+
+    def _count(self, seconds: float) -> None:
+        self._counted = True
+        self._metrics.handling.observe(seconds)
+        self._metrics.handled(self._code).inc()
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s: %s after %.1f ms", self._method, self._code.name, 1e3 * seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -13,7 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from semid.v1 import semid_pb2 as pb
+from semid_server.errors import InvalidInputError
 from semid_server.serving.batcher import Runner
+from semid_server.serving.calls import Calls
+from semid_server.serving.metrics import Metrics
 from semid_server.serving.servicer import STREAM_WINDOW
 from semid_server.serving.types import DecodeKey, EncodeKey
 
@@ -318,7 +322,10 @@ async def test_a_full_queue_is_told_with_a_retry_hint_in_details_and_pushback(se
     device.free()
 
 
-ENCODE = "/semid.v1.SemanticIdService/Encode"
+SERVICE = "semid.v1.SemanticIdService"
+ENCODE = f"/{SERVICE}/Encode"
+LABELS = ("grpc_type", "grpc_service", "grpc_method", "grpc_code")
+INTERNAL = grpc.StatusCode.INTERNAL
 
 
 async def test_a_call_is_refused_before_its_message_is_read(serve_runner, device):
@@ -530,6 +537,35 @@ async def test_calls_are_counted_by_method_and_code(toy):
     value = toy.metrics.registry.get_sample_value
     assert value("semid_rows_total", {"operation": "encode"}) == 6
     assert value("semid_queue_seconds_count", {"operation": "encode"}) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(InvalidInputError("no"), grpc.StatusCode.INVALID_ARGUMENT), (KeyError(), INTERNAL)],
+)
+async def test_a_failure_is_counted_before_its_caller_hears_of_it(error, code):
+    metrics, counted = Metrics(), []
+
+    class Context:
+        def invocation_metadata(self): ...
+
+        def set_trailing_metadata(self, metadata): ...
+
+        async def abort(self, told, message, metadata):
+            labels = dict(zip(LABELS, ("unary", SERVICE, "Encode", told.name), strict=True))
+            value = metrics.registry.get_sample_value("grpc_server_handled_total", labels)
+            counted.append((told, value))
+            raise grpc.aio.AbortError
+
+    async def fail(request, context):
+        raise error
+
+    calls = Calls(SERVICE, metrics)
+    calls.serve({"Encode": grpc.unary_unary_rpc_method_handler(fail, bytes, bytes)})
+    details = SimpleNamespace(method=ENCODE, invocation_metadata=())
+    with pytest.raises(grpc.aio.AbortError):
+        await calls.service(details).unary_unary(b"", Context())
+    assert counted == [(code, 1)]
 
 
 NEVER = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
