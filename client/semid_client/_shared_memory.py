@@ -41,6 +41,7 @@ from semid_client._channel import is_loopback
 from semid_client._errors import (
     CallError,
     ConfigurationError,
+    InvalidInputError,
     NotFoundError,
     ProtocolError,
     SemidClientError,
@@ -80,8 +81,8 @@ HEADER_BYTES: Final = 4096
 PROOF_BYTES: Final = 32
 
 PATIENCE: Final = 2.0
-"""Seconds for the server to take what is shared. It takes a millisecond, but a connection that was
-lost is tried again once a second."""
+"""Seconds for the server to take what is shared, where bytes are a way out. It takes a millisecond,
+but a connection that was lost is tried again once a second."""
 
 UNTIL_AGAIN: Final = 60.0
 """Seconds before it is tried again where it could not be had."""
@@ -351,6 +352,8 @@ class Sharing:
         """Return an array ``(rows, width)`` in memory that is shared, or one that is not."""
         kind = np.dtype(dtype)
         check_embedding_type(kind)
+        if min(rows, width) < 0:
+            raise InvalidInputError(f"an array of shape {(rows, width)} cannot be")
         nbytes = rows * width * kind.itemsize
         limits = None if self._mode is False or not nbytes else self._limits(info)
         made = None
@@ -394,7 +397,8 @@ class Sharing:
             request = pb.ShareMemoryRequest(
                 name=segment.name, size_bytes=segment.nbytes, proof=segment.proof
             )
-            lease = yield from self._open_lease(request, min(timeout, PATIENCE))
+            patience = timeout if self.required else min(timeout, PATIENCE)
+            lease = yield from self._open_lease(request, patience)
         except UnavailableError:
             raise
         except (CallError, ProtocolError) as error:

@@ -14,7 +14,14 @@ import pytest
 from semid_client import Client, ConfigurationError
 from semid_client._errors import FailedPreconditionError, UnavailableError
 from semid_client._model import Layer, Limits, ModelInfo, SharedMemoryLimits
-from semid_client._shared_memory import FOLDER, SLOT_BYTES, Segment, Sharing, SharingEndedError
+from semid_client._shared_memory import (
+    FOLDER,
+    PATIENCE,
+    SLOT_BYTES,
+    Segment,
+    Sharing,
+    SharingEndedError,
+)
 from semid_client._transfer import Decoding, Encoding
 
 LIMITS = SharedMemoryLimits(1 << 26, 4, 1 << 20, 1 << 26)
@@ -45,8 +52,10 @@ class FakeServer:
     leases: list = field(default_factory=list)
     files: list = field(default_factory=list)
     refusal: Exception | None = None
+    patience: list = field(default_factory=list)
 
     def open_lease(self, request, timeout):
+        self.patience.append(timeout)
         self.files.append(FOLDER / request.name)
         assert self.files[-1].read_bytes() == request.proof
         if self.refusal:
@@ -160,6 +169,14 @@ def test_told_to_share_it_does_not_send(make_sharing, server):
     flow = make_sharing(mode=True).carrier(Encoding(ROWS), info(), 1.0)
     with pytest.raises(ConfigurationError, match=r"shared_memory=True, but .* of another user"):
         next(flow)
+
+
+def test_a_slow_server_is_waited_for_as_long_as_the_call_may_take_if_nothing_may_be_sent(
+    make_sharing, server
+):
+    for mode in ("auto", True):
+        finish(make_sharing(mode).carrier(Encoding(ROWS), info(), 45.0))
+    assert server.patience == [PATIENCE, 45.0]
 
 
 def test_a_server_that_cannot_be_reached_is_no_reason_to_give_up_sharing(make_sharing, server):
