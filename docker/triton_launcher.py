@@ -21,8 +21,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from triton.runtime.build import _build, platform_key
-from triton.runtime.cache import FileCacheManager, _base32
+import triton
+from triton.runtime.build import _build
+from triton.runtime.cache import FileCacheManager
 
 NAME = "semid_triton_launcher"
 
@@ -31,10 +32,25 @@ class Cache(FileCacheManager):
     """Triton's own cache, and behind it what was compiled with the image."""
 
     def get_file(self, filename: str) -> str | None:
-        """Path of a file of this key, or None."""
+        """Path of a file of this key, or None.
+
+        The key is not asked: Triton makes it from the source and from what the command `file` says
+        of the interpreter, and the image has no such command. The source is compared here.
+        """
         found: str | None = super().get_file(filename)
-        built = Path(__file__).parent / self.key / filename
-        return str(built) if found is None and built.exists() else found
+        if found is not None:
+            return found
+        built = Path(__file__).parent / _digest(_source()) / filename
+        return str(built) if built.exists() else None
+
+
+def _source() -> str:
+    """Text of the module, of the Triton that is installed."""
+    return Path(triton.__file__).with_name("backends").joinpath("nvidia", "driver.c").read_text()
+
+
+def _digest(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def build(site_packages: Path) -> Path:
@@ -43,13 +59,16 @@ def build(site_packages: Path) -> Path:
     Raises
     ------
     RuntimeError, subprocess.CalledProcessError
-        There is no C compiler, or it failed.
+        There is no C compiler, or it failed; or this Triton compiles more than the one module.
     """
     from triton.backends.nvidia import driver  # noqa: PLC0415 - the image, at run time, may do without
 
-    source = Path(driver.__file__).with_name("driver.c").read_text()
-    # As triton.runtime.build.compile_module_from_src names it; tests/operate finds it through that.
-    key = _base32(hashlib.sha256((source + platform_key()).encode()).hexdigest())
+    if hasattr(driver, "make_launcher"):
+        raise RuntimeError(
+            f"Triton {triton.__version__} has a C compiler make a launcher for every kernel, which "
+            "cannot be done beforehand: take 3.7 or newer"
+        )
+    source = _source()
     with tempfile.TemporaryDirectory() as folder:
         stand_in_for_libcuda(source, Path(folder))
         file = Path(folder, "cuda_utils.c")
@@ -60,9 +79,10 @@ def build(site_packages: Path) -> Path:
             )
         )
         package = site_packages / NAME
-        (package / key).mkdir(parents=True)
+        target = package / _digest(source)
+        target.mkdir(parents=True)
         shutil.copy(__file__, package / "__init__.py")
-        return Path(shutil.copy(compiled, package / key))
+        return Path(shutil.copy(compiled, target))
 
 
 def stand_in_for_libcuda(source: str, folder: Path) -> None:

@@ -174,10 +174,10 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from semid_server.cli.doctor_kernel import _double
+from semid_server.cli.doctor_kernel import double
 
-source = ASTSource(_double, {"numbers": "*fp32", "WIDTH": "constexpr"}, {"WIDTH": 64})
-print("_double" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+source = ASTSource(double, {"numbers": "*fp32", "WIDTH": "constexpr"}, {"WIDTH": 64})
+print("double" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
 """
 
 
