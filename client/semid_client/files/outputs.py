@@ -16,9 +16,9 @@ from typing import IO, TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from semid_client.files._errors import FileError
-from semid_client.files._extras import need
+from semid_client.files._extras import need, tensor_files
 from semid_client.files.places import reserve, suffix_of
-from semid_client.files.rows import STDIN, Source, tensor_files
+from semid_client.files.rows import STDIN, Source
 from semid_client.files.unique import Convention, Digits, extra_digits
 
 if TYPE_CHECKING:
