@@ -328,9 +328,10 @@ class Backend:
         if self._to_sample == SAMPLED_ROWS:
             count = min(SAMPLED_ROWS, len(codes))
             self._to_sample -= count
-            # Spread over the batch: its requests may differ.
-            sample = np.linspace(0, len(codes) - 1, count).astype(np.int64)
-            self._drift.observe(codes, rows[torch.from_numpy(sample)], codes[sample])
+            # Spread over the batch: its requests may differ. A view: to gather so few rows, torch
+            # would wake its threads.
+            sample = slice(0, len(codes) // count * count, len(codes) // count)
+            self._drift.observe(codes, rows[sample], codes[sample])
         else:
             self._drift.observe(codes)
         if self._verifier is not None:
