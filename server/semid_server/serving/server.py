@@ -416,9 +416,13 @@ class Server:
         ]
         if self._config.keepalive:
             milliseconds = _milliseconds(self._config.keepalive)
+            patience = min(milliseconds, MAX_PING_PATIENCE)
             options += [
                 ("grpc.keepalive_time_ms", milliseconds),
-                ("grpc.keepalive_timeout_ms", min(milliseconds, MAX_PING_PATIENCE)),
+                # The first is how long TCP waits for the ping to be taken, the second how long gRPC
+                # waits for the answer: a minute, unless it is told.
+                ("grpc.keepalive_timeout_ms", patience),
+                ("grpc.http2.ping_timeout_ms", patience),
             ]
         if self._config.max_connection_age:
             # Calls in progress end in their own time: gRPC sets no limit unless told one.
