@@ -31,7 +31,7 @@ from semid_client._errors import (
     UnimplementedError,
 )
 from semid_client._fingerprints import FingerprintChangedWarning
-from semid_client._model import Layer, Limits, ModelInfo
+from semid_client._model import Layer, Limits, ModelInfo, SharedMemoryLimits
 from semid_client._transfer import RowSource
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "RowSource",
     "SemidClientError",
     "ServerError",
+    "SharedMemoryLimits",
     "UnavailableError",
     "UnimplementedError",
 ]

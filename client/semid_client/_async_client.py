@@ -12,7 +12,7 @@ import grpc
 
 from semid.v1 import semid_pb2 as pb
 from semid_client._base import BaseClient, Flow
-from semid_client._errors import ClientClosedError, ProtocolError
+from semid_client._errors import ClientClosedError, ConfigurationError, ProtocolError
 from semid_client._hedging import METHODS, settles
 from semid_client._transfer import Decoding, Encoding
 
@@ -102,6 +102,10 @@ class AsyncClient(BaseClient):
 
     async def close(self) -> None:
         """Close the connection. Calls under way fail with `ClientClosedError`."""
+        if self._forked:
+            self._closed = True
+            return
+        self._check_loop()
         self._closed = True
         self._sharing.close()
         await self._channel.close()
@@ -114,6 +118,12 @@ class AsyncClient(BaseClient):
         await self.close()
 
     def _open_channel(self, settings: Settings) -> grpc.aio.Channel:
+        try:
+            self._loop = asyncio.get_running_loop()
+        except RuntimeError as error:
+            raise ConfigurationError(
+                "no event loop is running: make an AsyncClient within the coroutine that uses it"
+            ) from error
         if settings.credentials is None:
             return grpc.aio.insecure_channel(settings.target, settings.options)
         return grpc.aio.secure_channel(settings.target, settings.credentials, settings.options)
@@ -151,6 +161,7 @@ class AsyncClient(BaseClient):
 
     async def _drive(self, flow: Flow[T]) -> T:
         """Run a flow, awaiting whatever it yields."""
+        self._check_loop()
         try:
             waiting = next(flow)
             while True:
@@ -165,6 +176,13 @@ class AsyncClient(BaseClient):
         except StopIteration as done:
             value: T = done.value
             return value
+
+    def _check_loop(self) -> None:
+        if asyncio.get_running_loop() is not self._loop and not self._forked:
+            raise ClientClosedError(
+                f"this client of {self.target} was made in another event loop, whose connections "
+                "it has: make a client in each loop"
+            )
 
     def _closed_or(self, error: asyncio.CancelledError) -> BaseException:
         """Tell a call that ended because the client was closed from a task that is cancelled."""
@@ -214,6 +232,8 @@ class _Hedged:
             answer = await self._settled(attempts)
         finally:
             self.cancel()
+            for attempt in attempts:
+                attempt.add_done_callback(_look_at)
         self._hedging.earn()
         return answer
 
@@ -233,3 +253,9 @@ class _Hedged:
         """Cancel what is under way."""
         for call in self._calls:
             call.cancel()
+
+
+def _look_at(attempt: asyncio.Future[Any]) -> None:
+    """Take note of an outcome that nobody waits for: asyncio would log an error as lost."""
+    if not attempt.cancelled():
+        attempt.exception()

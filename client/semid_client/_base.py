@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import grpc
 
@@ -95,9 +95,9 @@ class _Job:
     patient: bool
     carrier: Carrier | None = None
 
-    def take(self, span: slice, response: Any) -> None:
+    def hand_on(self, span: slice, rows: NDArray[Any]) -> None:
         """Hand the answer to a message on."""
-        self.answers.take(span, response)
+        self.answers.hand_on(span, rows)
         if self.carrier is not None:
             self.carrier.done(span.start)
 
@@ -171,6 +171,12 @@ class BaseClient(ABC):
         state = "closed" if self._closed else "open"
         return f"<{type(self).__name__} of {self.target!r}, {state}>"
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} holds connections and can be neither pickled nor copied: "
+            "make one in each process"
+        )
+
     # What the two clients do differently: how to open a channel, start a call, and let time pass.
 
     @abstractmethod
@@ -227,7 +233,8 @@ class BaseClient(ABC):
         return tuple(ModelInfo.from_message(model) for model in response.models)
 
     def _ready_flow(self, timeout: float) -> Flow[ModelInfo]:
-        deadline = self._deadline(timeout)
+        check_timeout(timeout)
+        deadline = Deadline.after(timeout)
         reason: SemidClientError | None = None
         while True:
             try:
@@ -276,6 +283,7 @@ class BaseClient(ABC):
         transfer also waits, within that time, for a server that is busy or coming back.
         """
         deadline = self._deadline(timeout)
+        self._check_usable()
         info = self._info or (yield from self._fetch_model(deadline))
         expected = self._fingerprints.expected or (info.fingerprint if patient else "")
         job = _Job(transfer, info, Answers(transfer, expected, sink), patient)
@@ -360,6 +368,7 @@ class BaseClient(ABC):
         self, rows: int, width: int, dtype: DTypeLike, timeout: float | None
     ) -> Flow[NDArray[Any]]:
         deadline = self._deadline(timeout)
+        self._check_usable()
         info = self._info or (yield from self._fetch_model(deadline))
         return (yield from self._sharing.allocate(rows, width, dtype, info, deadline.remaining()))
 
@@ -373,7 +382,7 @@ class BaseClient(ABC):
                 self._heard = True
                 if response.fingerprint:
                     self._fingerprints.met(response.fingerprint)
-                job.take(sent.span, response)
+                rows = job.answers.read(sent.span, response)
             except (CallError, FingerprintMismatchError) as error:
                 job.check_shared(error)
                 failure = _explained(error, job, sent.span)
@@ -390,6 +399,7 @@ class BaseClient(ABC):
                     yield self._pause(pause)
                 sent.call = self._send(job, sent.span, sent.deadline)
             else:
+                job.hand_on(sent.span, rows)
                 return
 
     # Parts of flows.
@@ -413,16 +423,24 @@ class BaseClient(ABC):
                 job.transfer.method, request, deadline.remaining(), alone=alone, shared=shared
             )
 
-    @contextmanager
-    def _errors_of(self, method: str) -> Iterator[None]:
-        """Let no error of gRPC's pass: all of them become this package's own."""
-        if self._pid != os.getpid():
+    @property
+    def _forked(self) -> bool:
+        """Whether this is a copy: its connections and its memory are those of another process."""
+        return self._pid != os.getpid()
+
+    def _check_usable(self) -> None:
+        if self._forked:
             raise ClientClosedError(
                 f"this client was made before a fork, in process {self._pid}; gRPC does not "
                 "survive that: make a client in each process"
             )
         if self._closed:
             raise ClientClosedError(f"the client of {self.target} is closed")
+
+    @contextmanager
+    def _errors_of(self, method: str) -> Iterator[None]:
+        """Let no error of gRPC's pass: all of them become this package's own."""
+        self._check_usable()
         try:
             yield
         except grpc.RpcError as error:

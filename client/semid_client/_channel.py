@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 import grpc
 
@@ -19,6 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from semid_client._fingerprints import OnFingerprintChange
+
+OTHER_SCHEMES: Final = frozenset({"unix", "unix-abstract", "vsock", "xds", "google-c2p"})
+"""Names of gRPC's that are not, or need not be, a host and a port."""
+
+ADDRESS: Final = re.compile(r"(\[[^][\s]+\]|[^][:/@\s]+):(?P<port>[0-9]{1,5})")
+
+FINGERPRINT: Final = re.compile("([0-9a-f]{64})?")
 
 SERVICE: Final = "semid.v1.SemanticIdService"
 
@@ -121,22 +131,33 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, with a `ConfigurationError`."""
-        if not self.target:
-            raise ConfigurationError("target is empty; expected an address such as localhost:50051")
+        check_target(self.target)
         check_timeout(self.timeout)
-        if self.max_in_flight < 1:
-            raise ConfigurationError(f"max_in_flight is {self.max_in_flight}; expected at least 1")
+        if not isinstance(self.model, str):
+            raise ConfigurationError(f"model is {self.model!r}; expected a name, or '' for any")
+        check_fingerprint(self.expected_fingerprint)
+        if not (isinstance(self.max_in_flight, Integral) and self.max_in_flight >= 1):
+            raise ConfigurationError(
+                f"max_in_flight is {self.max_in_flight!r}; expected a whole number, at least 1"
+            )
         if self.on_fingerprint_change not in ON_FINGERPRINT_CHANGE:
             raise ConfigurationError(
                 f"on_fingerprint_change is {self.on_fingerprint_change!r}; "
                 f"expected one of {', '.join(ON_FINGERPRINT_CHANGE)}"
             )
-        if self.hedge_after is not None and not 0 < self.hedge_after < float("inf"):
+        if not (self.hedge_after is None or _is_time(self.hedge_after)):
             raise ConfigurationError(
-                f"hedge_after is {self.hedge_after}; expected a positive number of seconds, or None"
+                f"hedge_after is {self.hedge_after!r}; expected a positive number of seconds, "
+                "or None"
             )
-        if self.token is None:
-            return
+        if not (self.tls is None or isinstance(self.tls, TLS)):
+            raise ConfigurationError(f"tls is {self.tls!r}; expected TLS(...), or None for none")
+        if self.token is not None:
+            self._check_token()
+
+    def _check_token(self) -> None:
+        if not isinstance(self.token, str):
+            raise ConfigurationError(f"the token is of type {type(self.token).__name__}, not text")
         if not (self.token and self.token.isascii() and self.token.isprintable()):
             raise ConfigurationError("the token is empty, or holds other than printable ASCII")
         if not (self.tls or self.allow_plaintext_token or is_loopback(self.target)):
@@ -180,6 +201,9 @@ class Settings:
             ("grpc.keepalive_time_ms", 35_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.primary_user_agent", f"semid-client/{version('semid')}"),
+            # gRPC goes through http_proxy to this very machine too, unless no_proxy names it: then
+            # a token would leave the machine unencrypted.
+            ("grpc.enable_http_proxy", int(not is_loopback(self.target))),
         )
 
     @property
@@ -194,8 +218,45 @@ class Settings:
 
 def check_timeout(seconds: float) -> None:
     """Refuse a timeout that is not a finite, positive number of seconds."""
-    if not 0 < seconds < float("inf"):
-        raise ConfigurationError(f"timeout is {seconds}; expected a positive number of seconds")
+    if not _is_time(seconds):
+        raise ConfigurationError(f"timeout is {seconds!r}; expected a positive number of seconds")
+
+
+def _is_time(seconds: object) -> bool:
+    return isinstance(seconds, Real) and 0 < float(seconds) < float("inf")
+
+
+def check_fingerprint(fingerprint: str) -> None:
+    """Refuse what is no fingerprint: of a part of one, no model has it."""
+    if not (isinstance(fingerprint, str) and FINGERPRINT.fullmatch(fingerprint)):
+        raise ConfigurationError(
+            f"expected_fingerprint is {fingerprint!r}; expected 64 digits of 0 to 9 and a to f, "
+            "as `semid info` prints them, or '' for any"
+        )
+
+
+def check_target(target: str) -> None:
+    """Refuse an address that gRPC would misread, or say nothing clear about.
+
+    It takes port 443 where none is given, and 34463 for 99999.
+    """
+    expected = "expected HOST:PORT, such as localhost:50051, or a name of gRPC's: dns:///HOST:PORT"
+    if not isinstance(target, str):
+        raise ConfigurationError(f"target is {target!r}; {expected}")
+    if not target:
+        raise ConfigurationError(f"target is empty; {expected}")
+    scheme, _, rest = target.partition(":")
+    if scheme in OTHER_SCHEMES:
+        return
+    addresses = [target]
+    if scheme == "dns":
+        addresses = [re.sub("^//[^/]*/", "", rest)]
+    elif scheme in {"ipv4", "ipv6"}:
+        addresses = unquote(rest.removeprefix("///")).split(",")
+    for address in addresses:
+        found = ADDRESS.fullmatch(address)
+        if found is None or not 0 < int(found["port"]) < 1 << 16:
+            raise ConfigurationError(f"target is {target!r}; {expected}")
 
 
 def is_loopback(target: str) -> bool:

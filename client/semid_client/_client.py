@@ -41,7 +41,8 @@ class Client(BaseClient):
     ----------
     target : str
         Address of the server: ``host:port``, or any gRPC name, such as ``dns:///name:port`` (calls
-        go in turn to all its addresses) or ``unix:path``.
+        go in turn to all its addresses), ``ipv4:10.0.0.7:50051,10.0.0.8:50051`` or ``unix:path``.
+        gRPC takes a proxy from ``http_proxy``, for other machines than this one.
     model : str
         Name of the model; empty for the server's default.
     expected_fingerprint : str
@@ -103,7 +104,9 @@ class Client(BaseClient):
         embeddings : array_like
             ``(n, D)``, or one row ``(D,)``: float32, float16, bfloat16 (of ml_dtypes) or float64,
             in any layout and byte order, sent as it is. A list of floats counts as float64.
-            Integers are refused: they are mostly codes in the wrong place. ``n`` may be 0.
+            Integers are refused: they are mostly codes in the wrong place. ``n`` may be 0. Tensors
+            of torch in the CPU's memory and tables of numbers are arrays to numpy, and so here; a
+            column of lists is not, see `numpy.stack`.
             Large arrays are split under the server's limits.
         timeout : float, optional
             Seconds for all of it; the client's own by default.
@@ -117,7 +120,8 @@ class Client(BaseClient):
         Raises
         ------
         InvalidInputError
-            For a wrong shape, type or length of rows, NaN or an infinity; ``row`` says where.
+            For a wrong shape, type or length of rows, NaN, an infinity or a masked number; ``row``
+            says where.
         FingerprintMismatchError
             If the model is not the one expected, or was replaced meanwhile.
         CallError
@@ -240,6 +244,8 @@ class Client(BaseClient):
 
         Raises
         ------
+        InvalidInputError
+            For another dtype, or a shape that no array has.
         CallError
             If the server or the network ended the call; see its subclasses.
         """
@@ -281,6 +287,8 @@ class Client(BaseClient):
     def close(self) -> None:
         """Close the connection. Calls under way fail with `ClientClosedError`."""
         self._closed = True
+        if self._forked:  # gRPC would wait for threads that are not here
+            return
         self._sharing.close()
         self._channel.close()
         self._shared_channel.close()

@@ -2,7 +2,7 @@
 
     SemidClientError
     ├── ConfigurationError             an argument of the client that cannot be used
-    ├── ClientClosedError              used after close(), or in a forked process
+    ├── ClientClosedError              used after close(), in a forked process or another event loop
     ├── InvalidInputError              an array that cannot be encoded or decoded as it stands
     │   └── InvalidArgumentError       ... found so by the server
     ├── FingerprintMismatchError       the codes would belong to another codebook
@@ -42,7 +42,7 @@ class ConfigurationError(SemidClientError, ValueError):
 
 
 class ClientClosedError(SemidClientError):
-    """The client was closed, or was carried over a fork: make another one."""
+    """The client was closed, or carried over a fork or to another event loop: make one there."""
 
 
 class InvalidInputError(SemidClientError, ValueError):
@@ -199,6 +199,11 @@ ADVICE_BY_CAUSE: Final = (
     ("security handshaker", "the certificates or the key given to TLS are not valid PEM"),
     ("WRONG_VERSION_NUMBER", "whoever listens there speaks no TLS, while this client does"),
     ("before receiving SETTINGS", "whoever listens there is no gRPC server, or hangs"),
+    (
+        "Failed parsing HTTP/2",
+        "whoever listens there is no gRPC server: is it the port of the metrics?",
+    ),
+    ("HTTP proxy", "no_proxy in the environment names the hosts to be called without the proxy"),
     (
         "Socket closed",
         "if the server speaks TLS, so must the client; it may ask for a client certificate too",

@@ -60,19 +60,40 @@ def as_matrix(array: ArrayLike, what: str) -> tuple[NDArray[Any], bool]:
     Raises
     ------
     InvalidInputError
-        If it has another number of dimensions, or rows of different lengths.
+        If it has another number of dimensions, rows of different lengths, or masked numbers.
     """
     try:
         rows = np.asarray(array)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises all of them
         raise InvalidInputError(f"{what} do not form an array: {error}") from error
-    if rows.ndim == 1:
-        return rows[np.newaxis], True
-    if rows.ndim != 2:  # noqa: PLR2004 -- a matrix
+    if rows.ndim not in (1, 2):
         raise InvalidInputError(
-            f"{what} have shape {rows.shape}; expected (rows, columns), or (columns,) for one row"
+            f"{what} are of type {type(array).__name__} and shape {rows.shape}; expected "
+            "(rows, columns), or (columns,) for one row"
         )
-    return rows, False
+    if rows.shape == (0,):
+        raise InvalidInputError(
+            f"{what} are empty and tell no width; no rows at all have shape (0, columns)"
+        )
+    if rows.dtype == object:
+        raise InvalidInputError(
+            f"{what} are objects of Python, perhaps a column of lists or arrays; make them one "
+            "array of numbers first, such as by numpy.stack(column)"
+        )
+    single = rows.ndim == 1
+    if single:
+        rows = rows[np.newaxis]
+    if isinstance(array, np.ndarray) and type(array) is not np.ndarray:
+        _check_mask(array, rows.shape, what)
+    return rows, single
+
+
+def _check_mask(array: NDArray[Any], shape: tuple[int, ...], what: str) -> None:
+    """Refuse masked numbers: what lies under the mask would be taken for a number."""
+    masked = np.argwhere(np.ma.getmaskarray(array).reshape(shape))
+    if len(masked):
+        row, column = masked[0].tolist()
+        raise InvalidInputError.at(row, f"number {column} is masked; {what} are whole rows")
 
 
 def check_embedding_type(dtype: np.dtype[Any]) -> None:

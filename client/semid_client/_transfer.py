@@ -101,8 +101,10 @@ class Encoding:
         """Codes in an answer of ``n_rows`` rows; `ProtocolError` if it is not sound."""
         return from_tensor(response.tensor, n_rows, CODE_TYPES)
 
-    def first_fault(self, span: slice, info: ModelInfo) -> InvalidInputError | None:  # noqa: ARG002 -- as Decoding needs it
+    def first_fault(self, span: slice, info: ModelInfo) -> InvalidInputError | None:
         """Find the first row of a refused span that holds NaN or an infinity."""
+        if self.source.shape[1] != info.input_dim:
+            return None  # which is what the server minds
         bad = np.argwhere(~np.isfinite(self.source[span]))
         if not len(bad):
             return None
@@ -153,8 +155,10 @@ class Decoding:
     def first_fault(self, span: slice, info: ModelInfo) -> InvalidInputError | None:
         """Find the first row of a refused span with a code that the model does not have."""
         codes = self.source[span]
+        if codes.shape[1] > info.n_layers:
+            return None  # which is what the server minds
         widths = np.array([layer.codebook_width for layer in info.layers[: codes.shape[1]]])
-        bad = np.argwhere(codes[:, : len(widths)] >= widths)
+        bad = np.argwhere(codes >= widths)
         if not len(bad):
             return None
         row, layer = (int(i) for i in bad[0])
@@ -263,8 +267,8 @@ class Answers:
         self._sink = sink
         self._like: tuple[int, np.dtype[Any]] | None = None
 
-    def take(self, span: slice, response: Any) -> None:
-        """Hand the rows of one span on.
+    def read(self, span: slice, response: Any) -> NDArray[Any]:
+        """Rows in the answer to one span.
 
         Raises
         ------
@@ -289,6 +293,10 @@ class Answers:
                 f"{self._like[0]} {self._like[1]} in one call"
             )
         self._like = like
+        return rows
+
+    def hand_on(self, span: slice, rows: NDArray[Any]) -> None:
+        """Give the rows of one span to the sink, whose errors are its own."""
         self._sink(span.start, rows)
         self.next_row = span.stop
 

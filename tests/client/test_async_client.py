@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from semid_client import AsyncClient, ClientClosedError
+from semid_client import AsyncClient, ClientClosedError, ConfigurationError
 
 
 class Held:
@@ -62,3 +62,26 @@ async def test_many_calls_go_on_at_once(make_server):
         answers = await asyncio.gather(*(client.encode(array) for array in arrays))
     for array, codes in zip(arrays, answers, strict=True):
         np.testing.assert_array_equal(codes, server.expected_codes(array))
+
+
+def test_a_client_that_is_made_outside_of_an_event_loop_says_so():
+    with pytest.raises(ConfigurationError, match="no event loop is running: make an AsyncClient"):
+        AsyncClient("localhost:1")
+
+
+def test_a_client_of_another_event_loop_says_so(server, rows):
+    async def make():
+        client = AsyncClient(server.target)
+        await client.model()
+        return client
+
+    async def use(client):
+        for call in (client.encode(rows), client.model(), client.close()):
+            with pytest.raises(ClientClosedError, match="another event loop"):
+                await call
+
+    with asyncio.Runner() as loop, asyncio.Runner() as other_loop:
+        client = loop.run(make())
+        other_loop.run(use(client))
+        assert loop.run(client.encode(rows)).shape == (100, 3)
+        loop.run(client.close())

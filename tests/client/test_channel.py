@@ -182,6 +182,19 @@ def test_a_client_carried_over_a_fork_says_so_and_does_not_hang(server, run_pyth
     assert done.returncode == 0
 
 
+def test_a_client_carried_over_a_fork_is_closed_there_without_waiting(server, run_python):
+    done = run_python(
+        "import os, sys, semid_client\n"
+        "with semid_client.Client(sys.argv[1]) as client:\n"
+        "    client.model()\n"
+        "    pid = os.fork()\n"
+        "if pid: sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+        "os._exit(0)",
+        server.target,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # What is said when nobody answers.
 
 

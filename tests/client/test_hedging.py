@@ -1,6 +1,7 @@
 """A second attempt at calls that take long: where it goes, who wins, and how many there may be."""
 
 import asyncio
+import gc
 import threading
 
 import grpc
@@ -196,6 +197,23 @@ def test_both_attempts_have_one_deadline(make_fleet, connect):
     with pytest.raises(DeadlineExceededError):
         client.encode(rows(5), timeout=0.5)
     assert fleet.calls == [1, 1]
+
+
+async def test_an_attempt_that_fails_after_the_call_has_is_no_lost_error(make_fleet):
+    fleet = make_fleet()
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    async with AsyncClient(fleet.target, hedge_after=SOON) as client:
+        await client.model()
+        hedged = client._hedging
+        for n in range(5):
+            hedged._budget = MOST_SAVED
+            fleet.order(fleet.hold, fleet.hold)
+            with pytest.raises(DeadlineExceededError):
+                await client.encode(rows(1), timeout=2 * SOON)
+            assert sum(fleet.calls) <= 2 * (n + 1)
+    gc.collect()  # what was not looked at is told when it goes
+    assert not told
 
 
 def test_when_all_servers_are_slow_few_calls_are_made_twice(make_fleet, connect):

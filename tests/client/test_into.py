@@ -129,6 +129,22 @@ def test_a_sink_that_fails_ends_the_transfer_with_its_own_error(make_server, con
         connect(make_server(max_rows=1)).encode_into(Rows(100), full)
 
 
+@pytest.mark.parametrize("error", [UnavailableError, FingerprintMismatchError])
+def test_an_error_of_a_sink_is_not_taken_for_one_of_the_server(make_server, connect, error):
+    """A sink may itself call a server, and must not be given the same rows again."""
+    given = []
+
+    def call_another_server(start, _rows):
+        given.append(start)
+        raise error("another server")
+
+    server = make_server(max_rows=10)
+    with pytest.raises(error, match="another server"):
+        connect(server, max_in_flight=1).encode_into(Rows(100), call_another_server)
+    assert given == [0]
+    assert server.calls("Encode") == 1
+
+
 def test_a_source_that_is_no_matrix_is_refused(server, connect):
     with pytest.raises(InvalidInputError, match=r"shape \(3,\); expected \(rows, columns\)"):
         connect(server).encode_into(np.zeros(3), Sink())

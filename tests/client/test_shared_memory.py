@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from semid_client import Client, ConfigurationError
+from semid_client import Client, ClientClosedError, ConfigurationError
 from semid_client._errors import FailedPreconditionError, UnavailableError
 from semid_client._model import Layer, Limits, ModelInfo, SharedMemoryLimits
 from semid_client._shared_memory import (
@@ -206,3 +206,18 @@ def test_full_memory_is_an_error_and_no_signal(make_sharing, monkeypatch):
 def test_other_modes_are_refused():
     with pytest.raises(ConfigurationError, match="shared_memory is 'yes'; expected one of 'auto'"):
         Client("localhost:1", shared_memory="yes")
+
+
+@pytest.mark.parametrize("call", [
+    lambda client: client.encode(ROWS),
+    lambda client: client.allocate(1000, 64),
+])  # fmt: skip
+def test_what_is_shared_is_not_touched_by_a_forked_process(call):
+    """It would write over rows that its parent is just having encoded."""
+    with Client("localhost:1") as client:
+        client._info = info()
+        client._pid = os.getppid()
+        client._sharing = None
+        with pytest.raises(ClientClosedError, match="made before a fork"):
+            call(client)
+        client._pid, client._sharing = os.getpid(), Sharing("auto", "", slots=1, open_lease=None)
