@@ -7,11 +7,11 @@ its token, else the address it calls from, whatever the port. Callers behind one
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from semid_server.errors import OverloadedError
+from semid_server.serving.tokens import bearer_token, hashed
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -36,9 +36,11 @@ def caller_of(context: Context, *, certificates: bool, tokens: bool) -> str:
         for name in context.auth_context().get("x509_common_name", ()):
             return f"certificate {name.decode(errors='replace')}"
     if tokens:
-        for key, value in context.invocation_metadata() or ():
-            if key == "authorization":
-                return f"token {hashlib.sha256(str(value).encode()).hexdigest()[:12]}"
+        # The one that was checked, of several the last, and without the scheme, which has 64
+        # spellings: nobody is several callers by what is sent beside a token.
+        sent = dict(context.invocation_metadata() or ()).get("authorization")
+        if (token := bearer_token(sent)) is not None:
+            return f"token {hashed(token)[:12]}"
     return context.peer().rpartition(":")[0]
 
 

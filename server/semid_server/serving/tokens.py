@@ -20,7 +20,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Stamp = tuple[int, int, int]
+"""What tells one state of a file from the next."""
+
 _LINE = re.compile(r"(?P<digest>[0-9a-f]{64})(?:\s+(?P<methods>\S+))?")
+
+
+def bearer_token(authorization: str | bytes | None) -> str | None:
+    """Return the token of ``authorization: Bearer TOKEN``; None if it is not of that form."""
+    if not isinstance(authorization, str):
+        return None
+    scheme, _, token = authorization.partition(" ")
+    return token if scheme.lower() == "bearer" and token else None
+
+
+def hashed(token: str) -> str:
+    """Return the SHA-256 of a token, in hexadecimal."""
+    return hashlib.sha256(token.encode(errors="surrogateescape")).hexdigest()
 
 
 class TokenFile:
@@ -49,7 +65,7 @@ class TokenFile:
 
     def __init__(self, path: Path, methods: frozenset[str]) -> None:
         self._path, self._methods = path, methods
-        self._version = self._stamp()
+        self._version: Stamp | None = _stamp(path)
         self._accepted = self._read()
 
     def check(self, authorization: str | None, method: str) -> None:
@@ -63,12 +79,12 @@ class TokenFile:
             It is known, but not for this method.
         """
         self._refresh()
-        scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not token:
+        token = bearer_token(authorization)
+        if token is None:
             raise UnauthenticatedError(
                 "this server wants a token: send metadata 'authorization: Bearer TOKEN'"
             )
-        digest = hashlib.sha256(token.encode(errors="surrogateescape")).hexdigest()
+        digest = hashed(token)
         allowed: frozenset[str] | None = None
         for known, methods in self._accepted.items():
             # All are compared, each in constant time: the time taken tells nothing.
@@ -81,24 +97,31 @@ class TokenFile:
 
     def _refresh(self) -> None:
         try:
-            stamp = self._stamp()
-            if stamp != self._version:
-                self._accepted = self._read()
-                self._version = stamp
-                logger.info("%s: read again, %d tokens", self._path, len(self._accepted))
+            stamp = _stamp(self._path)
         except ConfigurationError as error:
-            # A file in the middle of being edited must neither open nor close the doors.
-            logger.error("%s; the tokens read before stay good", error)  # noqa: TRY400 - no bug
-
-    def _stamp(self) -> tuple[int, int, int]:
+            self._keep(None, error)
+            return
+        if stamp == self._version:
+            return
         try:
-            status = self._path.stat()
-        except OSError as error:
-            raise ConfigurationError(f"{self._path}: {error.strerror}") from error
-        return status.st_mtime_ns, status.st_size, status.st_ino
+            self._accepted = self._read()
+        except ConfigurationError as error:
+            self._keep(stamp, error)
+            return
+        self._version = stamp
+        logger.info("%s: read again, %d tokens", self._path, len(self._accepted))
+
+    def _keep(self, stamp: Stamp | None, error: ConfigurationError) -> None:
+        """Go on with the tokens read before: a half-written file neither opens nor closes doors.
+
+        Said once for each state of the file, not at each call.
+        """
+        if stamp != self._version:
+            logger.error("%s; the tokens read before stay good", error)
+        self._version = stamp
 
     def _read(self) -> Mapping[str, frozenset[str]]:
-        accepted = {}
+        accepted: dict[str, frozenset[str]] = {}
         try:
             lines = self._path.read_text("utf-8").splitlines()
         except OSError as error:
@@ -115,6 +138,11 @@ class TokenFile:
                     f"{self._path}, line {number}: expected the SHA-256 of a token as 64 "
                     "hexadecimal digits in lower case and, if not all, methods separated by commas"
                 )
+            if match["digest"] in accepted:
+                raise ConfigurationError(
+                    f"{self._path}, line {number}: a token that a line before has already; give "
+                    "each one line"
+                )
             named = match["methods"]
             methods = frozenset(named.split(",")) if named else self._methods
             if unknown := methods - self._methods:
@@ -126,3 +154,11 @@ class TokenFile:
         if not accepted:
             raise ConfigurationError(f"{self._path}: holds no token, so that nobody could call")
         return accepted
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from error
+    return status.st_mtime_ns, status.st_size, status.st_ino

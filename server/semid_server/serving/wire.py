@@ -51,6 +51,7 @@ MODEL_KINDS: Final = {
 }
 
 MAX_NAMED_ROWS = 8
+MAX_NAMED_DIMENSIONS = 8
 
 
 def read_embeddings(
@@ -291,12 +292,19 @@ def _check_matrix(field: str, shape: Sequence[int], max_rows: int) -> tuple[int,
     """Return rows and columns, neither negative, and not too many rows."""
     if len(shape) != 2:  # noqa: PLR2004 - a matrix
         raise InvalidInputError.at(
-            f"{field}.shape", f"{list(shape)} has {len(shape)} dimensions; expected [rows, columns]"
+            f"{field}.shape",
+            f"[{_first(shape)}] has {len(shape)} dimensions; expected [rows, columns]",
         )
     if min(shape) < 0:
         raise InvalidInputError.at(f"{field}.shape", f"{list(shape)} has a negative dimension")
     _check_rows(shape[0], max_rows)
     return shape[0], shape[1]
+
+
+def _first(shape: Sequence[int]) -> str:
+    """Write out the first dimensions: a message may hold millions, and all would take seconds."""
+    more = ", ..." if len(shape) > MAX_NAMED_DIMENSIONS else ""
+    return ", ".join(map(str, shape[:MAX_NAMED_DIMENSIONS])) + more
 
 
 def _check_width(field: str, columns: int, model: ServedModel) -> None:

@@ -13,8 +13,9 @@ from semid_server.serving.peers import PeerBytes, caller_of
 
 
 class Context:
-    def __init__(self, peer="ipv4:10.0.0.7:5000", names=(), authorization=None):
+    def __init__(self, peer="ipv4:10.0.0.7:5000", names=(), authorization=None, before=()):
         self._peer, self._names, self._authorization = peer, names, authorization
+        self._before = before
 
     def peer(self):
         return self._peer
@@ -23,7 +24,7 @@ class Context:
         return {"x509_common_name": list(self._names)} if self._names else {}
 
     def invocation_metadata(self):
-        sent = (("user-agent", "x"),)
+        sent = (("user-agent", "x"), *(("authorization", text) for text in self._before))
         return (
             sent if self._authorization is None else (*sent, ("authorization", self._authorization))
         )
@@ -43,6 +44,13 @@ def test_a_caller_is_its_token_where_tokens_are_checked_and_the_token_is_not_sho
     assert name(one) == name(two)
     assert name(one, tokens=True) != name(two, tokens=True)
     assert "one" not in name(one, tokens=True)
+
+
+def test_nobody_is_several_callers_by_one_token():
+    one = Context(authorization="Bearer one")
+    spelled = Context(authorization="bEARER one")
+    hidden = Context(before=["Bearer two", "x"], authorization="Bearer one")  # the last is checked
+    assert name(one, tokens=True) == name(spelled, tokens=True) == name(hidden, tokens=True)
 
 
 def test_a_caller_is_the_name_in_its_certificate_where_those_are_verified():

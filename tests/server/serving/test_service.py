@@ -173,6 +173,7 @@ def broken(**fields):
         (broken(shape=[]), "tensor.shape", "0 dimensions"),
         (broken(shape=[12]), "tensor.shape", "1 dimensions"),
         (broken(shape=[3, 4, 1]), "tensor.shape", "3 dimensions"),
+        (broken(shape=[1] * 9), "tensor.shape", "[1, 1, 1, 1, 1, 1, 1, 1, ...] has 9 dimensions"),
         (broken(shape=[-3, -4]), "tensor.shape", "negative"),
         (broken(shape=[4, 3]), "tensor.shape", "rows of 3 numbers; model 'toy' expects 4"),
         (broken(shape=[3, 5]), "tensor.data", "48 bytes; shape [3, 5]"),

@@ -83,6 +83,29 @@ def test_a_file_that_becomes_unusable_leaves_the_tokens_as_they_were(tokens, fil
     assert "the tokens read before stay good" in caplog.text
 
 
+def said(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("content", ["nonsense", None])
+def test_an_unusable_file_is_told_of_once_and_not_at_each_call(tokens, file, content, caplog):
+    if content is None:
+        file.unlink()
+    else:
+        change(file, content)
+    for _ in range(3):
+        tokens.check("Bearer all", "Encode")
+    assert len(said(caplog)) == 1
+
+
+def test_a_file_that_comes_back_is_read_as_it_was_before(tokens, file):
+    aside = file.rename(file.with_name("aside"))
+    tokens.check("Bearer all", "Encode")
+    aside.write_text(hashed("new"))
+    aside.rename(file)
+    tokens.check("Bearer new", "Encode")
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -92,6 +115,7 @@ def test_a_file_that_becomes_unusable_leaves_the_tokens_as_they_were(tokens, fil
         (f"\n{'a' * 63}", "line 2: expected the SHA-256"),
         (f"{'A' * 64}", "line 1: expected the SHA-256"),
         (f"{'a' * 64} Encode,Delete", "line 1: no method is called Delete; there are Decode"),
+        (f"{'a' * 64} Encode\n{'a' * 64}", "line 2: a token that a line before has already"),
         (b"\xff\xfe", "is not text in UTF-8"),
     ],
 )
