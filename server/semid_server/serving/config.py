@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from semid_server.checkpoint import Overrides
+from semid_server.encoding.rows import default_threads
 from semid_server.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -19,12 +20,14 @@ MIB = 1 << 20
 MESSAGE_OVERHEAD = 64 * 1024
 """Bytes of a message left for what is not the tensor: names, fingerprints, headers."""
 
+_MOST_AT_ONCE = 8 * default_threads()
+"""Processes, or threads: so many more than processors are a slip, and take the machine down."""
 
 RANGES = {
     "port": (0, 65535, ""),
     "metrics_port": (0, 65535, ""),
-    "processes": (1, math.inf, ""),
-    "threads": (1, math.inf, ""),
+    "processes": (1, _MOST_AT_ONCE, " (8 for each processor at most)"),
+    "threads": (1, _MOST_AT_ONCE, " (8 for each processor at most)"),
     "verify_fraction": (0, 1, ""),
     "max_message_bytes": (1, math.inf, ""),
     "max_batch_rows": (1, math.inf, ""),
