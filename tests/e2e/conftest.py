@@ -7,6 +7,7 @@ import http.client
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,8 +25,9 @@ from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
 from semid_client import Client
 
 SEMID = Path(sys.executable).with_name("semid")
-START_SECONDS = 90.0
-STOP_SECONDS = 60.0
+# Where nothing is wrong, seconds; but a first start compiles, and a machine may do other things.
+START_SECONDS = 300.0
+STOP_SECONDS = 300.0
 
 # Settings of whoever runs the tests are not the server's.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("SEMID_")}
@@ -56,6 +58,15 @@ class Server:
             if line.startswith(beginning):
                 return line.rpartition(" on ")[2]
 
+    def has_said(self, beginning: str) -> bool:
+        """Whether there is a line on its stdout, not waited for yet; it and those before are."""
+        with contextlib.suppress(queue.Empty):
+            while (line := self._lines.get_nowait()) is not None:
+                self.said.append(line)
+                if line.startswith(beginning):
+                    return True
+        return False
+
     def read_stdout(self) -> None:
         for line in self.process.stdout:
             self._lines.put(line.rstrip("\n"))
@@ -68,8 +79,8 @@ class Server:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def wait(self) -> int:
-        return self.process.wait(STOP_SECONDS)
+    def wait(self, seconds: float = STOP_SECONDS) -> int:
+        return self.process.wait(seconds)
 
     def stop(self) -> int:
         """Stop it as an operator does, and return its exit status."""
@@ -78,7 +89,7 @@ class Server:
 
     def scrape(self) -> str:
         host, _, port = self.metrics.rpartition(":")
-        with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=20)) as http_:
+        with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=60)) as http_:
             http_.request("GET", "/metrics")
             return http_.getresponse().read().decode()
 
@@ -162,6 +173,53 @@ def serve(tmp_path):
         yield start
 
 
+FAULTY = Path(__file__).with_name("faulty_serve.py")
+HOLD = 1001.0
+"""What has its encoder wait, as the first number of a row."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the encoder of a server waits behind."""
+
+    server: Server
+    path: Path
+
+    def hold(self, stub, width: int) -> grpc.Future:
+        """Make a call whose batch waits, with all that comes after it, until it is let go."""
+        row = np.zeros((1, width), np.float32)
+        row[0, 0] = HOLD
+        call = stub.Encode.future(pb.EncodeRequest(tensor=float32_tensor(row)))
+        self.server.wait_for("held")
+        return call
+
+    def wait_for_queue(self, requests: int) -> None:
+        """Wait until so many requests are queued."""
+        wait_for(lambda: self.server.metric("semid_queue_requests") == requests)
+
+    def wait_for_drain(self) -> None:
+        """Wait until the server has said that it stops."""
+        wait_for(lambda: self.server.metric("semid_serving") == 0)
+
+    def release(self) -> None:
+        with self.path.open("w"):
+            pass
+
+
+@pytest.fixture
+def serve_gated(serve, tmp_path):
+    """Start a server whose encoder can be held; return it and its gate."""
+
+    def start(checkpoint, *arguments):
+        path = tmp_path / "gate"
+        os.mkfifo(path)
+        program, env = (sys.executable, FAULTY), {"SEMID_TEST_GATE": str(path)}
+        server = serve(checkpoint, *arguments, program=program, env=env)
+        return server, Gate(server, path)
+
+    return start
+
+
 @pytest.fixture
 def refused(tmp_path):
     """Run `semid serve` that must refuse to start; return what it said, one sentence."""
@@ -174,7 +232,7 @@ def refused(tmp_path):
             text=True,
             env=ENVIRONMENT | (env or {}),
             cwd=tmp_path,
-            timeout=60,
+            timeout=START_SECONDS,
         )
         assert ended.returncode not in {0, -signal.SIGKILL, -signal.SIGSEGV}
         assert "Traceback" not in ended.stderr
@@ -187,6 +245,31 @@ def refused(tmp_path):
         return sentence
 
     return run
+
+
+@pytest.fixture(scope="session")
+def lasting_port():
+    """Return a function that finds a port to which a server can come back.
+
+    It is none of those that the system gives to whoever asks for any, a connection included:
+    between one server and the next nobody takes it. (Where the system says what those are.)
+    """
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first, last = map(int, given.read_text().split()) if given.exists() else (0, 0)
+    lasting = [port for port in range(10_000, 1 << 16) if not first <= port <= last]
+    random = np.random.default_rng()
+
+    def find(*hosts: str) -> int:
+        while True:
+            port = int(random.choice(lasting)) if lasting else 0
+            with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+                for host in hosts or ("127.0.0.1",):
+                    probe = stack.enter_context(socket.socket())
+                    probe.bind((host, port))
+                    port = probe.getsockname()[1]
+                return port
+
+    return find
 
 
 @pytest.fixture(scope="session")
@@ -223,6 +306,20 @@ def digits(reference_dir):
     embeddings = np.load(reference_dir / "data/digits.npy")
     embeddings.setflags(write=False)
     return embeddings
+
+
+def wait_for(condition, seconds=START_SECONDS):
+    """Wait for what tells nobody when it comes to pass."""
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until, f"it did not come to pass within {seconds} s"
+        time.sleep(0.01)
+    return found
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    return wait_for
 
 
 def float32_tensor(rows: np.ndarray) -> pb.Tensor:

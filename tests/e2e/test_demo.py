@@ -10,29 +10,33 @@ import sys
 
 import pytest
 
+PATIENCE = 300.0
+
 
 @pytest.fixture
 def demo(tmp_path):
     """Start `semid demo`, in a folder that has nothing to do with the project."""
     with contextlib.ExitStack() as stack:
 
-        def start(*arguments):
-            return stack.enter_context(
+        def start(*arguments, program=("-m", "semid_client")):
+            process = stack.enter_context(
                 subprocess.Popen(
-                    [sys.executable, "-m", "semid_client", "demo", *map(str, arguments)],
+                    [sys.executable, *program, "demo", *map(str, arguments)],
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
                     cwd=tmp_path,
                 )
             )
+            stack.callback(process.kill)
+            return process
 
         yield start
 
 
 def _metrics_answer(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=5)) as connection:
+    with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=60)) as connection:
         try:
             connection.request("GET", "/metrics")
         except ConnectionRefusedError:
@@ -42,7 +46,7 @@ def _metrics_answer(address: str) -> bool:
 
 def test_it_shows_each_part_and_ends_with_status_0(demo):
     process = demo()
-    told, complaints = process.communicate(timeout=90)
+    told, complaints = process.communicate(timeout=PATIENCE)
     assert (process.returncode, complaints) == (0, "")
     for part in (
         "3,201 movies",
@@ -59,8 +63,17 @@ def test_it_shows_each_part_and_ends_with_status_0(demo):
     assert len(told.splitlines()) < 60
 
 
+HELD = """
+import importlib, threading, semid_client.cli
+shown = importlib.import_module("semid_server.cli.demo")
+shown._show_everything = lambda *_: threading.Event().wait()
+semid_client.cli.main()
+"""
+"""The demo, with something to show that never ends."""
+
+
 def test_ctrl_c_stops_the_server_too(demo):
-    process = demo()
+    process = demo(program=("-c", HELD))
     address = ""
     for line in process.stdout:
         if "semid: metrics on " in line:
@@ -69,7 +82,7 @@ def test_ctrl_c_stops_the_server_too(demo):
             break
     assert _metrics_answer(address)
     process.send_signal(signal.SIGINT)
-    _, complaints = process.communicate(timeout=60)
+    _, complaints = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert complaints.strip() == "Interrupted; the server is stopped."
     assert not _metrics_answer(address)
@@ -77,7 +90,7 @@ def test_ctrl_c_stops_the_server_too(demo):
 
 def test_a_server_that_cannot_start_is_quoted(demo, reference_dir):
     process = demo("--checkpoint", reference_dir / "nothing")
-    _, complaints = process.communicate(timeout=60)
+    _, complaints = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "nothing" in complaints
     assert "Traceback" not in complaints
@@ -85,7 +98,7 @@ def test_a_server_that_cannot_start_is_quoted(demo, reference_dir):
 
 def test_a_checkpoint_of_another_width_is_told_apart(demo, reference_dir):
     process = demo("--checkpoint", reference_dir / "digits_rkmeans/model.ckpt")
-    _, complaints = process.communicate(timeout=60)
+    _, complaints = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "384" in complaints
     assert "64" in complaints

@@ -32,9 +32,9 @@ def _outcome(channel: grpc.Channel, method: str, data: bytes) -> grpc.StatusCode
     path = f"/semid.v1.SemanticIdService/{method}"
     try:
         if method.endswith("Stream"):
-            list(channel.stream_stream(path)(iter([data, data]), timeout=20))
+            list(channel.stream_stream(path)(iter([data, data]), timeout=60))
         else:
-            channel.unary_unary(path)(data, timeout=20)
+            channel.unary_unary(path)(data, timeout=60)
     except grpc.RpcError as error:
         return error.code()
     return grpc.StatusCode.OK

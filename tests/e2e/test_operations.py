@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import time
 
 import grpc
 import pytest
@@ -21,6 +20,7 @@ from semid.v1 import semid_pb2 as pb
 SERVICE = "semid.v1.SemanticIdService"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+STOP_SECONDS = 60.0
 
 
 @pytest.mark.parametrize("service", ["", SERVICE])
@@ -38,17 +38,15 @@ def test_health_of_an_unknown_service_is_not_found(digits_channel):
 
 
 def test_a_watcher_of_health_sees_the_drain_and_does_not_hold_it_up(serve, reference_dir):
-    server = serve(reference_dir / "digits_rkmeans/model.ckpt", "--grace", 50)
+    server = serve(reference_dir / "digits_rkmeans/model.ckpt", "--grace", 10 * STOP_SECONDS)
     with server.channel() as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(
-            health_pb2.HealthCheckRequest(service=SERVICE), timeout=100
+            health_pb2.HealthCheckRequest(service=SERVICE)
         )
         assert next(watch).status == SERVING
-        began = time.monotonic()
         server.signal(signal.SIGTERM)
         assert next(watch).status == NOT_SERVING
-        assert server.wait() == 0
-    assert time.monotonic() - began < 25, "a drain of nothing lasted for the grace period"
+        assert server.wait(STOP_SECONDS) == 0, "a drain of nothing lasts for no grace period"
 
 
 def test_reflection_lists_the_services(digits_channel):
@@ -113,6 +111,7 @@ def test_the_model_is_named_with_its_fingerprint(digits_server, client):
     assert digits_server.metric("semid_serving") == 1.0
 
 
-def test_the_queue_is_empty_when_nobody_calls(digits_server):
+def test_the_queue_is_empty_when_nobody_calls(digits_server, wait_until):
     for name in ("semid_queue_requests", "semid_queue_rows", "semid_queue_bytes"):
-        assert digits_server.metric(name) == 0.0
+        # What callers of tests before this one withdrew may take a moment to go.
+        wait_until(lambda name=name: digits_server.metric(name) == 0.0)

@@ -34,7 +34,7 @@ def test_no_log_line_holds_a_token_or_a_key(serve, reference_dir, tmp_path):
         options = [("grpc.use_local_subchannel_pool", 1)]
         with grpc.secure_channel(target, credentials, options) as channel:
             call = SemanticIdServiceStub(channel).GetModel.future(
-                pb.GetModelRequest(), timeout=30, metadata=[("authorization", f"Bearer {token}")]
+                pb.GetModelRequest(), timeout=60, metadata=[("authorization", f"Bearer {token}")]
             )
             return call.code()
 
