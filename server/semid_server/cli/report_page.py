@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from semid_server.checkpoint import Checkpoint
     from semid_server.training.report import Report
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 420, 220, 52, 34, 12
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 420, 220, 52, 36, 12
 _COLOURS = ("#2a6fbb", "#d9822b", "#3c8f5a", "#8a4fa3")
 
 _STYLE = """
@@ -19,10 +20,14 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 58rem; padding: 0 1rem; }
 figure { display: inline-block; margin: 0 1rem 1.5rem 0; vertical-align: top; }
 figcaption { font-weight: 600; margin-bottom: .3rem; max-width: 26rem; }
-svg text { font-size: 11px; fill: currentColor; }
+.legend { font-size: 12px; margin: 0 0 .2rem; }
+.legend span { margin-right: 1.2em; white-space: nowrap; }
+.legend i { border-radius: 50%; display: inline-block; height: .65em; width: .65em; }
+.legend i { margin-right: .35em; }
+svg text { fill: currentColor; }
 svg .axis { stroke: currentColor; stroke-opacity: .4; }
 table { border-collapse: collapse; margin: 0 0 1.5rem; }
-td, th { padding: .15rem .8rem .15rem 0; text-align: right; }
+td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
 .warning { border-left: 4px solid #c0392b; padding: .2rem .8rem; }
 """
 
@@ -88,20 +93,30 @@ def _figure(caption: str, drawing: str) -> str:
 
 
 def _frame(top: float, x_label: str, inside: str) -> str:
-    """Axes from 0 to ``top`` around what is drawn."""
+    """Axes from 0 to ``top``, a share, around what is drawn."""
     base, right = _HEIGHT - _BOTTOM, _WIDTH - 8
     ticks = "".join(
         f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{top * part:.3g}</text>'
+        f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{100 * top * part:g} %</text>'
         for part in (0, 0.5, 1)
         for y in [base - part * (base - _TOP)]
     )
     middle = (_LEFT + right) / 2
     label = f'<text x="{middle}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
     return (
-        f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
+        f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'font-size="11" role="img">'
         f"{ticks}{inside}{label}</svg>"
     )
+
+
+def _round_up(share: float) -> float:
+    """The next of 1, 2, 4, 6, 8 and 10 times a power of ten: the half of it is as short."""
+    if share <= 0:
+        return 1.0
+    power = math.floor(math.log10(share))
+    first = next(step for step in (1, 2, 4, 6, 8, 10) if share <= step * 10.0**power * (1 + 1e-9))
+    return float(f"{first}e{power}")
 
 
 def _x(index: float, count: int) -> float:
@@ -116,7 +131,7 @@ def _y(value: float, top: float) -> float:
 def _names(names: Sequence[str]) -> str:
     every = -(-len(names) // 12)
     return "".join(
-        f'<text x="{_x(index, len(names)):.1f}" y="{_HEIGHT - 19}" text-anchor="middle">'
+        f'<text x="{_x(index, len(names)):.1f}" y="{_HEIGHT - 21}" text-anchor="middle">'
         f"{escape(name)}</text>"
         for index, name in enumerate(names)
         if index % every == 0
@@ -124,8 +139,8 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _lines(names: Sequence[str], series: dict[str, list[float]], x_label: str) -> str:
-    top = max(max(values) for values in series.values()) or 1.0
-    drawn = [_names(names)]
+    top = _round_up(max(max(values) for values in series.values()))
+    drawn, legend = [_names(names)], []
     for number, (name, values) in enumerate(series.items()):
         colour = _COLOURS[number]
         points = [(_x(i, len(names)), _y(value, top)) for i, value in enumerate(values)]
@@ -136,15 +151,13 @@ def _lines(names: Sequence[str], series: dict[str, list[float]], x_label: str) -
             f"<title>{escape(name)}: {value:.4g}</title></circle>"
             for (x, y), value in zip(points, values, strict=True)
         ]
-        drawn.append(
-            f'<text x="{_WIDTH - 12}" y="{_TOP + 14 * (number + 1)}" text-anchor="end" '
-            f'style="fill:{colour}">{escape(name)}</text>'
-        )
-    return _frame(top, x_label, "".join(drawn))
+        legend.append(f'<span><i style="background:{colour}"></i>{escape(name)}</span>')
+    # above the plot: within it, it would cover one line or another
+    return f'<p class="legend">{"".join(legend)}</p>' + _frame(top, x_label, "".join(drawn))
 
 
 def _bars(names: Sequence[str] | None, values: Sequence[float], x_label: str) -> str:
-    top = max(values) or 1.0
+    top = _round_up(max(values))
     width = (_WIDTH - 8 - _LEFT) / len(values) * (0.8 if names else 1)
     bars = "".join(
         f'<rect x="{_x(i, len(values)) - width / 2:.2f}" y="{_y(value, top):.2f}" '

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import os
 import signal
 import subprocess
@@ -255,6 +256,9 @@ def test_a_report_has_tables_and_a_page_that_stands_alone(trained, embeddings, t
         ET.fromstring(  # noqa: S314 - written just above
             "<svg" + drawing.split("</svg>")[0] + "</svg>"
         )
+    legends = re.findall(r'<p class="legend">(.+?)</p><svg', text)
+    assert len(legends) == 2, "above their plots, where they cover no line"
+    assert "sum" in legends[0]
     result = call(report, trained, embeddings, "--html", page)
     assert result.exit_code == 1
     assert "exists" in result.output
