@@ -39,7 +39,7 @@ from semid_server.serving.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -142,6 +142,12 @@ class Device(Runner[WorkKey, Payload, "npt.NDArray[Any]"]):
                 logger.exception("a request of %d rows failed", len(half[0]))
                 answers.append(DeviceError("the device failed while it computed this request"))
         return answers
+
+    def kind(self, key: WorkKey) -> Hashable:
+        """Return what batches that take equally long have in common, without their model."""
+        model = key.model
+        shape = key.dtype if isinstance(key, EncodeKey) else (key.depth, key.mode)
+        return model.name, model.fingerprint, shape
 
     def part(self, payload: Payload, start: int, stop: int) -> Payload:
         """Return rows ``start`` to ``stop``, as a view."""

@@ -76,8 +76,8 @@ QUICK_AT_MOST: Final = 4 * QUICK
 LARGE_SHARE: Final = 4
 """A request larger than a turn gets one part in so many of each turn while others wait."""
 
-MAX_PACES: Final = 64
-"""Keys whose speed is remembered: those seen last."""
+MAX_PACES: Final = 256
+"""Kinds of batches whose speed is remembered: those that came last."""
 
 
 class Runner(ABC, Generic[Key, Payload, Answer]):
@@ -105,6 +105,13 @@ class Runner(ABC, Generic[Key, Payload, Answer]):
     def join(self, answers: Sequence[Answer]) -> Answer:
         """Return the answer to a payload from those to its parts."""
         raise NotImplementedError
+
+    def kind(self, key: Key) -> Hashable:
+        """Return what batches that take equally long have in common.
+
+        It is kept for longer than their requests, so it must not hold on to what runs them.
+        """
+        return key
 
     def after(self) -> None:
         """Do what may wait until the answers of the batch are on their way."""
@@ -264,7 +271,7 @@ class Batcher(Generic[Key, Payload, Answer]):
         self._changed = threading.Condition(threading.Lock())
         # Each in the order of turns; the keys in the order in which they were served.
         self._queues: dict[Key, list[_Entry[Key, Payload, Answer]]] = {}
-        self._paces: dict[Key, Pace] = {}
+        self._paces: dict[Hashable, Pace] = {}
         self._next_ticket = 0
         self._requests = self._rows = self._nbytes = 0
         # Seconds of work that wait, and the time at which what runs is expected to end.
@@ -567,9 +574,10 @@ class Batcher(Generic[Key, Payload, Answer]):
         return min(MAX_RETRY_AFTER, max(MIN_RETRY_AFTER, self._seconds))
 
     def _pace(self, key: Key) -> Pace:
-        pace = self._paces.get(key)
+        kind = self._runner.kind(key)
+        pace = self._paces.get(kind)
         if pace is None:
-            pace = self._paces[key] = Pace()
+            pace = self._paces[kind] = Pace()
             if len(self._paces) > MAX_PACES:
                 del self._paces[next(iter(self._paces))]
         return pace

@@ -208,6 +208,10 @@ class Server:
 
     async def _load(self) -> bool:
         """Load and warm up the models; False if told to stop before that was done."""
+        # Hundreds of thousands of objects, most of them torch's, that stay: the collector need not
+        # look through them again and again while calls wait. Before the models, which do not stay.
+        gc.collect()
+        gc.freeze()
         backends: list[Backend] = []
         # Looked at before they are read: what changes from here on is a new version.
         self._stamps = [stamp(source.path) for source in self._config.models]
@@ -233,10 +237,7 @@ class Server:
             )
         for backend in backends:
             self._show(backend)
-        # Hundreds of thousands of objects, most of them torch's, that stay: the collector need not
-        # look through them again and again while calls wait.
-        gc.collect()
-        gc.freeze()
+        backends.clear()  # the worker keeps `make_device`, which must not keep them
         self._metrics.watch_queue(lambda: self._batcher.queue)
         return True
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +58,7 @@ class Versions:
     def __init__(self, served):
         self._served = served
         self.made = {}
+        self.alive = weakref.WeakSet()
         self.error = None
 
     def __call__(self, source, config, *, on_verified):
@@ -63,7 +66,9 @@ class Versions:
             raise self.error
         name = source.name or source.path.name
         self.made[name] = self.made.get(name, 0) + 1
-        return Version(self.made[name], replace(self._served, name=name))
+        version = Version(self.made[name], replace(self._served, name=name))
+        self.alive.add(version)
+        return version
 
 
 @pytest.fixture
@@ -149,6 +154,20 @@ async def test_a_stream_ends_on_the_version_that_it_started_on(run_server, versi
     assert number_in((await call.read()).response) == 1
     await call.done_writing()
     assert await call.code() == grpc.StatusCode.OK
+
+
+async def test_a_version_that_was_replaced_is_let_go_of(run_server, versions, stub_of):
+    server = run_server(versions, models=TWO[:1])
+    stub = stub_of(await server.address())
+    for times in (1, 2):
+        await stub.Encode(REQUEST)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await reloaded(server, "ok", times)
+    assert number_in(await stub.Encode(REQUEST)) == 3
+    while len(versions.alive) > 1:
+        gc.collect()
+        await asyncio.sleep(0)
+    assert number_in(await stub.Encode(REQUEST)) == 3
 
 
 @pytest.mark.parametrize("error", [MalformedCheckpointError("x", "is cut short"), ValueError("?")])
