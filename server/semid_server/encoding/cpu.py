@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import llvmlite.binding
 import numpy as np
 import torch
+from numba.core.registry import cpu_target
 
 from semid_server.encoding import cpu_kernels
 from semid_server.encoding.network import Network
@@ -17,8 +17,11 @@ from semid_server.encoding.plan import UNIT32, Plan
 from semid_server.encoding.protocol import EncodeCounts, code_dtype_of
 from semid_server.encoding.reference import ReferenceEncoder
 from semid_server.encoding.rows import checked, default_threads, spans
+from semid_server.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
     from torch import Tensor, nn
 
@@ -40,9 +43,21 @@ _WIDEST_INTEGER = 1 << 16
 """Features up to which the int16 product cannot overflow (BOUNDS.md, "Rounding to integers")."""
 
 
+_LEAST_STEP = 2.0**-100
+"""Centroids that would need a finer step are rounded to zeros, at an error of their length."""
+
+_PROBED = (1, 16, 256)
+_PROBED_COLUMNS = 1024
+"""Rows and columns that the float32 product is tried with: the library has several kernels."""
+
+
 def has_integer_product() -> bool:
-    """Whether this processor has the instruction that the int16 product is made of."""
-    return bool(llvmlite.binding.get_host_cpu_features().get("avx512vnni", False))
+    """Whether numba compiles for a processor with the instruction of the int16 product.
+
+    That is the one it runs on, unless ``NUMBA_CPU_NAME`` and the like say otherwise.
+    """
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return "+avx512vnni" in features.split(",")
 
 
 class CpuEncoder:
@@ -64,6 +79,11 @@ class CpuEncoder:
         Which product to use; the faster one that works here by default.
     share : float
         Products of numbers that are worth another thread.
+
+    Raises
+    ------
+    ConfigurationError
+        If the float32 product is needed, and is less exact here than BOUNDS.md takes it to be.
     """
 
     def __init__(
@@ -180,12 +200,12 @@ class _IntegerProduct:
         steps, spreads, rounded = [], [], []
         for start, stop in pairwise(plan.offsets):
             centroids = plan.centroids[start:stop].double()
-            # each centroid has a step of its own; one of zeros has step 1, and no error
+            # each centroid has a step of its own; one that is rounded to zeros has step 1
             step = torch.maximum(
                 centroids.norm(dim=1) / cpu_kernels.LONGEST,
                 centroids.abs().amax(dim=1) / cpu_kernels.LARGEST,
             ).float()
-            step = torch.where(step > 0, step, 1.0)
+            step = torch.where(step >= _LEAST_STEP, step, 1.0)
             nearest = torch.round(centroids / step.double()[:, None])
             error = (centroids - nearest * step.double()[:, None]).norm(dim=1)
             steps.append(step)
@@ -240,6 +260,14 @@ class _FloatProduct:
         rounding = plan.dim * UNIT32 / (1 - plan.dim * UNIT32)
         self.steps = np.ones(len(plan.centroids), dtype=np.float32)
         self.spreads = _upwards(1.05 * rounding * plan.lengths.double())
+        loss = loss_of_short_factors(plan.dim, min(len(plan.centroids), _PROBED_COLUMNS))
+        if not loss <= rounding:
+            raise ConfigurationError(
+                f"the library's float32 product is off by {loss:.2g} of the sum of its terms; "
+                f"float32 explains {rounding:.2g} at the most: it rounds its factors to fewer "
+                "bits. Unset ONEDNN_DEFAULT_FPMATH_MODE and what else asks for that, or encode by "
+                "the reference arithmetic"
+            )
 
     def of_chunk(self, rows: Array) -> Array:
         """Inner products float32 ``(n, N)`` of ``rows`` (n, E) and all centroids."""
@@ -261,6 +289,25 @@ class _FloatProduct:
         cpu_kernels.measure(rows, facts)
         facts[:, 3] = offsets
         cpu_kernels.decide(rows, products, facts, tables, codes, levels)
+
+
+def loss_of_short_factors(
+    dim: int, width: int, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+) -> float:
+    """Error of float32 products of rows and ``width`` columns, relative to the sum of their terms.
+
+    All factors are one number, which lies just below the middle of two that bfloat16, or TF32,
+    have: rounded to those, each loses as much as it can, and all in one direction.
+    """
+    worst = 0.0
+    for bits in (7, 10):
+        number = 1.0 + 2.0 ** -(bits + 1) - 2.0**-23
+        columns = torch.full((dim, width), number)
+        exact = dim * number**2
+        for n in _PROBED:
+            products = product(torch.full((n, dim), number), columns)
+            worst = max(worst, float((products.double() - exact).abs().max()) / exact)
+    return worst
 
 
 def _tables(plan: Plan, product: _IntegerProduct | _FloatProduct) -> cpu_kernels.Tables:

@@ -91,9 +91,9 @@ _any_order = compiled(nogil=True, fastmath={"reassoc", "contract", "nsz", "nnan"
 def round_rows(rows: Array, rounded: Array, facts: Array) -> None:
     """Round ``rows`` (n, D), float32 or float64, to int16 in ``rounded`` (>= n, >= D).
 
-    ``facts`` float64 (n, 3) gets the length of each row, its step (what one in ``rounded`` stands
-    for) and a bound on the distance between the row and what was rounded to. Columns from D on
-    stay as they are. Rows of a length out of range become 0.
+    ``facts`` float64 (n, 4) gets the length of each row, its step (what one in ``rounded`` stands
+    for) and a bound on the distance between the row and what was rounded to; its fourth column
+    stays as it is, and so do columns from D on. Rows of a length out of range become 0.
     """
     n, dim = rows.shape
     slack = 1.0 + 2.0 * dim * UNIT32
@@ -400,7 +400,7 @@ def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compile
             slope = 1.002 * (
                 alpha * rounding
                 + drift
-                + (2 * layer + 8) * UNIT64 * mass
+                + (4 * layer + 8) * UNIT64 * mass
                 + (layer + 12) * UNIT32 * (mass + longest)
             )
             lift = 1.002 * alpha * length

@@ -310,7 +310,7 @@ def decide(
                 slope = 1.002 * (
                     alpha * rounding
                     + drift
-                    + mass * (2 * layer + 8) * UNIT64
+                    + mass * (4 * layer + 8) * UNIT64
                     + (mass + longest) * (layer + 12) * UNIT32
                 )
                 lift = 1.002 * alpha * length

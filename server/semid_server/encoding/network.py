@@ -37,6 +37,9 @@ _LONGEST = 1e150
 _ELEMENTARY = 2.0**-47
 """How far, relative to ``1 + |x|``, an activation that needs `exp` or `erf` may be off."""
 
+_LEAST = 2.0**-500
+"""Lengths below this are taken for this: what underflows is far below the bounds then."""
+
 
 @dataclass(frozen=True, eq=False)
 class Network:
@@ -128,7 +131,7 @@ class Network:
         if self.mean is not None:
             x = self._batch_norm(x)
             # four roundings, each relative to a number of at most |x| + 2 |shift|
-            error = 8 * UNIT * (torch.linalg.vector_norm(x, dim=1) + self.shift_length)
+            error = 8 * UNIT * (_length(x) + self.shift_length)
         if self.normalize:
             dim = x.shape[1]
             norm = torch.linalg.vector_norm(x, dim=1)
@@ -139,12 +142,11 @@ class Network:
             error = torch.where(known, error, torch.inf)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if i:
+                error = _LIPSCHITZ[self.activation] * error
+                if self.activation not in _EXACT:
+                    error += _ELEMENTARY * (math.sqrt(x.shape[1]) + _length(x))
                 x = _FAST[self.activation](x)
-                size = torch.linalg.vector_norm(x, dim=1)
-                error = _LIPSCHITZ[self.activation] * error + _ELEMENTARY * (
-                    math.sqrt(x.shape[1]) + size
-                )
-            size = torch.linalg.vector_norm(x, dim=1)
+            size = _length(x)
             spread, offset = self.spreads[i], self.offset_lengths[i]
             x = functional.linear(x, weight, bias)
             # the Frobenius norm bounds both the map itself and the map of absolute values
@@ -168,6 +170,12 @@ def norm_in_order(x: Tensor) -> Tensor:
     for feature in squares:
         total += feature
     return sqrt(total)
+
+
+def _length(x: Tensor) -> Tensor:
+    """Length of each row of ``x`` (n, D), in any order, and not less than `_LEAST`."""
+    length: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return length.clamp(min=_LEAST)
 
 
 def sqrt(x: Tensor) -> Tensor:
@@ -267,6 +275,9 @@ _FAST: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.ELU: functional.elu,
     Activation.IDENTITY: _identity,
 }
+
+_EXACT = {Activation.RELU, Activation.IDENTITY}
+"""Activations that round nothing."""
 
 # max |f'|; that of gelu is 1.1290 (at sqrt 2), that of silu 1.0999 (at 2.3994).
 _LIPSCHITZ: dict[Activation, float] = {
