@@ -73,8 +73,8 @@ class Server:
         self._lines.put(None)
 
     def stderr(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
+        # Not through the open file: the server writes where that is read.
+        return Path(self.log.name).read_text()
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
