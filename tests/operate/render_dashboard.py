@@ -20,11 +20,12 @@ import live
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.dates import DateFormatter
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 INK, FAINT = "#222222", "#888888"
 UNIT_HEIGHT, WIDTH = 0.42, 22.0
 WINDOW = "4s"
+BINARY = {"bytes": "", "binBps": "/s"}
 
 
 def shown(value: float, unit: str) -> str:
@@ -39,12 +40,21 @@ def shown(value: float, unit: str) -> str:
             (1e-6, "us"),
         )
         return f"{value / scale:.3g} {name}" if value else "0 s"
-    if unit == "bytes":
+    if unit in BINARY:
         steps = min(4, int(math.log(value, 1024))) if value >= 1 else 0
-        return f"{value / 1024**steps:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[steps]}"
-    words = {"reqps": " req/s", "ops": " ops/s", "suffix: rows/s": " rows/s"}
+        name = ("B", "KiB", "MiB", "GiB", "TiB")[steps]
+        return f"{value / 1024**steps:.4g} {name}{BINARY[unit]}"
+    words = {"reqps": " req/s", "ops": " ops/s"}
     number = f"{value / 1000:.3g} K" if value >= 10_000 else f"{value:.4g}"
-    return number + words.get(unit, "")
+    return number + words.get(unit, unit.removeprefix("suffix:") if ":" in unit else "")
+
+
+class BinaryLocator(MaxNLocator):
+    """A few ticks at round numbers of KiB, MiB, ..., as Grafana has them."""
+
+    def tick_values(self, vmin: float, vmax: float):
+        scale = 1024 ** max(0, math.floor(math.log(max(vmax, 1), 1024)))
+        return super().tick_values(vmin / scale, vmax / scale) * scale
 
 
 def legend(target, labels) -> str:
@@ -72,6 +82,31 @@ def draw_stat(axes, panel, prometheus) -> None:
     )
 
 
+def draw_series(axes, series, *, stacked: bool) -> None:
+    if stacked:
+        stamps = sorted({stamp for _, values in series for stamp, _ in values})
+        tables = [dict(map(tuple, values)) for _, values in series]
+        axes.stackplot(
+            [datetime.fromtimestamp(stamp) for stamp in stamps],  # noqa: DTZ006 - the reader's
+            [[float(table.get(stamp, 0)) for stamp in stamps] for table in tables],
+            labels=[name for name, _ in series],
+            colors=[f"C{number}" for number in range(len(series))],
+            alpha=0.6,
+        )
+        return
+    for number, (name, values) in enumerate(series):
+        times = [datetime.fromtimestamp(stamp) for stamp, _ in values]  # noqa: DTZ006 - the reader's
+        # Those behind are wider, so that one under another shows; none ends at the frame.
+        axes.plot(
+            times,
+            [float(value) for _, value in values],
+            linewidth=1 + 1.5 * (len(series) - 1 - number) / len(series),
+            label=name,
+            clip_on=False,
+            zorder=3,
+        )
+
+
 def draw_lines(axes, panel, prometheus, begin: float, end: float) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     series = []
@@ -80,29 +115,20 @@ def draw_lines(axes, panel, prometheus, begin: float, end: float) -> None:
         found = prometheus.get("query_range", query=query, start=begin, end=end, step=1)["result"]
         series += [(legend(target, one["metric"]), one["values"]) for one in found]
     custom = defaults["custom"]
-    for name, values in series:
-        times = [datetime.fromtimestamp(stamp) for stamp, _ in values]  # noqa: DTZ006 - the reader's
-        axes.plot(times, [float(value) for _, value in values], linewidth=1, label=name)
-    if custom.get("stacking") and series:
-        for line in list(axes.lines):
-            line.remove()
-        stamps = sorted({stamp for _, values in series for stamp, _ in values})
-        tables = [dict(map(tuple, values)) for _, values in series]
-        axes.stackplot(
-            [datetime.fromtimestamp(stamp) for stamp in stamps],  # noqa: DTZ006 - the reader's
-            [[float(table.get(stamp, 0)) for stamp in stamps] for table in tables],
-            labels=[name for name, _ in series],
-            alpha=0.6,
-        )
+    draw_series(axes, series, stacked=bool(custom.get("stacking")))
     for step in defaults.get("thresholds", {}).get("steps", ()):
         if step["value"] is not None:
             axes.axhline(step["value"], color="#c4162a", linewidth=0.8)
     if custom.get("scaleDistribution", {}).get("type") == "log":
         axes.set_yscale("log")
+    else:
+        axes.set_ylim(top=max(1.05 * axes.get_ylim()[1], custom.get("axisSoftMax", -math.inf)))
     axes.set_ylim(bottom=defaults.get("min"), top=defaults.get("max"))
+    if defaults["unit"] in BINARY:
+        axes.yaxis.set_major_locator(BinaryLocator(6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, defaults["unit"])))
     axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S"))
-    axes.xaxis.set_major_locator(plt.MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(4 if panel["gridPos"]["w"] > 5 else 2))
     axes.tick_params(labelsize=7, colors=INK)
     axes.grid(color="#dddddd", linewidth=0.5)
     for side in ("top", "right"):
@@ -163,7 +189,7 @@ def draw(dashboard, prometheus, begin: float, end: float, page: Path) -> None:
             draw_table(axes, panel, prometheus)
         else:
             draw_lines(axes, panel, prometheus, begin, end)
-    figure.savefig(page, dpi=70)
+    figure.savefig(page, dpi=80)
 
 
 def main() -> None:

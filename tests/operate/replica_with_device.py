@@ -3,7 +3,7 @@
     python tests/operate/replica_with_device.py CHECKPOINT
 
 Codes, batches and all other figures are real, and made on the CPU. Only what a driver would say is
-made up, from this process: its memory and the machine's load.
+made up, from this process: its memory, and how busy it is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from pathlib import Path
 
 from semid_server.serving.backend import Backend
@@ -22,9 +23,13 @@ TOTAL = 8 << 30
 
 
 class BackendWithDevice(Backend):
-    """A backend whose device has memory to show."""
+    """A backend whose device has memory to show, and is as busy as this process is."""
+
+    _seen = (0.0, 0.0)
 
     def device_use(self) -> DeviceUse:
+        before, self._seen = self._seen, (time.process_time(), time.monotonic())
+        spent, passed = (now - then for now, then in zip(self._seen, before, strict=True))
         _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
         page = os.sysconf("SC_PAGE_SIZE")
         return DeviceUse(
@@ -32,7 +37,7 @@ class BackendWithDevice(Backend):
             total_bytes=TOTAL,
             used_bytes=resident * page,
             reserved_bytes=(resident - shared) * page,
-            utilization=min(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)),
+            utilization=min(1.0, spent / passed) if before[1] else 0.0,
         )
 
 
