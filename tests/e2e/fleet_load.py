@@ -39,6 +39,9 @@ MESSAGE_ROWS = 40
 AHEAD = 4
 """Messages of a stream that have no answer yet."""
 
+MOST_FRUITLESS = 600
+"""Streams in a row that no server takes, a tenth of a second each."""
+
 
 @dataclass
 class Account:
@@ -152,11 +155,11 @@ class Stream:
 
     def run(self, stub: SemanticIdServiceStub) -> None:
         fruitless = 0
-        while not self.stop.is_set() and fruitless < 50:
+        while not self.stop.is_set() and fruitless < MOST_FRUITLESS:
             before, broken, sent = self.answered, threading.Event(), [self.answered]
             began = time.monotonic()
             try:
-                for answer in stub.EncodeStream(self.messages(broken, sent), timeout=120):
+                for answer in stub.EncodeStream(self.messages(broken, sent)):
                     codes = np.frombuffer(answer.response.tensor.data, np.uint8)
                     truth = CODES[self.spans[self.answered % len(self.spans)]]
                     self.answered += 1

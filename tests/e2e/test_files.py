@@ -22,6 +22,8 @@ from file_formats import FORMATS, INPUTS, as_stream, read_output, table
 
 from semid_client.cli.root import root
 
+PATIENCE = 400.0
+
 
 def semid(*arguments, stdin=None):
     result = CliRunner().invoke(root, [str(argument) for argument in arguments], input=stdin)
@@ -147,7 +149,7 @@ def long_file(tmp_path, digits):
     rows = np.tile(digits, (400, 1))
     np.save(tmp_path / "in.npy", rows)
     command = [sys.executable, "-m", "semid_client", "encode", "in.npy", "-o", "out.npy"]
-    return [*command, "--save-every", "0", "--unique", "grid", "--timeout", "60", "--target"]
+    return [*command, "--save-every", "0", "--unique", "grid", "--timeout", "300", "--target"]
 
 
 def begun(command, target, folder):
@@ -166,17 +168,17 @@ def whole(reference_set, n):
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_in_the_middle_is_waited_for(
-    serve, reference_dir, reference_set_named, tmp_path, long_file
+    serve, lasting_port, reference_set_named, tmp_path, long_file
 ):
-    checkpoint = reference_dir / "digits_rkmeans/model.ckpt"
-    server = serve(checkpoint)
+    checkpoint = reference_set_named("digits_rkmeans").checkpoint
+    server = serve(checkpoint, "--port", lasting_port())
     with begun(long_file, server.target, tmp_path) as process:
         try:
             server.signal(signal.SIGKILL)
             server.wait()
             done = json.loads((tmp_path / "out.npy.partial/progress.json").read_text())["rows_in"]
             serve(checkpoint, "--port", server.target.rpartition(":")[2])
-            out, err = process.communicate(timeout=100)
+            out, err = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
     assert process.returncode == 0, err
@@ -189,20 +191,20 @@ def test_a_server_that_is_killed_in_the_middle_is_waited_for(
 
 @pytest.mark.slow
 def test_another_model_in_the_middle_is_refused_and_the_first_goes_on(
-    serve, reference_dir, reference_set_named, tmp_path, long_file
+    serve, lasting_port, reference_set_named, tmp_path, long_file
 ):
     first, other = (
-        reference_dir / name / "model.ckpt"
+        reference_set_named(name).checkpoint
         for name in ("digits_rkmeans", "digits_rkmeans_raw_residuals")
     )
-    server = serve(first)
-    port = server.target.rpartition(":")[2]
+    port = lasting_port()
+    server = serve(first, "--port", port)
     with begun(long_file, server.target, tmp_path) as process:
         try:
             server.signal(signal.SIGKILL)
             server.wait()
             another = serve(other, "--port", port)
-            _, err = process.communicate(timeout=100)
+            _, err = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
     assert process.returncode == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -11,7 +12,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from semid_client import (
     Client,
     ConfigurationError,
     InvalidInputError,
+    _shared_memory,
 )
 
 FOLDER = Path("/dev/shm")  # noqa: S108 - where it is
@@ -51,8 +52,18 @@ def sent_bytes(server):
     return server.metric("semid_received_bytes_total", transport="message")
 
 
+@pytest.fixture
 def named():
-    return sorted(path.name for path in FOLDER.glob("semid-*"))
+    """Return a function that lists what has a name there since the test began.
+
+    Others on this machine may have something there, too: that stays, or goes as they please.
+    """
+
+    def now():
+        return {path.name for path in FOLDER.glob("semid-*")}
+
+    before = now()
+    return lambda: now() - before
 
 
 def held_by(server):
@@ -64,11 +75,10 @@ def held_by(server):
     return [name for name in held if name.startswith(str(FOLDER / "semid-"))]
 
 
-def wait_until(holds):
-    until = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Clients of these tests never send bytes because a busy machine was slow to share."""
+    monkeypatch.setattr(_shared_memory, "PATIENCE", 60.0)
 
 
 @pytest.fixture
@@ -164,8 +174,10 @@ def test_a_bad_row_is_named_where_it_is_in_the_array(digits_server, digits, allo
         client.encode(rows)
 
 
-def test_nothing_is_left_when_clients_close_and_arrays_go(digits_server, digits):
+def test_nothing_is_left_when_clients_close_and_arrays_go(digits_server, digits, named, wait_until):
     rows = enough(digits, np.float32)
+    # What clients of other tests shared goes a moment after they do.
+    wait_until(lambda: digits_server.metric("semid_shared_memory_segments") == 0)
     with Client(digits_server.target, shared_memory=True) as client:
         client.encode(rows)
         array = client.allocate(*rows.shape)
@@ -175,7 +187,7 @@ def test_nothing_is_left_when_clients_close_and_arrays_go(digits_server, digits)
         assert digits_server.metric("semid_shared_memory_segments") == 2
         del part
         wait_until(lambda: digits_server.metric("semid_shared_memory_segments") == 1)
-        assert len(held_by(digits_server)) == 1
+        wait_until(lambda: len(held_by(digits_server)) == 1)
     wait_until(lambda: digits_server.metric("semid_shared_memory_segments") == 0)
     wait_until(lambda: not held_by(digits_server))
     wait_until(lambda: not named())
@@ -213,7 +225,7 @@ def start_client(digits, tmp_path):
         yield start
 
 
-def test_what_a_killed_client_shared_is_gone(serve, checkpoint, start_client):
+def test_what_a_killed_client_shared_is_gone(serve, checkpoint, start_client, named, wait_until):
     server = serve(checkpoint)
     clients = [start_client(server) for _ in range(3)]
     wait_until(lambda: server.metric("semid_shared_memory_segments") == 6)
@@ -228,19 +240,19 @@ def test_what_a_killed_client_shared_is_gone(serve, checkpoint, start_client):
 
 
 def test_a_server_that_is_told_to_stop_does_not_wait_for_sharing_to_end(serve, checkpoint, digits):
-    server = serve(checkpoint, "--grace", 60)
+    server = serve(checkpoint, "--grace", 3600)
     with Client(server.target, shared_memory=True) as client:
         client.encode(enough(digits, np.float32))
-        began = time.monotonic()
         assert server.stop() == 0
-    assert time.monotonic() - began < 30
 
 
-def test_a_client_shares_anew_with_a_server_that_was_started_again(serve, checkpoint, digits):
+def test_a_client_shares_anew_with_a_server_that_was_started_again(
+    serve, lasting_port, checkpoint, digits
+):
     rows = enough(digits, np.float32)
-    server = serve(checkpoint)
-    port = server.target.rpartition(":")[2]
-    with Client(server.target, shared_memory=True, timeout=60) as client:
+    port = lasting_port()
+    server = serve(checkpoint, "--port", port)
+    with Client(server.target, shared_memory=True, timeout=300) as client:
         array = client.allocate(*rows.shape)
         array[:] = rows
         expected = client.encode(rows)
@@ -254,10 +266,12 @@ def test_a_client_shares_anew_with_a_server_that_was_started_again(serve, checkp
         assert sent_bytes(again) == 0
 
 
-def test_a_long_transfer_goes_on_with_a_server_that_comes_back(serve, checkpoint, digits):
+def test_a_long_transfer_goes_on_with_a_server_that_comes_back(
+    serve, lasting_port, checkpoint, digits
+):
     rows = np.tile(digits, (60, 1))  # several messages
-    server = serve(checkpoint)
-    port = server.target.rpartition(":")[2]
+    port = lasting_port()
+    server = serve(checkpoint, "--port", port)
     pieces = []
     started = []
 
@@ -269,7 +283,7 @@ def test_a_long_transfer_goes_on_with_a_server_that_comes_back(serve, checkpoint
             started.append(serve(checkpoint, "--port", port))
 
     with Client(server.target, shared_memory=True) as client:
-        client.encode_into(rows, sink, timeout=90)
+        client.encode_into(rows, sink, timeout=400)
     assert [start for start, _ in pieces] == sorted({start for start, _ in pieces})
     codes = np.concatenate([codes for _, codes in pieces])
     with Client(started[0].target, shared_memory=False) as client:
@@ -364,13 +378,18 @@ def test_sharing_goes_over_tls(serve, checkpoint, digits, tmp_path):
 def share_by_hand(stub, content, size):
     """Share a file as the contract says, and return its descriptor, handle, and call."""
     name, proof = f"semid-{secrets.token_hex(16)}", secrets.token_bytes(16)
-    fd = os.open(FOLDER / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    unshared = FOLDER / f"test-{name}"
+    fd = os.open(unshared, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)  # else servers that start meanwhile, of others, would remove it
     os.pwrite(fd, proof + content, 0)
+    unshared.rename(FOLDER / name)
     call = stub.ShareMemory(pb.ShareMemoryRequest(name=name, size_bytes=size, proof=proof))
     return fd, next(call).segment, call
 
 
-def test_a_truncated_file_is_refused_and_the_server_goes_on(digits_server, stub, digits):
+def test_a_truncated_file_is_refused_and_the_server_goes_on(
+    digits_server, stub, digits, wait_until
+):
     content = digits.tobytes()
     fd, segment, call = share_by_hand(stub, content, 16 + len(content))
     request = pb.EncodeRequest(
@@ -408,7 +427,7 @@ def test_a_file_that_is_cut_and_grown_all_the_time_gives_codes_or_a_refusal(
     )
     calls = []
     for _ in range(300):
-        calls.append(stub.Encode.future(request, timeout=20))
+        calls.append(stub.Encode.future(request, timeout=300))
         for size in (0, 16 + len(content), 100_000, 16 + len(content)):
             os.ftruncate(fd, size)
         os.pwrite(fd, content, 16)
