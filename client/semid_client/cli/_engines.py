@@ -10,11 +10,13 @@ import click
 from semid_client._errors import ConfigurationError, FingerprintMismatchError
 from semid_client._transfer import Collected
 from semid_client.cli._options import F, connect, connection_options, option
+from semid_client.files.memory import pages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from semid_client.files import Engine
+    from semid_client.files.memory import Memory
 
 ENTRY_POINTS: Final = "semid.encoders"
 """Where the server's part offers to run a checkpoint, so that this one need not know torch."""
@@ -39,6 +41,10 @@ class ServerEngine:
             self._client.close()
             raise
         self.where = f"at {self._client.target}"
+
+    def memory(self, n_bytes: int) -> Memory:
+        """Any memory: what is sent is copied from there."""
+        return pages(n_bytes)
 
     def encode(self, rows: NDArray[Any]) -> NDArray[Any]:
         """Codes of embeddings; waits for a server that is busy or restarts."""

@@ -19,9 +19,9 @@ from semid_client.cli._engines import check_engine, engine_options, open_engine
 from semid_client.cli._options import option
 from semid_client.cli.decode import codes_of, extra_digit_option
 from semid_client.files import Convention, FileError, extra_digits, open_rows
+from semid_client.files.finite import not_finite
 from semid_client.files.ids import READ_ROWS, Ids
 from semid_client.files.outputs import json_id, kept
-from semid_client.files.pipeline import not_finite
 from semid_client.files.places import place
 from semid_client.files.rows import STDIN
 
@@ -329,7 +329,7 @@ class _Cursor:
         while self._at + len(self._held) < stop:
             block = next(self._blocks)
             self._held = np.concatenate([self._held, block.rows])
-            self._bad |= block.bad | not_finite(block)
+            self._bad |= block.bad | not_finite(block.rows, block.start)
             self._forget(start)
         rows = self._held[: stop - start]
         return rows, {row: problem for row, problem in self._bad.items() if start <= row < stop}

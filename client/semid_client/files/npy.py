@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from semid_client.files.memory import Memory
     from semid_client.files.places import Ranges
 
 HEADER_BYTES: Final = 1 << 17
@@ -46,11 +47,12 @@ class Matrix:
     shape : tuple of int
         ``(n, m)``.
     dtype : numpy.dtype
-        Type of the numbers, in the file's byte order.
+        Type of the numbers, in this machine's byte order, whatever the file's.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    _stored: np.dtype[Any]
 
     def __init__(self, path: str | os.PathLike[str] | Place) -> None:
         self.place = path if isinstance(path, Place) else place(path)
@@ -59,36 +61,57 @@ class Matrix:
         self._offset = 0
         self._by_columns = False
 
-    def _check_size(self) -> None:
-        expected = self._offset + self.shape[0] * self.shape[1] * self.dtype.itemsize
+    def _store(self, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int) -> None:
+        """Take what the header says, and make sure that so many numbers are there."""
+        self.shape, self._stored, self._offset = shape, dtype, offset
+        self.dtype = dtype.newbyteorder("=")
+        expected = self._offset + self.shape[0] * self.shape[1] * dtype.itemsize
         if self._file.size < expected:
             raise FileError(
                 self.name,
                 f"is truncated: {self._file.size} bytes where {self.shape[0]} x {self.shape[1]} "
-                f"{self.dtype} takes {expected}",
+                f"{dtype} takes {expected}",
             )
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
         """Read the rows of a slice."""
-        if not self.shape[0] * self.shape[1]:
-            return np.empty(self.shape, self.dtype)[rows]
         start, stop, step = rows.indices(self.shape[0])
-        if not self._by_columns and step == 1:
-            return self._read(start, max(start, stop))
+        if self._by_columns or step != 1:
+            return self._native(np.ascontiguousarray(self._mapped()[rows]))
+        found: NDArray[Any] = np.empty((max(0, stop - start), self.shape[1]), self._stored)
+        self._file.read_into(found.reshape(-1).view(np.uint8).data, self._place_of(start))
+        return self._native(found)
+
+    def read(self, start: int, stop: int, memory: Memory) -> NDArray[Any]:
+        """Read rows ``start`` to ``stop - 1`` into ``memory``; see `Ranges.fetch`."""
+        shape = (stop - start, self.shape[1])
+        n_bytes, unit = shape[0] * shape[1] * self._stored.itemsize, self._stored.itemsize
+        if self._by_columns:
+            rows = memory[:n_bytes].view(self._stored).reshape(shape)
+            rows[:] = self._mapped()[start:stop]
+        else:
+            found = self._file.fetch(memory, self._place_of(start), n_bytes, unit)
+            rows = found.view(self._stored).reshape(shape)
+        return self._native(rows)
+
+    def _place_of(self, row: int) -> int:
+        return self._offset + row * self.shape[1] * self._stored.itemsize
+
+    def _native(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Turn the bytes of numbers, in their place, that another kind of machine has stored."""
+        if self._stored != self.dtype:
+            rows = rows.byteswap(inplace=rows.flags.writeable).view(self.dtype)
+        return rows
+
+    def _mapped(self) -> NDArray[Any]:
+        """All rows as they are stored, in memory that is the file's."""
+        if not self.shape[0] * self.shape[1]:
+            return np.empty(self.shape, self._stored)
         if not isinstance(self._file, LocalRanges):
             raise FileError(self.name, "is stored by columns: save a copy in C order")
         # Mapped anew each time: pages of a map count as the process's own while it exists.
         order: Any = "F" if self._by_columns else "C"
-        mapped: NDArray[Any] = np.memmap(
-            self._file.file, self.dtype, "r", self._offset, self.shape, order
-        )
-        return mapped[rows]
-
-    def _read(self, start: int, stop: int) -> NDArray[Any]:
-        found: NDArray[Any] = np.empty((stop - start, self.shape[1]), self.dtype)
-        at = self._offset + start * self.shape[1] * self.dtype.itemsize
-        self._file.read_into(found.reshape(-1).view(np.uint8).data, at)
-        return found
+        return np.memmap(self._file.file, self._stored, "r", self._offset, self.shape, order)
 
     def mapped(self) -> NDArray[Any]:
         """All rows, in memory that is the file's until they are written to."""
@@ -142,5 +165,4 @@ class NpyReader(Matrix):
             raise FileError(self.name, f"holds {dtype}; expected floats or integers")
         if len(shape) != 2 or min(shape) < 0:  # noqa: PLR2004 -- a matrix
             raise FileError(self.name, f"has shape {shape}; expected (rows, columns)")
-        self.shape, self.dtype, self._offset = shape, dtype, file.tell()
-        self._check_size()
+        self._store(shape, dtype, file.tell())

@@ -1,37 +1,35 @@
 """Rows through an engine into work: reading, computing and writing at the same time.
 
-One thread reads ahead, the engine's threads compute, the caller's thread writes and records
-progress. Each hands on a bounded number of blocks, so that memory is that of a few blocks.
+Threads read ahead, the engine's threads compute, the caller's thread writes and records progress.
+Each hands on a bounded number of blocks, so that memory is that of a few blocks.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from semid_client._errors import InvalidInputError
 from semid_client.files._errors import FileError
+from semid_client.files.reading import AHEAD, ReadAhead
 from semid_client.files.rows import Block
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
     from semid_client._model import ModelInfo
+    from semid_client.files.memory import Memory
     from semid_client.files.outputs import OnBadRow
+    from semid_client.files.reading import Read
     from semid_client.files.rows import Source
     from semid_client.files.work import Progress
-
-AHEAD: Final = 2
-"""Blocks that are read ahead, and that wait for each thread of the engine."""
 
 
 class Engine(Protocol):
@@ -57,8 +55,11 @@ class Engine(Protocol):
     threads: int
     block_bytes: int
 
+    def memory(self, n_bytes: int) -> Memory:
+        """At least so many bytes, from the beginning of a page, where rows are best read into."""
+
     def encode(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """Codes (n, L) of finite embeddings (n, D)."""
+        """Codes (n, L) of finite embeddings (n, D), which change after that."""
 
     def decode(self, codes: NDArray[Any], mode: str) -> NDArray[Any]:
         """Reconstructions float32 (n, D) of codes (n, l)."""
@@ -138,65 +139,67 @@ class Pipeline:
         """
         row_bytes = max(self.source.width * self.source.dtype.itemsize, 1)
         n_rows = max(1, self.engine.block_bytes // row_bytes)
-        blocks = self.source.blocks(self.work.progress.rows_in, n_rows)
+        start = self.work.progress.rows_in
         pool = ThreadPoolExecutor(self.engine.threads, "semid-compute")
-        try:
-            for item in _ahead(blocks, self.stages):
-                self._waiting.append(self._submit(item, pool))
-                if len(self._waiting) > AHEAD * self.engine.threads:
-                    self._finish()
-            while self._waiting:
-                self._finish()
-        except BaseException:
-            self.engine.close()  # ends what is under way: nobody waits for it any more
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        with ReadAhead(self.source, start, n_rows, self.engine.memory) as reads:
+            try:
+                for item in reads:
+                    self._waiting.append(self._submit(item, pool, reads.threads))
+                    if len(self._waiting) > AHEAD * self.engine.threads:
+                        reads.take_back(self._finish())
+                while self._waiting:
+                    reads.take_back(self._finish())
+            except BaseException:
+                self.engine.close()  # ends what is under way: nobody waits for it any more
+                raise
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, item: Block | BaseException, pool: ThreadPoolExecutor) -> _Waiting:
+    def _submit(
+        self, item: Read | BaseException, pool: ThreadPoolExecutor, readers: int
+    ) -> _Waiting:
         # What is wrong is said in its turn, so that what comes before it is kept.
         if isinstance(item, BaseException):
-            return _Waiting(Block(0, np.empty((0, 0))), {}, pool.submit(_fail, item))
-        bad = dict(sorted((item.bad | not_finite(item)).items()))
-        if bad and self.on_bad_row == "fail":
-            row, problem = next(iter(bad.items()))
+            return _Waiting(Block(0, np.empty((0, 0))), None, pool.submit(_fail, item))
+        block = item.block
+        self.stages.reading += item.seconds / readers
+        self.stages.bytes_read += block.rows.nbytes
+        if block.bad and self.on_bad_row == "fail":
+            row, problem = next(iter(block.bad.items()))
             error = FileError(self.source.path, f"row {row}: {problem}")
-            return _Waiting(item, bad, pool.submit(_fail, error))
-        return _Waiting(item, bad, pool.submit(self._timed, _without(item, bad)))
+            return _Waiting(block, item.memory, pool.submit(_fail, error))
+        return _Waiting(block, item.memory, pool.submit(self._timed, _without_bad(block)))
 
-    def _timed(self, rows: NDArray[Any]) -> NDArray[Any]:
+    def _timed(self, rows: NDArray[Any]) -> tuple[NDArray[Any], float]:
         began = time.perf_counter()
-        answer = self.compute(rows)
-        self.stages.computing += (time.perf_counter() - began) / self.engine.threads
-        return answer
+        return self.compute(rows), time.perf_counter() - began
 
-    def _finish(self) -> None:
+    def _finish(self) -> Memory | None:
+        """Write what the block gave that was submitted first; return the memory it was read to."""
         done = self._waiting.popleft()
-        answer = done.answer(self.source.path)
+        block = done.block
+        answer, seconds = done.answer(self.source.path)
+        self.stages.computing += seconds / self.engine.threads
         began = time.perf_counter()
-        if done.bad and self.on_bad_row == "skip":
-            answer = np.delete(answer, done.places, axis=0)
+        if block.bad and self.on_bad_row == "skip":
+            answer = np.delete(answer, _places(block), axis=0)
         if self.keep_ids is not None:
-            self.keep_ids(done.block.ids)
-        self.work.append(len(done.block.rows), answer, done.bad)
+            self.keep_ids(block.ids)
+        self.work.append(len(block.rows), answer, block.bad)
         self.stages.writing += time.perf_counter() - began
-        self.report(len(done.block.rows))
+        self.report(len(block.rows))
+        return done.memory
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A block that is being computed, and its bad rows by index in the source."""
+    """A block that is being computed, and the memory that it was read into, if that is ours."""
 
     block: Block
-    bad: dict[int, str]
-    future: Future[NDArray[Any]]
+    memory: Memory | None
+    future: Future[tuple[NDArray[Any], float]]
 
-    @property
-    def places(self) -> list[int]:
-        """Where in the block the bad rows are."""
-        return [row - self.block.start for row in self.bad]
-
-    def answer(self, path: str) -> NDArray[Any]:
+    def answer(self, path: str) -> tuple[NDArray[Any], float]:
         """Wait for what was computed; a refusal is about a row of the source."""
         try:
             return self.future.result()
@@ -205,70 +208,20 @@ class _Waiting:
             raise FileError(path, place + error.problem) from error
 
 
-def _fail(error: BaseException) -> NDArray[Any]:
+def _fail(error: BaseException) -> tuple[NDArray[Any], float]:
     raise error
 
 
-def _without(block: Block, bad: dict[int, str]) -> NDArray[Any]:
+def _places(block: Block) -> list[int]:
+    """Where in the block the bad rows are."""
+    return [row - block.start for row in block.bad]
+
+
+def _without_bad(block: Block) -> NDArray[Any]:
     """Rows of a block with zeros for bad ones, which are computed too and then dropped."""
-    if not bad:
-        return block.rows
-    rows = block.rows.copy()
-    rows[[row - block.start for row in bad]] = 0  # finite, and a code of every model
-    return rows
-
-
-def _ahead(blocks: Iterator[Block], stages: Stages) -> Iterator[Block | BaseException]:
-    """Read in a thread of its own, `AHEAD` blocks before they are asked for; errors come last."""
-    ready: queue.Queue[Block | BaseException | None] = queue.Queue(AHEAD)
-    stop = threading.Event()
-
-    def hand_on(item: Block | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def read() -> None:
-        try:
-            began = time.perf_counter()
-            for block in blocks:
-                stages.reading += time.perf_counter() - began
-                stages.bytes_read += block.rows.nbytes
-                hand_on(block)
-                if stop.is_set():
-                    return
-                began = time.perf_counter()
-        except BaseException as error:  # noqa: BLE001 -- raised where the blocks are asked for
-            hand_on(error)
-        hand_on(None)
-
-    reader = threading.Thread(target=read, name="semid-read", daemon=True)
-    reader.start()
-    try:
-        while (item := ready.get()) is not None:
-            yield item
-    finally:
-        stop.set()
-        reader.join()
-
-
-def not_finite(block: Block) -> dict[int, str]:
-    """Rows that hold NaN or an infinity, by index in the source."""
     rows = block.rows
-    if rows.dtype.kind in "iu" or not rows.size:
-        return {}
-    with np.errstate(over="ignore", invalid="ignore"):
-        # No sum of numbers of which one is not finite is finite: one pass finds the suspects.
-        suspects = np.flatnonzero(~np.isfinite(rows.sum(axis=1)))
-    bad = {}
-    for row in suspects.tolist():
-        columns = np.flatnonzero(~np.isfinite(rows[row]))
-        if len(columns):
-            column = int(columns[0])
-            bad[block.start + row] = (
-                f"number {column} is {rows[row, column]}; embeddings are finite"
-            )
-    return bad
+    if block.bad:
+        if not rows.flags.writeable:
+            rows = rows.copy()
+        rows[_places(block)] = 0  # finite, and a code of every model
+    return rows

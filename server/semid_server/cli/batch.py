@@ -6,6 +6,7 @@ Found by entry points, so that the client never imports torch: ``semid.encoders`
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -17,17 +18,22 @@ import torch
 from semid_client._errors import ConfigurationError, InvalidInputError
 from semid_client._model import Layer, Limits, ModelInfo
 from semid_client.files import FileError
+from semid_client.files.memory import pages
 from semid_server.errors import SemidError
 from semid_server.serving.allocator import keep_large_buffers
-from semid_server.serving.backend import Backend
+from semid_server.serving.backend import TORCH_TYPES, Backend
 from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.types import DecodeKey
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from semid_client.files.memory import Memory
     from semid_server.serving.backend import Buffers
 
+
+CPU_BLOCK_BYTES: Final = 4 << 20
+"""Some of them stay in the processor's cache between being read and being encoded."""
 
 GPU_BLOCKS: Final = 2
 """Blocks on their way to a GPU at once: one is copied to where it can be fetched beside another."""
@@ -67,6 +73,8 @@ class CheckpointEngine:
         # A GPU fetches and encodes one block while the next are copied to where it can fetch them;
         # a CPU is busy encoding.
         self.threads = 1 if served.device == "cpu" else GPU_BLOCKS
+        if served.device == "cpu":
+            self.block_bytes = CPU_BLOCK_BYTES
         self._device = Lock()
         self._buffers: SimpleQueue[Buffers] = SimpleQueue()
         for _ in range(self.threads):
@@ -84,11 +92,26 @@ class CheckpointEngine:
             limits=Limits(config.max_message_bytes, config.max_batch_rows),
         )
 
+    def memory(self, n_bytes: int) -> Memory:
+        """At least so many bytes, from the beginning of a page; page-locked for a GPU."""
+        if self._served.device == "cpu":
+            return pages(n_bytes)
+        locked = torch.empty(n_bytes + mmap.PAGESIZE, dtype=torch.uint8, pin_memory=True)
+        return locked.numpy()[-locked.data_ptr() % mmap.PAGESIZE :]
+
     def encode(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """Codes (n, L) of embeddings (n, D)."""
+        """Codes (n, L) of finite embeddings (n, D), read where they are if the device can."""
         name: Any = rows.dtype.name
         if name == "bfloat16":
             rows = rows.view(np.uint16)
+        if not rows.dtype.isnative:
+            rows = rows.astype(rows.dtype.newbyteorder("="))
+        # torch has no tensors of memory that must not be written to.
+        if rows.flags.carray and len(rows):
+            tensor = torch.from_numpy(rows).view(TORCH_TYPES[name])
+            if self._served.device == "cpu" or tensor.is_pinned():
+                with self._device:
+                    return self._backend.encode_rows(tensor)
         buffers = self._buffers.get()
         try:
             filled, (error,) = self._backend.fill(name, [rows], buffers)
@@ -165,6 +188,13 @@ class TensorRows:
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
         return self._numpy(self._load()[rows]).copy()
+
+    def read(self, start: int, stop: int, memory: Memory) -> NDArray[Any]:
+        """Copy rows ``start`` to ``stop - 1`` into memory."""
+        some = self._numpy(self._load()[start:stop])
+        rows = memory[: some.nbytes].view(some.dtype).reshape(some.shape)
+        rows[:] = some
+        return rows
 
     @staticmethod
     def _numpy(tensor: torch.Tensor) -> NDArray[Any]:

@@ -35,8 +35,9 @@ from semid_client._errors import (
     InvalidInputError,
     SemidClientError,
 )
-from semid_client.files import Block, FileError, Work
-from semid_client.files.pipeline import not_finite
+from semid_client.files import FileError, Work
+from semid_client.files.finite import not_finite
+from semid_client.files.memory import Memory, pages
 from semid_client.files.rows import ListColumns, ParquetRows
 from semid_server.cli.batch import CheckpointEngine
 from semid_server.cli.ray_parts import Parts, gaps, locate, part_of
@@ -165,7 +166,7 @@ class Encoder:
         )
         columns = ListColumns(task.source, table.schema, "embeddings", task.column, None)
         numbers, bad = columns.rows(batch, 0, task.width, np.dtype(task.dtype))
-        bad |= not_finite(Block(0, numbers, bad))
+        bad |= not_finite(numbers, 0)
         if bad and task.fail:
             first = min(bad, key=lambda place: int(rows[place]))
             raise FileError(task.source, f"row {rows[first]}: {bad[first]}")
@@ -253,6 +254,10 @@ class RayEngine:
         # Here it is loaded for what is to be known of the model; any device will do for that.
         self._here = CheckpointEngine(path, device="cpu")
         self.info, self.where = self._here.info, self._here.where
+
+    def memory(self, n_bytes: int) -> Memory:
+        """Any memory."""
+        return pages(n_bytes)
 
     def encode(self, rows: NDArray[Any]) -> NDArray[Any]:
         """Codes (n, L) of embeddings (n, D), without the cluster."""

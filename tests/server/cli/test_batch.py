@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from queue import SimpleQueue
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -33,6 +35,12 @@ class WaitingBackend:
         return rows[:, :1]
 
 
+def read_only(rows):
+    """Rows as Arrow has them, which torch cannot read where they are: they are copied."""
+    rows.flags.writeable = False
+    return rows
+
+
 @pytest.fixture
 def engine(reference_set_named):
     return CheckpointEngine(str(reference_set_named("digits_rkmeans").checkpoint), device="cpu")
@@ -42,7 +50,7 @@ def test_a_block_is_filled_while_another_is_on_the_device(engine):
     backend = engine._backend = WaitingBackend()
     engine._buffers.put({})  # a second one, as for a GPU
     answers = SimpleQueue()
-    blocks = [np.full((2, 3), i, np.float32) for i in range(3)]
+    blocks = [read_only(np.full((2, 3), i, np.float32)) for i in range(3)]
     threads = [
         threading.Thread(target=lambda rows=rows: answers.put(engine.encode(rows)), daemon=True)
         for rows in blocks
@@ -67,10 +75,30 @@ def test_a_block_that_is_refused_gives_its_buffer_back(engine, reference_set_nam
     digits = reference_set_named("digits_rkmeans")
     bad = digits.embeddings[:5].copy()
     bad[3, 7] = np.nan
+    bad = read_only(bad)
     for _ in range(2 * engine.threads):
         with pytest.raises(InvalidInputError, match=r"embeddings\[3\]"):
             engine.encode(bad)
-    codes = engine.encode(digits.embeddings[:50])
+    codes = engine.encode(read_only(digits.embeddings[:50].copy()))
     np.testing.assert_array_equal(codes, digits.codes[:50])
-    engine.encode(digits.embeddings[50:100])
+    engine.encode(read_only(digits.embeddings[50:100].copy()))
     np.testing.assert_array_equal(codes, digits.codes[:50])
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8", "<f2", ">f2", "bfloat16"])
+def test_rows_are_encoded_where_they_are_in_whatever_form(engine, reference_set_named, dtype):
+    digits = reference_set_named("digits_rkmeans")
+    whole = np.rint(digits.embeddings[:64])  # the same numbers in every type
+    expected = engine.encode(whole.astype(np.float32))
+    rows = whole.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    forms = [rows, read_only(rows.copy()), np.asfortranarray(rows), np.repeat(rows, 2, axis=0)[::2]]
+    for form in forms:
+        np.testing.assert_array_equal(engine.encode(form), expected)
+    assert engine.encode(rows[:0]).shape == (0, expected.shape[1])
+
+
+def test_rows_are_read_to_the_beginning_of_a_page(engine):
+    memory = engine.memory(12345)
+    assert len(memory) >= 12345
+    assert memory.ctypes.data % mmap.PAGESIZE == 0
+    memory[:] = 1

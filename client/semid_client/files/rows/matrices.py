@@ -16,6 +16,10 @@ from semid_client.files.rows.source import Block, Source, What, reading, the_one
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
+    from semid_client.files.memory import Memory
+
 SAFETENSORS_HEADER: Final = 100_000_000
 """Bytes that the header of a ``.safetensors`` file may have."""
 
@@ -36,7 +40,7 @@ class MatrixRows(Source):
     what : "embeddings" or "codes"
         What the rows are.
     matrix : object
-        Has ``shape``, ``dtype`` and slices of rows.
+        Has ``shape``, ``dtype`` and slices of rows, and reads some into memory.
     """
 
     def __init__(self, path: str, what: What, matrix: Any) -> None:
@@ -53,6 +57,14 @@ class MatrixRows(Source):
         assert self.n_rows is not None  # noqa: S101 -- a matrix has a shape
         for at in range(start, self.n_rows, n_rows):
             yield Block(at, self._matrix[at : min(at + n_rows, self.n_rows)])
+
+    def read(self, start: int, stop: int, memory: Memory) -> NDArray[Any]:
+        """Read rows ``start`` to ``stop - 1`` into ``memory``, which is theirs and `SLACK` more.
+
+        Several threads may do that at once.
+        """
+        rows: NDArray[Any] = self._matrix.read(start, stop, memory)
+        return rows
 
     def places(self) -> list[Place]:
         """The one file."""
@@ -113,14 +125,12 @@ class SafetensorsMatrix(Matrix):
         name = the_one(self.name, "two-dimensional tensors", matrices, column)
         tensor, (start, stop) = tensors[name], tensors[name]["data_offsets"]
         if tensor["dtype"] == "BF16":
-            self.dtype = np.dtype(need("ml_dtypes", self.name).bfloat16)
+            dtype = np.dtype(need("ml_dtypes", self.name).bfloat16)
         elif tensor["dtype"] in SAFETENSORS_TYPES:
-            self.dtype = np.dtype(SAFETENSORS_TYPES[tensor["dtype"]])
+            dtype = np.dtype(SAFETENSORS_TYPES[tensor["dtype"]])
         else:
             raise ValueError(f"tensor {name!r} is of {tensor['dtype']}; expected numbers")
-        self.shape, self._offset = (*map(int, tensor["shape"]),), 8 + length + int(start)
-        if min(self.shape) < 0 or stop - start != (
-            self.shape[0] * self.shape[1] * self.dtype.itemsize
-        ):
-            raise ValueError(f"tensor {name!r} of shape {self.shape} does not take {stop - start}")
-        self._check_size()
+        shape = (*map(int, tensor["shape"]),)
+        if min(shape) < 0 or stop - start != shape[0] * shape[1] * dtype.itemsize:
+            raise ValueError(f"tensor {name!r} of shape {shape} does not take {stop - start}")
+        self._store(shape, dtype, 8 + length + int(start))
