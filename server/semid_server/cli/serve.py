@@ -301,6 +301,14 @@ def _default(name: str) -> dict[str, Any]:
     "supervisor's own patience.",
 )
 @_option(
+    "--max-stall",
+    type=click.FloatRange(0),
+    **_default("max_stall"),
+    help="Seconds that a batch, or the event loop, may take before it is taken to hang (and four "
+    "times --max-batch-seconds at least). Calls then fail as UNAVAILABLE, and the process ends "
+    "with status 1, for a supervisor to start another. 0 waits for ever.",
+)
+@_option(
     "--watch",
     type=click.FloatRange(0),
     **_default("watch"),

@@ -281,6 +281,9 @@ class Batcher(Generic[Key, Payload, Answer]):
         self._resting = self._quick_due = False
         self._runner: Runner[Key, Payload, Answer]
         self._waiting_for_room: deque[asyncio.Future[None]] = deque()
+        # The batch that runs, if one does, and how many have begun.
+        self._running: _Batch[Key, Payload, Answer] | None = None
+        self._begun = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lost: asyncio.Future[DeviceLostError]
 
@@ -395,6 +398,18 @@ class Batcher(Generic[Key, Payload, Answer]):
     async def lost(self) -> DeviceLostError:
         """Wait until the device is lost, if ever it is; nothing is admitted from then on."""
         return await asyncio.shield(self._lost)
+
+    def give_up(self, error: DeviceLostError) -> None:
+        """Fail what runs and what waits, and admit no more: the batch that runs will not end."""
+        if (batch := self._running) is not None:
+            self._answer([(entry, error) for entry, _, _ in batch.parts])
+        self._lose(error)
+
+    @property
+    def running(self) -> int | None:
+        """The number of the batch that runs; None if none does. Any thread may ask."""
+        begun = self._begun
+        return None if self._running is None else begun
 
     @property
     def queue(self) -> QueueState:
@@ -723,6 +738,18 @@ class Batcher(Generic[Key, Payload, Answer]):
     # -- whoever runs a batch: the worker, or the loop while the worker rests --------------------
 
     def _run(
+        self,
+        batch: _Batch[Key, Payload, Answer],
+        deliver: Callable[..., None],
+    ) -> None:
+        self._begun += 1
+        self._running = batch
+        try:
+            self._run_noted(batch, deliver)
+        finally:
+            self._running = None
+
+    def _run_noted(
         self,
         batch: _Batch[Key, Payload, Answer],
         deliver: Callable[..., None],

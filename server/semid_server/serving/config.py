@@ -46,6 +46,7 @@ RANGES = {
     "max_peer_bytes": (1, math.inf, ""),
     "min_ping_interval": (0, math.inf, " seconds"),
     "grace": (0, math.inf, " seconds"),
+    "max_stall": (0, math.inf, " seconds"),
     "watch": (0, math.inf, " seconds"),
 }
 """Least and greatest value of each number, and its unit where the name has none."""
@@ -95,6 +96,7 @@ class ServeConfig:
     max_connection_streams: int = 1024
     min_ping_interval: float = 30.0
     grace: float = 30.0
+    max_stall: float = 60.0
     watch: float = 0.0
     tls: TlsFiles | None = None
     token_file: Path | None = None

@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
-from semid_server.errors import ConfigurationError, SemidError
+from semid_server.errors import ConfigurationError, DeviceLostError, SemidError
 from semid_server.serving.addresses import (
     admin_address,
     bracketed,
@@ -34,6 +34,7 @@ from semid_server.serving.servicer import SemanticIdServicer, add_to_server
 from semid_server.serving.shared_memory import Bounds, SharedMemory
 from semid_server.serving.tls import Certificates
 from semid_server.serving.tokens import TokenFile
+from semid_server.serving.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -269,13 +270,29 @@ class Server:
         stopping = asyncio.create_task(self._stop.wait())
         lost = asyncio.create_task(self._batcher.lost())
         try:
-            await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
+            with self._watchdog():
+                await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
             if lost.done():
                 # A supervisor starts another process; this one has nothing left to serve with.
                 raise lost.result()
         finally:
             for task in (*watchers, stopping, lost):
                 task.cancel()
+
+    def _watchdog(self) -> contextlib.AbstractContextManager[object]:
+        if not self._config.max_stall:
+            return contextlib.nullcontext()
+        # A batch takes about max_batch_seconds by what earlier ones took, not by a clock.
+        limit = max(self._config.max_stall, 4 * self._config.max_batch_seconds)
+        hung = DeviceLostError(
+            f"a batch has not ended within {limit:g} s: the device, or what it runs, hangs"
+        )
+        return Watchdog(
+            limit,
+            batch=lambda: self._batcher.running,
+            hung=lambda: self._batcher.give_up(hung),
+            patience=self._config.grace + 10 * LAST_WORDS,
+        )
 
     async def _reload_when_told(self, sources: list[ModelSource]) -> None:
         while True:
