@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from semid_server.checkpoint.contents import Contents
-from semid_server.checkpoint.state_dict import model_tensors, read_spec, shown
+from semid_server.checkpoint.state_dict import (
+    model_tensors,
+    read_spec,
+    residuals_said,
+    shown,
+)
 from semid_server.errors import MalformedCheckpointError
 from semid_server.model import ModelKind
 
@@ -76,29 +83,23 @@ def read_grid_lightning(
 def _of_ignored(ignored: Sequence[str]) -> list[str]:
     if not ignored:
         return []
-    shown = ", ".join(ignored[:3]) + (" and others" if len(ignored) > 3 else "")  # noqa: PLR2004 (shown)
-    return [f"{len(ignored)} tensors that are no part of the quantiser were left out: {shown}"]
+    first, others = ", ".join(ignored[:3]), len(ignored) - 3
+    more = f" and {others} others" if others > 0 else ""
+    return [f"left out, as no part of the quantiser: {first}{more}"]
 
 
 def _normalize_residuals(
     path: Path, hyper_parameters: Mapping[object, object], overrides: Overrides, notes: list[str]
 ) -> bool:
-    recorded = hyper_parameters.get("normalize_residuals")
-    if overrides.normalize_residuals is not None:
-        if recorded is not None and recorded != overrides.normalize_residuals:
-            notes.append(
-                f"normalize_residuals: {overrides.normalize_residuals}, as was asked for; the file "
-                f"records {recorded}"
-            )
-        return overrides.normalize_residuals
-    if not isinstance(recorded, bool):
+    said = residuals_said(hyper_parameters.get("normalize_residuals"), overrides, notes)
+    if not isinstance(said, bool):
         raise MalformedCheckpointError(
             path,
-            f"hyper_parameters.normalize_residuals is {shown(recorded)}, where true or false is "
+            f"hyper_parameters.normalize_residuals is {shown(said)}, where true or false is "
             "expected, and nothing else in the file says whether residuals were normalised: say "
             "--normalize-residuals or --no-normalize-residuals",
         )
-    return recorded
+    return said
 
 
 def _kind(
@@ -141,7 +142,17 @@ def _uninitialized(path: Path, recorded: object, n_layers: int, warnings: list[s
     if recorded is None:
         warnings.append("the file does not record which layers were initialised")
         return []
-    if not isinstance(recorded, Sequence) or len(recorded) != n_layers:
+    flags = recorded.tolist() if isinstance(recorded, torch.Tensor) else recorded
+    if isinstance(flags, Sequence) and not isinstance(flags, str):
+        flags = [
+            flag.item() if isinstance(flag, torch.Tensor) and flag.numel() == 1 else flag
+            for flag in flags
+        ]
+    if (
+        not isinstance(flags, list)
+        or len(flags) != n_layers
+        or not all(isinstance(flag, int) for flag in flags)
+    ):
         raise MalformedCheckpointError(
             path,
             f"layers_initialized is {shown(recorded)}; expected true or false for each of "
@@ -150,6 +161,6 @@ def _uninitialized(path: Path, recorded: object, n_layers: int, warnings: list[s
     return [
         f"layer {layer}: the file records that it was never initialised, so its codes mean "
         "nothing. Train on until every layer is initialised"
-        for layer, initialized in enumerate(recorded)
+        for layer, initialized in enumerate(flags)
         if not initialized
     ]

@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from semid_server.checkpoint.contents import Contents
-from semid_server.checkpoint.state_dict import model_tensors, read_spec, shown
+from semid_server.checkpoint.state_dict import (
+    model_tensors,
+    read_spec,
+    residuals_said,
+    shown,
+)
 from semid_server.errors import MalformedCheckpointError
 from semid_server.model import ModelKind
 
@@ -21,7 +26,8 @@ FORMAT = "torch-state-dict"
 def read_plain_torch(path: Path, file: Mapping[object, object], overrides: Overrides) -> Contents:
     """Read ``{"model_state_dict", "num_hierarchies", "codebook_width", "embedding_dim"}``.
 
-    The three numbers are optional; those that are there must agree with the tensors.
+    The three numbers are optional; those that are there must agree with the tensors. So is
+    ``normalize_residuals``, which is believed.
 
     Raises
     ------
@@ -44,13 +50,17 @@ def read_plain_torch(path: Path, file: Mapping[object, object], overrides: Overr
                 f"kind: {kind}; the file does not record it, and R-VQ would give the same codes "
                 "(--kind says otherwise)"
             )
-    normalize_residuals = overrides.normalize_residuals
+    normalize_residuals = residuals_said(_recorded(file), overrides, notes)
     if normalize_residuals is None:
         normalize_residuals = not has_encoder
         notes.append(
             f"normalize_residuals: {normalize_residuals}, as GRID configures this kind; the file "
             "does not record it, and the codes depend on it (--normalize-residuals and "
             "--no-normalize-residuals say otherwise)"
+        )
+    if not isinstance(normalize_residuals, bool):
+        raise MalformedCheckpointError(
+            path, f"normalize_residuals is {shown(normalize_residuals)}; expected true or false"
         )
     spec = read_spec(
         path,
@@ -82,3 +92,10 @@ def read_plain_torch(path: Path, file: Mapping[object, object], overrides: Overr
         notes=tuple(notes),
         warnings=(f"left out: {', '.join(ignored)}",) if ignored else (),
     )
+
+
+def _recorded(file: Mapping[object, object]) -> object:
+    """What the file says of ``normalize_residuals``, beside the tensors or where Lightning does."""
+    within = file.get("hyper_parameters")
+    others = within if isinstance(within, Mapping) else {}
+    return file.get("normalize_residuals", others.get("normalize_residuals"))

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 _WRAPPERS = re.compile(r"^(?:module\.|model\.)*(?=quantization_layer|encoder\.|decoder\.|norm)")
 """Put before every name by data-parallel training and by modules that hold the model."""
 
+_WRAPPED = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+"""Put anywhere into names by torch.compile, sharded training, checkpointing and DeepSpeed."""
+
+_CENTROIDS = re.compile(r"^(?P<holder>(?:.+\.)?)quantization_layer_list\.\d+\.centroids$")
+
 _FOR_TRAINING = re.compile(
     r"^(quantization_layer_list\.\d+\.(initializer|distance_function|loss_function)\."
     r"|quantization_layer\.)"
@@ -30,6 +37,10 @@ _FOR_TRAINING = re.compile(
 """Of the initialiser, the loss and the template of the layers: no part of inference."""
 
 _OF_THE_MODEL = re.compile(r"^(quantization_layer_list|encoder|decoder|normalization_layer)\.")
+
+_OF_A_LAYER = re.compile(r"^quantization_layer_list\.\d+\.(?!centroids$)")
+
+_COUNT = "normalization_layer.0.num_batches_tracked"
 
 _LINEAR_WEIGHT = re.compile(r"^(encoder|decoder)\.model\.\d+\.weight$")
 
@@ -56,17 +67,19 @@ def model_tensors(path: Path, raw: Mapping[object, object]) -> ModelTensors:
     state: dict[str, Tensor] = {}
     notes: list[str] = []
     ignored: list[str] = []
-    for key, value in raw.items():
-        # torch.compile wraps a module and puts its name into the middle
-        name = _WRAPPERS.sub("", str(key).replace("_orig_mod.", ""))
+    for key, name in _names(path, raw).items():
+        value = raw[key]
         if _FOR_TRAINING.match(name):
             continue
-        if not _OF_THE_MODEL.match(name):
+        if not _OF_THE_MODEL.match(name) or _is_statistic(name, value):
             ignored.append(str(key))
             continue
         if name in state:
             raise MalformedCheckpointError(path, f"state dict holds {name} twice, once as {key}")
         state[name] = _numbers(path, name, value, notes)
+    if "normalization_layer.0.running_mean" in state:
+        # Old and converted files lack it, and inference has no use for it.
+        state.setdefault(_COUNT, torch.zeros((), dtype=torch.int64))
     if not any(name.startswith("quantization_layer_list.") for name in state):
         raise MalformedCheckpointError(
             path,
@@ -76,10 +89,49 @@ def model_tensors(path: Path, raw: Mapping[object, object]) -> ModelTensors:
     return ModelTensors(state, notes, ignored)
 
 
+def _names(path: Path, raw: Mapping[object, object]) -> dict[object, str]:
+    """Name of each tensor in the model, whatever held the model when it was saved."""
+    names = {key: _WRAPPERS.sub("", _WRAPPED.sub("", str(key))) for key in raw}
+    found = [match for name in names.values() if (match := _CENTROIDS.match(name))]
+    holders = sorted({match["holder"] for match in found})
+    if not holders or "" in holders:
+        return names
+    if len(holders) > 1:
+        raise MalformedCheckpointError(
+            path, f"its state dict holds several quantisers, under {', '.join(holders)}: keep one"
+        )
+    (holder,) = holders
+    for key, name in names.items():
+        if not name.startswith(holder) and _OF_THE_MODEL.match(name):
+            raise MalformedCheckpointError(
+                path, f"{key} lies outside of {holder}, which holds the codebooks: is it a part?"
+            )
+    return {key: name.removeprefix(holder) for key, name in names.items()}
+
+
+def _is_statistic(name: str, value: object) -> bool:
+    """Whether it is a count or a flag that a layer keeps of its training: no map, nothing wide."""
+    if not _OF_A_LAYER.match(name):
+        return False
+    return isinstance(value, torch.Tensor) and value.ndim <= 1
+
+
 def shown(value: object) -> str:
     """Text of a value from a file for a message of one line."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN and "\n" not in text else type(value).__name__
+
+
+def residuals_said(recorded: object, overrides: Overrides, notes: list[str]) -> object:
+    """Return what is said of ``normalize_residuals``: by the user, or else by the file."""
+    asked = overrides.normalize_residuals
+    if asked is None:
+        return recorded
+    if recorded is not None and recorded is not asked:
+        notes.append(
+            f"normalize_residuals: {asked}, as was asked for; the file records {shown(recorded)}"
+        )
+    return asked
 
 
 def _numbers(path: Path, name: str, value: object, notes: list[str]) -> Tensor:
@@ -190,6 +242,12 @@ def check_shapes(path: Path, spec: ModelSpec, state: Mapping[str, Tensor], *, so
                 f"{name} has shape {tuple(state[name].shape)}; expected {shape}, by {source}",
             )
     extra = sorted(set(state) - set(shapes))
+    if extra and _OF_A_LAYER.match(extra[0]):
+        raise MalformedCheckpointError(
+            path,
+            f"{extra[0]}, of shape {tuple(state[extra[0]].shape)}, has no place in this model: "
+            "centroids alone decide the codes of its layers",
+        )
     if extra:
         raise MalformedCheckpointError(
             path,

@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import deque
+from os import SEEK_END
 from typing import IO, TYPE_CHECKING, Any, Self
 
 import torch
@@ -84,6 +85,12 @@ _INERT = frozenset(
 )
 
 _ZIP_MAGIC = b"PK\x03\x04"
+
+_UNPACKING = 8
+"""How many times its own size an archive may unpack to. torch.save does not compress at all."""
+
+_SMALL = 1 << 20
+"""Bytes to which any archive may unpack."""
 
 _LEGACY_PICKLES = 5
 """Pickles that follow each other in a file from before torch 1.6, ahead of the raw numbers."""
@@ -160,12 +167,20 @@ def _first_line(error: object) -> str:
 
 
 def _names_in_archive(path: Path, file: IO[bytes]) -> set[str]:
-    """Names in the pickle of a zip archive, after a check of every member's CRC-32."""
+    """Names in the pickle of a zip archive, after a check of sizes and of each member's CRC-32."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.namelist()
             pickles = [name for name in members if name.endswith("/data.pkl")]
-            if any(name.endswith("/constants.pkl") for name in members):
+            size = file.seek(0, SEEK_END)
+            unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > max(_SMALL, _UNPACKING * size):
+                # Before anything is unpacked: a small file could take all memory.
+                problem = (
+                    f"its {size} bytes unpack to {unpacked}, more than {_UNPACKING} times as many; "
+                    "torch.save does not compress"
+                )
+            elif any(name.endswith("/constants.pkl") for name in members):
                 problem = "a TorchScript archive, which is a program; expected a checkpoint"
             elif len(pickles) != 1:
                 problem = f"a zip archive with {len(pickles)} data.pkl; one of torch.save has 1"

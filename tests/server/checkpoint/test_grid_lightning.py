@@ -160,7 +160,46 @@ def test_what_is_no_part_of_the_quantiser_is_left_out_and_named(lightning):
     assert mentions(loaded.warnings, "left out", "train_loss.total")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "model._orig_mod."])
+@pytest.mark.parametrize(
+    "name", ["quantization_layer_list.0.cluster_counts", "quantization_layer_list.1.initialized"]
+)
+def test_what_a_layer_counted_in_training_is_left_out_and_named(lightning, rq_kmeans_spec, name):
+    path = lightning(rq_kmeans_spec, filename="plain.ckpt")
+    loaded = load_checkpoint(lightning(state={name: torch.ones(3)}))
+    assert mentions(loaded.warnings, "left out", name)
+    assert loaded.fingerprint == load_checkpoint(path).fingerprint
+
+
+def test_no_more_than_three_of_many_are_named(lightning):
+    others = {f"other.{index}": torch.ones(1) for index in range(5)}
+    (warning,) = load_checkpoint(lightning(state=others)).warnings
+    assert warning.endswith("other.0, other.1, other.2 and 2 others")
+
+
+def test_the_count_of_a_batch_norm_need_not_be_there(lightning, rq_vae_spec):
+    path = lightning(rq_vae_spec)
+    without = lightning(
+        rq_vae_spec,
+        state={"normalization_layer.0.num_batches_tracked": None},
+        filename="without.ckpt",
+    )
+    assert load_checkpoint(without).fingerprint == load_checkpoint(path).fingerprint
+
+
+@pytest.mark.parametrize(
+    "flags", [torch.tensor([True, True]), [torch.tensor(True), torch.tensor(True)], [1, 1]]
+)
+def test_flags_of_initialisation_may_be_tensors(lightning, flags):
+    assert load_checkpoint(lightning(layers_initialized=flags)).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("module.", "_orig_mod.", "model.", "model._orig_mod."),
+        *("_forward_module.", "module._fsdp_wrapped_module.", "quantizer.", "net.student.model."),
+    ],
+)
 def test_the_prefixes_of_wrappers_are_taken_off(lightning, make_model, rq_vae_spec, prefix):
     path = lightning(rq_vae_spec)
     state = make_model(rq_vae_spec).state_dict()
@@ -170,6 +209,39 @@ def test_the_prefixes_of_wrappers_are_taken_off(lightning, make_model, rq_vae_sp
         state_dict={prefix + name: tensor for name, tensor in state.items()},
     )
     assert load_checkpoint(wrapped).fingerprint == load_checkpoint(path).fingerprint
+
+
+def test_wrappers_within_a_name_are_taken_out(lightning, make_model, rq_vae_spec):
+    path = lightning(rq_vae_spec)
+    state = make_model(rq_vae_spec).state_dict()
+    wrapped = lightning(
+        rq_vae_spec,
+        filename="wrapped.ckpt",
+        state_dict={
+            name.replace("encoder.", "encoder._fsdp_wrapped_module."): tensor
+            for name, tensor in state.items()
+        },
+    )
+    assert load_checkpoint(wrapped).fingerprint == load_checkpoint(path).fingerprint
+
+
+def test_two_quantisers_in_one_file_are_refused_by_name(lightning, make_model, rq_kmeans_spec):
+    state = make_model(rq_kmeans_spec).state_dict()
+    both = {f"{holder}.{name}": t for holder in ("ema", "live") for name, t in state.items()}
+    with pytest.raises(MalformedCheckpointError, match=r"several quantisers, under ema\., live\."):
+        load_checkpoint(lightning(state_dict=both))
+
+
+def test_an_encoder_outside_of_what_holds_the_codebooks_is_not_passed_over(
+    lightning, make_model, rq_vae_spec
+):
+    state = make_model(rq_vae_spec).state_dict()
+    apart = {
+        name if name.startswith("encoder.") else f"quantizer.{name}": tensor
+        for name, tensor in state.items()
+    }
+    with pytest.raises(MalformedCheckpointError, match=r"encoder.* lies outside of quantizer\."):
+        load_checkpoint(lightning(rq_vae_spec, state_dict=apart))
 
 
 def test_double_precision_is_rounded_and_said(lightning):
@@ -193,6 +265,8 @@ def test_half_precision_keeps_its_numbers_and_is_not_worth_a_word(lightning):
         ({"hyper_parameters": {"n_layers": 3, "normalize_residuals": True}}, "n_layers is 3, but"),
         ({"layers_initialized": [True]}, r"layers_initialized is \[True\]"),
         ({"layers_initialized": 1}, "layers_initialized is 1"),
+        ({"layers_initialized": "ab"}, "layers_initialized is 'ab'"),
+        ({"layers_initialized": [torch.ones(2), True]}, "layers_initialized is "),
         ({"state_dict": []}, "state_dict is a list"),
         ({"state_dict": {}}, "not a checkpoint of a ResidualQuantization"),
         ({"state_dict": {"weight": torch.ones(1)}}, "It holds weight"),
@@ -224,6 +298,10 @@ def test_parts_that_disagree_are_named(lightning, changes, message):
         ({"decoder.model.5.weight": torch.ones(9, 5)}, "last linear gives 9 .*embeddings have 6"),
         ({"encoder.model.3.weight": torch.ones(2, 2)}, "model.8.weight is missing"),
         ({"encoder.extra": torch.ones(2)}, "encoder.extra has no place"),
+        (
+            {"quantization_layer_list.0.project_in": torch.ones(2, 2)},
+            r"project_in, of shape \(2, 2\), has no place .* centroids alone decide",
+        ),
         ({"normalization_layer.0.bias": torch.ones(5)}, r"\(5,\); expected \(6,\)"),
     ],
 )

@@ -43,6 +43,27 @@ def test_the_format_does_not_change_the_fingerprint(plain, lightning):
     assert load_checkpoint(plain()).fingerprint == load_checkpoint(lightning()).fingerprint
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("place", ["beside the tensors", "as Lightning has it"])
+def test_a_recorded_normalisation_of_residuals_is_believed(plain, recorded, place):
+    changes = {"normalize_residuals": recorded}
+    if place == "as Lightning has it":
+        changes = {"hyper_parameters": changes}
+    loaded = load_checkpoint(plain(**changes))
+    assert loaded.spec.normalize_residuals is recorded
+    assert "normalize_residuals" not in " ".join(loaded.notes)
+    asked = Overrides(normalize_residuals=not recorded)
+    overridden = load_checkpoint(plain(**changes), overrides=asked)
+    assert overridden.spec.normalize_residuals is not recorded
+    assert f"the file records {recorded}" in " ".join(overridden.notes)
+
+
+@pytest.mark.parametrize("recorded", ["no", 1, torch.ones(2)])
+def test_a_normalisation_that_is_neither_true_nor_false_is_refused(plain, recorded):
+    with pytest.raises(MalformedCheckpointError, match="expected true or false"):
+        load_checkpoint(plain(normalize_residuals=recorded))
+
+
 def test_its_assumptions_can_be_overridden(plain):
     overrides = Overrides(normalize_residuals=False, kind=ModelKind.R_VQ)
     loaded = load_checkpoint(plain(), overrides=overrides)

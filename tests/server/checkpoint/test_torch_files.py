@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import functools
 import io
 import os
@@ -311,3 +312,44 @@ def rewrite_pickle(path, change, contents=None) -> None:
             data = source.read(member)
             name = f"{path.stem}/{member.split('/', 1)[1]}"
             target.writestr(name, change(data) if name.endswith("data.pkl") else data)
+
+
+def packed(path, members):
+    """Write an archive that is compressed, as torch's own never are."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def members_of(path):
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_an_archive_that_was_compressed_since_is_read(tmp_path):
+    torch.save({"weight": torch.rand(100, 100)}, tmp_path / "a.pt")
+    path = packed(tmp_path / "packed.pt", members_of(tmp_path / "a.pt"))
+    assert torch.equal(
+        read_torch_file(path)["weight"], torch.load(tmp_path / "a.pt", weights_only=True)["weight"]
+    )
+
+
+def test_a_small_file_that_unpacks_to_much_is_refused_before_it_does(tmp_path):
+    torch.save({"weight": torch.zeros(1 << 20)}, tmp_path / "a.pt")
+    path = packed(tmp_path / "packed.pt", members_of(tmp_path / "a.pt"))
+    with pytest.raises(MalformedCheckpointError, match=r"unpack to .* more than 8 times as many"):
+        read_torch_file(path)
+
+
+def test_members_that_share_their_bytes_are_counted_each(tmp_path):
+    torch.save({"weight": torch.rand(1 << 18)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt", "a") as archive:
+        (numbers,) = (member for member in archive.infolist() if member.filename.endswith("data/0"))
+        for index in range(1, 9):
+            again = copy.copy(numbers)
+            again.filename = numbers.filename.removesuffix("0") + str(index)
+            archive.filelist.append(again)
+        archive._didModify = True
+    with pytest.raises(MalformedCheckpointError, match="more than 8 times as many"):
+        read_torch_file(tmp_path / "a.pt")
