@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import encode_cases as cases
 import pytest
 import torch
@@ -9,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid_server.encoding import EncodeCounts, ReferenceEncoder, make_encoder
-from semid_server.encoding.cpu import CpuEncoder, has_integer_product
+from semid_server.encoding.cpu import CpuEncoder, has_integer_product, loss_of_short_factors
 from semid_server.errors import InvalidInputError
 from semid_server.model import Activation, ModelKind, ModelSpec
 
@@ -187,6 +191,76 @@ def test_most_rows_are_proved_by_the_fast_product():
     encoder.encode(rows)
     assert encoder.counts().fast > 350
     assert encoder.counts().reference == 0
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("integer_product", PRODUCTS)
+def test_rows_that_are_not_numbers_change_no_other_row(normalize, integer_product):
+    # the server refuses them; were one to come through, its neighbours must not notice
+    model, spec = cases.random_model(20, [30, 300, 7], normalize=normalize)
+    rows = torch.randn(60, 20, generator=torch.Generator().manual_seed(10))
+    want = expected(model, spec, rows)
+    rows[3] = torch.nan
+    rows[10, 2] = torch.inf
+    rows[20, 1] = -torch.inf
+    rows[59, 19] = torch.nan
+    encoder = CpuEncoder(model, spec, threads=1, integer_product=integer_product)
+    finite = rows.isfinite().all(dim=1)
+    assert torch.equal(encoder.encode(rows)[finite], want[finite])
+
+
+@pytest.mark.parametrize("integer_product", PRODUCTS)
+def test_centroids_too_short_for_float32_beside_long_ones_have_the_codes_of_the_reference(
+    integer_product,
+):
+    generator = torch.Generator().manual_seed(11)
+    layers = []
+    for _ in range(3):
+        lengths = 10.0 ** torch.arange(-45.0, 3, 1.5).double()[:, None]
+        table = torch.randn(len(lengths), 6, generator=generator, dtype=torch.float64)
+        layers.append((lengths * table).float())
+    rows = torch.cat([torch.randn(300, 6, generator=generator), layers[0], layers[0] + layers[1]])
+    for normalize in (True, False):
+        model, spec = cases.model_of(layers, normalize=normalize)
+        encoder = CpuEncoder(model, spec, threads=1, integer_product=integer_product)
+        assert torch.equal(encoder.encode(rows), expected(model, spec, rows))
+
+
+@pytest.mark.parametrize("dim", [1, 17, 2048])
+def test_a_float32_product_of_short_factors_is_found_out(dim):
+    def with_bits(bits):
+        def product(rows, columns):
+            short = [round_to(numbers, bits) for numbers in (rows, columns)]
+            return (short[0].double() @ short[1].double()).float()
+
+        return product
+
+    def round_to(numbers, bits):
+        mantissa, exponent = torch.frexp(numbers)
+        return torch.ldexp(torch.round(mantissa * 2.0**bits) / 2.0**bits, exponent)
+
+    explained = dim * 2.0**-24
+    assert loss_of_short_factors(dim, 3) <= explained
+    assert loss_of_short_factors(dim, 3, with_bits(24)) <= explained
+    assert loss_of_short_factors(dim, 3, with_bits(11)) > 5 * explained  # TF32
+    assert loss_of_short_factors(dim, 3, with_bits(8)) > 5 * explained  # bfloat16
+
+
+def test_numba_told_of_a_lesser_processor_gets_no_instruction_that_it_lacks(tmp_path):
+    # it would end the process
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from semid_server.encoding.cpu import has_integer_product as f; print(f())",
+        ],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "generic"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert told.stdout == "False\n"
 
 
 def test_an_empty_batch_has_no_codes():

@@ -106,6 +106,26 @@ def test_gelu_is_exact_where_its_error_function_is_hard():
     ).abs().max() < 2e-15
 
 
+@pytest.mark.parametrize("activation", Activation)
+def test_library_sums_stay_within_their_bound_in_every_batch(activation):
+    # a vector, a few rows and many take other kernels of the library, which add up in other orders
+    model, spec = cases.random_network_model(
+        96, (200, 130), 40, [30, 20], activation=activation, normalize_input=False
+    )
+    network = Network.of(spec, model.state_dict(), CPU)
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(60, 96, dtype=torch.float64, generator=generator)
+    rows[30:] *= 10.0 ** torch.arange(-15.0, 15.0).double()[:, None]
+    in_order = network.in_order(rows)
+    encoder = make_encoder(model, spec, device=CPU, threads=2)
+    want = ReferenceEncoder(model, spec, device=CPU).encode(rows)
+    for size in (1, 2, 7, 60):
+        parts = rows.split(size)
+        fast, error = (torch.cat(found) for found in zip(*map(network.fast, parts), strict=True))
+        assert ((fast - in_order).norm(dim=1) <= 2 * error).all()
+        assert torch.equal(torch.cat([encoder.encode(part) for part in parts]), want)
+
+
 def test_the_network_in_order_agrees_with_the_model_and_stays_within_its_bound():
     model, spec = cases.random_network_model(20, (32, 16), 12, [40])
     network = Network.of(spec, model.state_dict(), CPU)
