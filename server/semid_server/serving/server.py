@@ -512,7 +512,7 @@ def _open_tracing() -> Tracing:
 
 
 def _milliseconds(seconds: float) -> int:
-    return min(math.ceil(1000 * seconds), MAX_MILLISECONDS)
+    return math.ceil(min(1000 * seconds, MAX_MILLISECONDS))
 
 
 def _enable_reflection(server: grpc.aio.Server) -> None:

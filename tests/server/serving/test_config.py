@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ def config(**settings):
         ({"metrics_port": -1}, "metrics_port is -1"),
         ({"max_batch_rows": 0}, "max_batch_rows is 0; expected at least 1"),
         ({"max_message_bytes": 100}, "max_message_bytes is 100; expected more than"),
+        (
+            {"max_message_bytes": 1 << 32},
+            "max_message_bytes is 4294967296; expected 1 to 2147483647",
+        ),
+        ({"max_connection_streams": 1 << 31}, "max_connection_streams is 2147483648"),
+        ({"max_batch_seconds": math.nan}, "max_batch_seconds is nan; expected at least 0.0001"),
         ({"max_batch_bytes": 1 << 20}, "max_batch_bytes is 1048576, less than max_message_bytes"),
         ({"threads": 0}, r"threads is 0; expected 1 to \d+ \(8 for each processor at most\)"),
         ({"processes": 100_000}, r"processes is 100000; expected 1 to \d+ \(8 for each"),

@@ -7,6 +7,7 @@ written and read here as they are: https://www.rfc-editor.org/rfc/rfc9113.
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 from typing import NamedTuple
 
@@ -204,3 +205,13 @@ async def test_what_a_caller_had_in_work_is_given_back_when_it_leaves(serve_runn
         device.outcomes.put(lambda payloads, rows=rows: [np.zeros((rows, 3), np.uint16)])
     await running
     assert list((await again).tensor.shape) == [5, 3]
+
+
+async def test_times_without_end_are_taken(run_server, ready):
+    endless = dict.fromkeys(
+        ("keepalive", "max_connection_age", "max_connection_idle", "min_ping_interval"), math.inf
+    )
+    server = run_server(ready, **endless)
+    async with grpc.aio.insecure_channel(await server.address()) as channel:
+        stub = pb_grpc.SemanticIdServiceStub(channel)
+        assert (await stub.GetModel(pb.GetModelRequest())).model.name == "toy"
