@@ -74,6 +74,9 @@ class Settings:
     metrics_port: int
     processes: int
     threads: int | None
+    max_batch_bytes: int
+    max_queue_bytes: int
+    shared_memory_bytes: int
     target: str | None
     metrics: str | None
     fingerprint: str
@@ -138,6 +141,30 @@ def _option(*names: str, serve: bool = False, **attributes: Any) -> Callable[[An
     serve=True,
     type=click.IntRange(1),
     help="Threads that serve is given. Default: all processors, divided by --processes.",
+)
+@_option(
+    "--max-batch-bytes",
+    serve=True,
+    type=click.IntRange(1),
+    default=MAX_BATCH_BYTES,
+    show_default=True,
+    help="As for serve: what memory, and a GPU's, must do for.",
+)
+@_option(
+    "--max-queue-bytes",
+    serve=True,
+    type=click.IntRange(1),
+    default=MAX_QUEUE_BYTES,
+    show_default=True,
+    help="As for serve: what memory must do for.",
+)
+@_option(
+    "--shared-memory-bytes",
+    serve=True,
+    type=click.IntRange(0),
+    default=SHARED_MEMORY_BYTES,
+    show_default=True,
+    help="As for serve: what /dev/shm must have room for; 0 for nothing.",
 )
 @_option(
     "--target",
@@ -206,7 +233,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield from _run("driver", lambda: _driver(settings, gpus))
     found = gpus[0] if gpus else GpuFacts()
     if found.gpus:
-        need = settings.processes * (GPU_BYTES + BATCH_BUFFERS * MAX_BATCH_BYTES)
+        need = settings.processes * (GPU_BYTES + BATCH_BUFFERS * settings.max_batch_bytes)
         yield from _run("gpu code", lambda: check_architecture(found))
         yield from _run("gpu memory", lambda: check_device_memory(found, need))
         yield from _run("gpu kernels", lambda: check_triton(facts.triton(found)))
@@ -222,7 +249,8 @@ def _driver(settings: Settings, gpus: list[GpuFacts]) -> Finding:
 
 
 def _host(settings: Settings) -> Iterator[Finding]:
-    need = settings.processes * (PROCESS_BYTES + MAX_QUEUE_BYTES + BATCH_BUFFERS * MAX_BATCH_BYTES)
+    batches = BATCH_BUFFERS * settings.max_batch_bytes
+    need = settings.processes * (PROCESS_BYTES + settings.max_queue_bytes + batches)
     yield from _run("memory", lambda: _memory(need))
     yield from _run(
         "processors",
@@ -233,7 +261,7 @@ def _host(settings: Settings) -> Iterator[Finding]:
         "/dev/shm",  # noqa: S108 - where callers share memory
         lambda: check_shared_memory(
             facts.mount(Path("/dev/shm")),  # noqa: S108 - for the same reason
-            SHARED_MEMORY_BYTES,
+            settings.shared_memory_bytes,
         ),
     )
     if settings.target is None:

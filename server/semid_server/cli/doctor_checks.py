@@ -5,7 +5,9 @@ Nothing here looks at the host: `doctor_facts` does.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
@@ -325,7 +327,7 @@ def check_triton(facts: TritonFacts) -> Finding:
             name,
             f"{what}: {facts.error}",
             "install gcc (Debian: gcc and libc6-dev), or name a compiler by CC: Triton compiles "
-            "its launchers in C",
+            "its launcher in C; semid's image has it, and TRITON_CACHE_MANAGER says where",
         )
     return fail(
         name,
@@ -415,7 +417,12 @@ def check_checkpoint(facts: CheckpointFacts | None, expected: str = "") -> Findi
     if facts is None:
         return skip(name, "none given: --checkpoint PATH looks at one")
     if facts.error:
-        return fail(name, facts.error, "see `semid inspect` and server/checkpoint/FORMAT.md")
+        return fail(
+            name,
+            facts.error,
+            "give the folder of config.json and model.safetensors, as it is mounted where semid "
+            "runs; if a file was cut short, copy it again; `semid inspect` says what it holds",
+        )
     what = f"{facts.path}: {facts.kind}, fingerprint {facts.fingerprint}"
     if facts.problems:
         return fail(
@@ -444,11 +451,18 @@ def check_port(flag: str, address: str, refused: str) -> Finding:
     name = f"port {address.rpartition(':')[2]}"
     if not refused:
         return ok(name, f"{address} is free")
-    port = address.rpartition(":")[2]
+    host, _, port = address.rpartition(":")
+    todo = {
+        os.strerror(errno.EADDRNOTAVAIL): f"no network interface of this machine is {host}: choose "
+        "another with --host; 0.0.0.0 is all of them",
+        os.strerror(errno.EACCES): f"choose a port from 1024 on with {flag}: those below are for "
+        "root",
+    }
     return fail(
         name,
         f"{address}: {refused}",
-        f"see who listens (ss -ltnp 'sport = :{port}'), or choose another with {flag}; if it is "
+        todo.get(refused)
+        or f"see who listens (ss -ltnp 'sport = :{port}'), or choose another with {flag}; if it is "
         "semid, ask it: --target",
     )
 

@@ -7,6 +7,7 @@ import http.server
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -228,6 +229,13 @@ def test_a_port_in_use_is_told_with_the_flag_that_changes_it():
         "sport = :50051",
         "--port",
     )
+
+
+def test_an_address_that_cannot_be_had_is_told_with_what_to_change():
+    nowhere = check_port("--port", "10.9.9.9:50051", "Cannot assign requested address")
+    judged(nowhere, FAIL, "10.9.9.9:50051: Cannot assign", "--host")
+    privileged = check_port("--metrics-port", "0.0.0.0:80", "Permission denied")
+    judged(privileged, FAIL, "0.0.0.0:80: Permission denied", "1024", "--metrics-port")
 
 
 @pytest.mark.parametrize(
@@ -534,11 +542,15 @@ def test_this_host_can_be_looked_at_for_real(free_ports, reference_dir):
 
 def test_what_fails_is_shown_with_its_cure_and_is_status_1(free_ports, tmp_path):
     # The name of serve's own setting counts too: in its container no flag needs repeating.
-    environment = {"SEMID_SERVE_CHECKPOINT": str(tmp_path / "none")}
+    environment = {
+        "SEMID_SERVE_CHECKPOINT": str(tmp_path / "none"),
+        "SEMID_SERVE_SHARED_MEMORY_BYTES": "0",
+    }
     done = CliRunner().invoke(command.doctor, free_ports, env=environment)
     assert done.exit_code == 1
     lines = done.stdout.splitlines()
     (at,) = [index for index, line in enumerate(lines) if line.startswith("FAIL  checkpoint")]
     assert str(tmp_path / "none") in lines[at]
     assert lines[at + 1].lstrip().startswith("-> ")
-    assert lines[-1].endswith(" FAIL, 0 SKIP")
+    assert any(re.match(r"SKIP +/dev/shm +--shared-memory-bytes 0", line) for line in lines)
+    assert lines[-1].endswith(" FAIL, 1 SKIP")
