@@ -190,6 +190,14 @@ def make_server() -> Iterator[Callable[..., FakeServer]]:
 
 
 @pytest.fixture
+def release(make_server) -> Iterator[threading.Event]:
+    """What calls that are held wait for; it comes at the latest when the test is over."""
+    released = threading.Event()
+    yield released
+    released.set()
+
+
+@pytest.fixture
 def server(make_server) -> FakeServer:
     return make_server()
 
@@ -237,6 +245,6 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-W", "error", "-c", script, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
     return run

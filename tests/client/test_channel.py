@@ -1,6 +1,7 @@
 """How a client reaches its server: addresses, tokens, encryption, processes."""
 
 import socket
+import struct
 import threading
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_a_token_is_sent_to_another_machine_encrypted_or_if_told_so(how):
 
 
 def test_a_token_is_shown_nowhere():
-    with Client("localhost:1", token=TOKEN, timeout=5) as client:
+    with Client("localhost:1", token=TOKEN) as client:
         assert TOKEN not in repr(client)
         assert TOKEN not in repr(client._settings)
         with pytest.raises(UnavailableError) as caught:
@@ -198,9 +199,30 @@ def test_a_client_carried_over_a_fork_is_closed_there_without_waiting(server, ru
 # What is said when nobody answers.
 
 
-def test_a_name_that_does_not_resolve_is_named(connect):
+@pytest.fixture
+def name_server():
+    """The address of a name server, of the test's own, that knows no name."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        asked.bind(("127.0.0.1", 0))
+
+        def answer():
+            while question := asked.recvfrom(512):
+                message, sender = question
+                if not message:
+                    return
+                header = struct.pack(">5H", 0x8183, 1, 0, 0, 0)  # RFC 1035: NXDOMAIN
+                asked.sendto(message[:2] + header + message[12:], sender)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{asked.getsockname()[1]}"
+        asked.sendto(b"", asked.getsockname())
+        thread.join()
+
+
+def test_a_name_that_does_not_resolve_is_named(connect, name_server):
     with pytest.raises(UnavailableError, match=r"no-such-name.invalid:1.*; check the name") as said:
-        connect("dns:///no-such-name.invalid:1").model()
+        connect(f"dns://{name_server}/no-such-name.invalid:1").model()
     assert "semid server runs" not in str(said.value)
 
 
@@ -223,21 +245,19 @@ def test_tls_to_a_server_without_it_is_told(server, connect):
         connect(server, tls=TLS(pem("server.pem"))).model()
 
 
-def test_a_target_that_never_answered_is_told_from_a_slow_one(make_server, connect):
+def test_a_target_that_never_answered_is_told_from_a_slow_one(make_server, connect, release):
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
         target = f"127.0.0.1:{deaf.getsockname()[1]}"
         with pytest.raises(DeadlineExceededError, match=f"{target}.*no answer has ever come"):
             connect(target, timeout=0.3).model()
-    release = threading.Event()
     server = make_server()
     client = connect(server)
     client.model()
     server.script["GetModel"].append(lambda *_: release.wait())
     with pytest.raises(DeadlineExceededError, match="longer timeout"):
         client.model(timeout=0.3)
-    release.set()
 
 
 # Several servers behind one target.

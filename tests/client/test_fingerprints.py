@@ -110,6 +110,8 @@ def test_a_client_of_one_model_is_served_by_the_replicas_that_have_it(mixed, con
 
 def test_rows_that_go_into_a_sink_are_of_one_model_while_replicas_differ(mixed, connect):
     client = connect(mixed.target, on_fingerprint_change="error", max_in_flight=2)
+    while not mixed.both_answered("GetModel"):  # then there is a connection to each
+        client.model()
     pieces = []
     fingerprint = client.encode_into(rows(200), lambda start, codes: pieces.append((start, codes)))
     assert mixed.both_answered()
