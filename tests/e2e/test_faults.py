@@ -609,6 +609,53 @@ def test_a_device_that_is_lost_ends_the_process_once_every_call_has_its_answer(
     assert signal.SIGTERM.name not in said
 
 
+def test_a_batch_that_hangs_ends_the_process_once_every_call_has_its_answer(
+    serve, gate, checkpoint, digits
+):
+    server = serve(
+        checkpoint,
+        "--max-stall=3",
+        env={"SEMID_TEST_GATE": str(gate.path)},
+        program=(sys.executable, FAULTY),
+    )
+    with server.channel() as channel:
+        stub = SemanticIdServiceStub(channel)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        calls = [stub.Encode.future(encode(digits[:1], HOLD))]
+        server.wait_for("held")  # and is never let go
+        calls += [stub.Encode.future(encode(digits[n : n + 9])) for n in range(30)]
+        assert {call.code() for call in calls} == {UNAVAILABLE}
+        assert next(watch).status == NOT_SERVING
+    assert server.wait() == 1
+    said = server.stderr()
+    assert "a batch has not ended within 3 s" in said
+    assert "in encode" in said, "the stack of what hangs is in the log"
+
+
+def test_a_batch_that_hangs_the_event_loop_ends_the_process_and_callers_hear_of_it(
+    serve, gate, checkpoint, digits
+):
+    server = serve(
+        checkpoint,
+        "--max-stall=3",
+        env={"SEMID_TEST_GATE": str(gate.path), "SEMID_TEST_IN_LOOP": "1"},
+        program=(sys.executable, FAULTY),
+    )
+    with server.channel() as channel:
+        stub = SemanticIdServiceStub(channel)
+        # Of the first it learns how long they take: those that follow it are run by the loop.
+        assert stub.Encode(encode(digits[:1]), timeout=60).tensor.data
+        calls = [stub.Encode.future(encode(digits[:1], HOLD))]
+        server.wait_for("held")  # and is never let go
+        calls += [stub.Encode.future(encode(digits[n : n + 9])) for n in range(30)]
+        assert {call.code() for call in calls} == {UNAVAILABLE}
+    assert server.wait() == 1
+    said = server.stderr()
+    assert "the event loop has not run for 3 s" in said
+    assert "in encode" in said, "the stack of what hangs is in the log"
+
+
 # --- around it ------------------------------------------------------------------------------
 
 

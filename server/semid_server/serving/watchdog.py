@@ -33,7 +33,9 @@ LOOKS: Final = 8
 """Looks within the limit."""
 
 LAST_LINES: Final = 5.0
-"""Seconds for the log to be written where the process ends at once."""
+"""Seconds for the log to be written where nothing else is waited for."""
+
+AT_ONCE: Final = 0.01
 
 
 class Watchdog:
@@ -87,7 +89,9 @@ class Watchdog:
         batch = self._batch()
         same = batch is not None and batch == self._last
         self._same_batch, self._last = (self._same_batch + 1 if same else 0), batch
-        if self._same_batch >= LOOKS and not self._told:
+        # A loop that hangs runs no batch but its own, and can be told nothing.
+        loop_runs = self._same_step == 0
+        if self._same_batch >= LOOKS and loop_runs and not self._told:
             self._told = True
             logger.critical("a batch has not ended within %g s", self._limit)
             faulthandler.dump_traceback(all_threads=True)
@@ -103,7 +107,10 @@ class Watchdog:
         if self._same_step == LOOKS:
             self._end(LAST_LINES)  # first: logging may be what hangs
             logger.critical("the event loop has not run for %g s; the process ends", self._limit)
+            for handler in logging.getLogger().handlers:
+                handler.flush()
             faulthandler.dump_traceback(all_threads=True)
+            self._end(AT_ONCE)
 
     def _run(self) -> None:
         self._ran = True

@@ -387,6 +387,26 @@ async def test_stop_turns_those_away_who_wait_for_room(make_batcher, device):
             await future
 
 
+async def test_a_batch_that_is_given_up_ends_all_requests_and_nothing_more_is_admitted(
+    make_batcher, device
+):
+    batcher = await make_batcher()
+    assert batcher.running is None
+    held = await occupy(batcher, device)
+    assert batcher.running == 1
+    queued = admit(batcher, "a")
+    error = DeviceLostError("hangs")
+    batcher.give_up(error)
+    with pytest.raises(DeviceLostError, match="hangs"):
+        await held
+    with pytest.raises(NotServingError):
+        await queued
+    assert await batcher.lost() is error
+    with pytest.raises(NotServingError):
+        admit(batcher, "b")
+    device.free()  # the answer that comes after all finds nobody
+
+
 async def test_the_observer_is_told_of_rows_waits_and_seconds(
     make_batcher, device, observer, clock
 ):

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from semid_server.serving.watchdog import LOOKS, Watchdog
+from semid_server.serving.watchdog import AT_ONCE, LAST_LINES, LOOKS, Watchdog
 
 
 class Watched:
@@ -65,8 +65,16 @@ async def test_a_loop_that_runs_between_no_two_looks_ends_the_process(watched, c
     await watched.look(LOOKS, loop_runs=False)
     assert watched.ends == []
     await watched.look(1, loop_runs=False)
-    assert len(watched.ends) == 1
+    assert watched.ends == [LAST_LINES, AT_ONCE]
     assert "most recent call first" in capfd.readouterr().err
+
+
+async def test_a_batch_that_hangs_the_loop_ends_the_process_at_once(watched):
+    watched.batch = 7
+    await watched.look(3 * LOOKS, loop_runs=False)
+    await asyncio.sleep(0)
+    assert watched.ends == [LAST_LINES, AT_ONCE]
+    assert watched.hung == 0
 
 
 async def test_a_loop_that_runs_at_times_goes_on(watched):
