@@ -101,7 +101,7 @@ def test_builder_and_image_have_the_same_python():
 
 def test_the_packages_are_pinned():
     (install,) = [step for step in STAGES["builder"].all("RUN") if "pip install" in step]
-    assert "-c docker/constraints.txt '.[server]'" in install
+    assert "-c docker/constraints.txt '.[server,tracing]'" in install
 
 
 def test_it_runs_as_nobody_special_and_takes_signals_itself():
@@ -257,7 +257,9 @@ def image(tmp_path_factory) -> Iterator[Image]:
 def test_all_steps_run_in_an_empty_place(image):
     assert (image.opt / "bin/semid").exists()
     assert f"semid:x:{USER}:{USER}:" in (image.etc / "passwd").read_text()
-    assert list(image.opt.glob("lib/python3.11/site-packages/semid_triton_launcher/*/*.so"))
+    packages = image.opt / "lib/python3.11/site-packages"
+    assert list(packages.glob("semid_triton_launcher/*/*.so"))
+    assert list(packages.glob("opentelemetry/exporter/otlp/proto/grpc")), "for --tracing"
 
 
 SETTINGS = (
