@@ -1,8 +1,10 @@
 """`semid encode`, `semid decode` and `semid info`, as somebody types them."""
 
+import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +72,7 @@ def test_a_file_of_codes_becomes_a_file_of_reconstructions(make_server, folder):
 def test_the_last_line_tells_rows_speed_and_fingerprint(server, folder):
     save("in.npy", 5)
     result = semid("encode", "in.npy", "-o", "out.npy", "--target", server.target)
-    assert result.stdout.startswith("out.npy: 5 rows in 0.")
+    assert re.match(r"out\.npy: 5 rows in [\d.]+ s \(", result.stdout), result.stdout
     assert result.stdout.endswith(f" rows/s), fingerprint {FINGERPRINT}\n")
 
 
@@ -260,10 +262,10 @@ def test_an_interrupt_leaves_no_output_and_no_traceback(make_server, folder):
     command = [*SEMID, "encode", "in.npy", "-o", "out.npy", "--target", server.target]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            assert came.wait(60)
+            assert came.wait(300)
             assert any("partial" in name for name in names(folder))
             process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=60)
+            _, stderr = process.communicate(timeout=300)
         finally:
             process.kill()
             release.set()
@@ -295,11 +297,11 @@ def test_a_second_interrupt_ends_at_once(make_server, folder):
     pipes = {"stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "--target", server.target], **pipes) as process:
         try:
-            assert came.wait(60)
+            assert came.wait(300)
             process.send_signal(signal.SIGINT)
             assert process.stderr.readline() == "closing\n"
             process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=60)
+            _, stderr = process.communicate(timeout=300)
         finally:
             process.kill()
             release.set()
@@ -311,7 +313,7 @@ def test_a_terminal_sees_progress_and_the_stage_that_the_others_wait_for(make_se
     usual = server.usual_Encode
 
     def slowly(request, context):
-        threading.Event().wait(0.05)
+        threading.Event().wait(0.1)
         return usual(request, context)
 
     server.usual_Encode = slowly
@@ -319,10 +321,13 @@ def test_a_terminal_sees_progress_and_the_stage_that_the_others_wait_for(make_se
     terminal, stderr = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 120))
     command = [*SEMID, "encode", "in.npy", "-o", "out.npy", "--target", server.target]
-    subprocess.run(command, stderr=stderr, stdout=subprocess.PIPE, timeout=60, check=True)
-    os.close(stderr)
-    seen = os.read(terminal, 1 << 16)
-    os.close(terminal)
+    seen = b""
+    with subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL) as process:
+        os.close(stderr)
+        with open(terminal, "rb", buffering=0) as screen, contextlib.suppress(OSError):  # noqa: PTH123 - a descriptor
+            while chunk := screen.read(1 << 16):  # a terminal ends by an error
+                seen += chunk
+    assert process.returncode == 0, seen
     assert b"95.0/95.0 [" in seen
     assert b"row/s, " in seen
     assert b"B/s, server]" in seen
@@ -349,9 +354,13 @@ def test_memory_does_not_grow_with_the_file(make_server, folder, suffix, write):
     write(f"large.{suffix}", 1 << 16)
     peaks = {}
     script = (
-        "import resource, sys, semid_client.cli\n"
+        "import re, sys, semid_client.cli\n"
         "try: semid_client.cli.main()\n"
-        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, file=sys.stderr)"
+        "finally:\n"
+        # Not what getrusage says: that begins with the memory of the process which started it.
+        "    with open('/proc/self/status') as status:\n"
+        "        peak = re.search(r'VmHWM:\\s+(\\d+) kB', status.read())[1]\n"
+        "    print(int(peak) >> 10, file=sys.stderr)"
     )
     for name in ("small", "large"):
         done = subprocess.run(
@@ -359,7 +368,7 @@ def test_memory_does_not_grow_with_the_file(make_server, folder, suffix, write):
             env=os.environ | {"SEMID_TARGET": server.target},
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=400,
             check=True,
         )
         peaks[name] = int(done.stderr.split()[-1])

@@ -46,7 +46,7 @@ def s3():
                 target=lambda: [lines.put(line) for line in process.stderr], daemon=True
             )
             reader.start()
-            while not (found := re.search(r"Running on (\S+)", lines.get(timeout=60))):
+            while not (found := re.search(r"Running on (\S+)", lines.get(timeout=300))):
                 pass
             p.setenv("AWS_ENDPOINT_URL", found[1])
             p.setenv("AWS_ACCESS_KEY_ID", "anybody")
@@ -315,21 +315,28 @@ def test_a_kill_after_the_upload_is_seen_as_done_and_another_object_is_left_alon
     assert store.cat_file("bucket/out.npy") == b"somebody else's"
 
 
+def publishing(folder):
+    """Whether the command in a folder uploads, as its progress tells while there is any."""
+    with contextlib.suppress(FileNotFoundError):
+        for found in folder.glob("out.npy.*.partial/progress.json"):
+            return json.loads(found.read_text())["publishing"]
+    return False
+
+
 def kill_while_uploading(server, store, folder, *, kills):
     """Kill the same command while it uploads; nobody ever sees a part of the object."""
     codes = np.zeros((12 << 10, 3), np.uint8)
     codes[:, 0] = np.arange(len(codes)) % 251
     np.save("codes.npy", codes)
     command = [*SEMID, "decode", "codes.npy", "--target", server.target, "-o"]
-    subprocess.run([*command, "whole.npy"], check=True, capture_output=True, timeout=100)
+    subprocess.run([*command, "whole.npy"], check=True, capture_output=True, timeout=300)
     whole, url = Path("whole.npy").read_bytes(), "s3://bucket/out.npy"
     assert len(whole) > 40 << 20  # some parts
     rng, seen = random.Random(0), 0  # noqa: S311 - not for secrets
     for _ in range(kills):
         with subprocess.Popen([*command, url], stdout=subprocess.DEVNULL) as process:
             while process.poll() is None:
-                (found,) = [*folder.glob("out.npy.*.partial/progress.json"), None][:1]
-                if found and json.loads(found.read_text())["publishing"]:
+                if publishing(folder):
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(rng.uniform(0, 0.5))
                     process.kill()
@@ -337,7 +344,7 @@ def kill_while_uploading(server, store, folder, *, kills):
         seen += not store.exists("bucket/out.npy")
         if store.exists("bucket/out.npy"):
             assert store.cat_file("bucket/out.npy") == whole
-    done = subprocess.run([*command, url], check=False, capture_output=True, timeout=100)
+    done = subprocess.run([*command, url], check=False, capture_output=True, timeout=300)
     assert done.returncode == 0 or b"exists already" in done.stderr  # killed when all was done
     assert store.cat_file("bucket/out.npy") == whole
     assert not list(folder.glob("*.partial"))
