@@ -174,11 +174,14 @@ class DriftWatch:
         return entering, left
 
 
+_pair: Any = types.Tuple  # numba annotates it with nothing
+
+
 # The sums may be in any order: no code depends on them. In numpy each step is a pass of its own
 # over arrays made for it, which together took as long as serving the requests of the rows.
 @compiled(
     [
-        types.UniTuple(types.float64, 2)(
+        _pair((types.float64, types.float64))(
             types.Array(types.float64, 2, "C"),
             types.Array(types.float32, 2, "C", readonly=True),
             types.Array(types.int64, 1, "C", readonly=True),

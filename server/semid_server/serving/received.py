@@ -1,46 +1,109 @@
 """Requests to Encode whose numbers stay where gRPC put them: in the bytes of the message.
 
 protobuf copies a bytes field when it parses a message, and once more whenever Python looks at it.
-A large tensor is therefore cut out first, and what is left, a few bytes, is parsed. Anything that
-is not as every known client writes it is parsed whole, by protobuf.
+A tensor's numbers are therefore cut off first, and what is left, a few bytes, is parsed. Anything
+that is not as every known client writes it is parsed whole, by protobuf.
+
+What is left, the *head*, is the same in almost all messages of a caller. A message that is as long
+as an earlier one and begins with the same head says the same, so that it is not parsed again.
 """
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from semid.v1 import semid_pb2 as pb
 
-SMALL: Final = 16 * 1024
-"""Bytes of a message that protobuf copies faster than it is cut here."""
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _MOST_FIELDS: Final = 16
 """Fields before the tensor's bytes, at any level: a message of more is not worth the walk."""
 
+MAX_HEAD: Final = 512
+"""Bytes of a head that is remembered: names and fingerprints are short."""
+
+MAX_HEADS: Final = 512
+"""Heads that are remembered, one for each length of a message; the oldest makes room."""
+
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+
+
+class Head:
+    """What a message says besides its numbers. Others may begin with the same: it never changes.
+
+    Attributes
+    ----------
+    request : EncodeRequest
+        Without the numbers, if they were cut off.
+    model, fingerprint : str
+        Of the request.
+    form : str or None
+        In which its embeddings came: the name of the field.
+    fits : object
+        For whoever reads the numbers, to note what has been checked: all that a check of them, but
+        not of their values, can depend on is the same in every message of this head.
+    """
+
+    __slots__ = ("fingerprint", "fits", "form", "model", "request")
+
+    def __init__(self, request: pb.EncodeRequest) -> None:
+        self.request = request
+        self.model, self.fingerprint = request.model, request.expected_fingerprint
+        self.form = request.WhichOneof("embeddings")
+        self.fits: Any = None
 
 
 class ReceivedEncode(NamedTuple):
     """A request, and the bytes of its tensor if they are not in it."""
 
-    request: pb.EncodeRequest
+    head: Head
     data: memoryview | None
 
 
-def read_encode_request(message: bytes) -> ReceivedEncode:
-    """Parse an EncodeRequest."""
-    if len(message) >= SMALL and (cut := cut_out(message, (3, 3))) is not None:
+class EncodeReader:
+    """Reads the messages of one method. Called by one thread at a time.
+
+    Parameters
+    ----------
+    path : tuple of int
+        Number of the field, at each level, that leads to the tensor's bytes.
+    parse : callable
+        Given a serialised message, returns the request in it.
+    """
+
+    def __init__(self, path: tuple[int, ...], parse: Callable[[bytes], pb.EncodeRequest]) -> None:
+        self._path, self._parse = path, parse
+        self._heads: dict[int, tuple[bytes, Head]] = {}
+
+    def __call__(self, message: bytes) -> ReceivedEncode:
+        """Read a message; `DecodeError` if it is none."""
+        known = self._heads.get(len(message))
+        if known is not None and message.startswith(known[0]):
+            return ReceivedEncode(known[1], memoryview(message)[len(known[0]) :])
+        cut = cut_out(message, self._path)
+        if cut is None:
+            return ReceivedEncode(Head(self._parse(message)), None)
         rest, data = cut
-        return ReceivedEncode(pb.EncodeRequest.FromString(rest), data)
-    return ReceivedEncode(pb.EncodeRequest.FromString(message), None)
+        head = Head(self._parse(rest))
+        begin = len(message) - len(data)
+        if begin <= MAX_HEAD:
+            self._heads[len(message)] = message[:begin], head
+            if len(self._heads) > MAX_HEADS:
+                del self._heads[next(iter(self._heads))]
+        return ReceivedEncode(head, data)
 
 
-def read_encode_stream_request(message: bytes) -> ReceivedEncode:
-    """Parse an EncodeStreamRequest into the request that it holds."""
-    if len(message) >= SMALL and (cut := cut_out(message, (1, 3, 3))) is not None:
-        rest, data = cut
-        return ReceivedEncode(pb.EncodeStreamRequest.FromString(rest).request, data)
-    return ReceivedEncode(pb.EncodeStreamRequest.FromString(message).request, None)
+def encode_reader() -> EncodeReader:
+    """Return what reads an EncodeRequest."""
+    return EncodeReader((3, 3), pb.EncodeRequest.FromString)
+
+
+def encode_stream_reader() -> EncodeReader:
+    """Return what reads an EncodeStreamRequest, as the request that it holds."""
+    return EncodeReader(
+        (1, 3, 3), lambda message: pb.EncodeStreamRequest.FromString(message).request
+    )
 
 
 def cut_out(message: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryview] | None:
@@ -74,7 +137,7 @@ def cut_out(message: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryview] |
     # From the inside out: the fields before the one at the next level, and that level's rest.
     rest = before[-1][0]
     for fields, number in reversed(before[:-1]):
-        rest = fields + bytes([number << 3 | _LENGTH]) + _varint(len(rest)) + rest
+        rest = fields + bytes([number << 3 | _LENGTH]) + varint(len(rest)) + rest
     return rest, memoryview(message)[start:end]
 
 
@@ -118,7 +181,8 @@ def _read_varint(message: bytes, position: int) -> tuple[int, int]:
     raise IndexError
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """Write a number as protobuf does."""
     encoded = bytearray()
     while value > 0x7F:  # noqa: PLR2004 - seven bits a byte
         encoded.append(value & 0x7F | 0x80)

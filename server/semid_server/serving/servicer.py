@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import grpc
 import grpc.aio
@@ -21,11 +21,7 @@ from semid_server.errors import (
 from semid_server.serving import wire
 from semid_server.serving.catalogue import Catalogue, PinnedCatalogue
 from semid_server.serving.peers import PeerBytes, caller_of
-from semid_server.serving.received import (
-    ReceivedEncode,
-    read_encode_request,
-    read_encode_stream_request,
-)
+from semid_server.serving.received import ReceivedEncode, encode_reader, encode_stream_reader
 from semid_server.serving.shared_memory import Bounds, SharedMemory, SharedRows
 from semid_server.serving.types import DecodeKey, EncodeKey, Payload, ServedModel, WorkKey
 
@@ -40,13 +36,26 @@ if TYPE_CHECKING:
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
-T = TypeVar("T")
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 STREAM_WINDOW = 8
 """Messages of one stream that may be in work at once: enough to keep a batch filling behind the
 one that runs; the rest stays with the sender."""
+
+
+class _Asked(NamedTuple):
+    """A request that was checked.
+
+    ``nbytes`` is what it holds while it is in work; ``form`` is the field that its numbers came in,
+    and ``write`` writes the response.
+    """
+
+    key: WorkKey
+    payload: Payload
+    nbytes: int
+    form: str | None
+    write: Callable[[npt.NDArray[Any], ServedModel, str | None], bytes]
 
 
 # ruff: noqa: N802 - the methods have the names of the contract
@@ -105,37 +114,41 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
 
     # -- methods -----------------------------------------------------------------------------
 
-    async def Encode(self, request: ReceivedEncode, context: Context) -> pb.EncodeResponse:
+    async def Encode(self, request: ReceivedEncode, context: Context) -> bytes:
         """Codes of each embedding."""
-        return await (await self._encode(request, context, self._catalogue, wait=False))
+        asked = await self._read_encode(request, self._catalogue)
+        return await self._written(asked, self._admit(asked, context))
 
-    async def Decode(self, request: pb.DecodeRequest, context: Context) -> pb.DecodeResponse:
+    async def Decode(self, request: pb.DecodeRequest, context: Context) -> bytes:
         """Reconstruction behind each semantic ID."""
-        return await (await self._decode(request, context, self._catalogue, wait=False))
+        asked = await self._read_decode(request, self._catalogue)
+        return await self._written(asked, self._admit(asked, context))
 
     async def EncodeStream(
         self, request_iterator: AsyncIterator[ReceivedEncode], context: Context
-    ) -> AsyncIterator[pb.EncodeStreamResponse]:
+    ) -> AsyncIterator[bytes]:
         """Encode, message by message, in order."""
         pinned = PinnedCatalogue(self._catalogue)
 
-        async def admit(message: ReceivedEncode) -> Awaitable[pb.EncodeResponse]:
-            return await self._encode(message, context, pinned, wait=True)
+        async def admit(message: ReceivedEncode) -> Awaitable[bytes]:
+            asked = await self._read_encode(message, pinned)
+            return self._written(asked, await self._admit_when_room(asked, context))
 
         async for response in self._stream(request_iterator, admit):
-            yield pb.EncodeStreamResponse(response=response)
+            yield wire.in_stream(response)
 
     async def DecodeStream(
         self, request_iterator: AsyncIterator[pb.DecodeStreamRequest], context: Context
-    ) -> AsyncIterator[pb.DecodeStreamResponse]:
+    ) -> AsyncIterator[bytes]:
         """Decode, message by message, in order."""
         pinned = PinnedCatalogue(self._catalogue)
 
-        async def admit(message: pb.DecodeStreamRequest) -> Awaitable[pb.DecodeResponse]:
-            return await self._decode(message.request, context, pinned, wait=True)
+        async def admit(message: pb.DecodeStreamRequest) -> Awaitable[bytes]:
+            asked = await self._read_decode(message.request, pinned)
+            return self._written(asked, await self._admit_when_room(asked, context))
 
         async for response in self._stream(request_iterator, admit):
-            yield pb.DecodeStreamResponse(response=response)
+            yield wire.in_stream(response)
 
     async def ShareMemory(
         self, request: pb.ShareMemoryRequest, context: Context
@@ -167,34 +180,32 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
 
     # -- inside ------------------------------------------------------------------------------
 
-    async def _encode(
-        self, received: ReceivedEncode, context: Context, catalogue: Catalogue, *, wait: bool
-    ) -> Awaitable[pb.EncodeResponse]:
-        """Check and admit a request; what is returned waits for its answer."""
-        request = received.request
-        model = catalogue.expect(request.model, request.expected_fingerprint)
-        form = request.WhichOneof("embeddings")
+    async def _read_encode(self, received: ReceivedEncode, catalogue: Catalogue) -> _Asked:
+        """Check a request to encode."""
+        head = received.head
+        model, form = catalogue.expect(head.model, head.fingerprint), head.form
         rows: Payload
         if form == "shared":
             rows, dtype = wire.read_shared(
-                request,
+                head.request,
                 model,
                 self._shared_memory,
                 max_rows=self._max_shared_rows(model),
                 max_bytes=self._config.max_batch_bytes,
             )
+            self._on_received("shared_memory", rows.nbytes)
         else:
-            rows, dtype = await _convert(
-                form, wire.read_embeddings, received, model, self._max_rows(model)
-            )
-        self._on_received("shared_memory" if form == "shared" else "message", rows.nbytes)
-        future = await self._admit(EncodeKey(model, dtype), rows, rows.nbytes, context, wait=wait)
-        return _then(future, lambda codes: _convert(form, wire.encode_response, codes, model, form))
+            read = wire.read_embeddings
+            max_rows = self._max_rows(model)
+            if form == "rows":
+                rows, dtype = await asyncio.to_thread(read, received, model, max_rows)
+            else:
+                rows, dtype = read(received, model, max_rows)
+            self._on_received("message", rows.nbytes)
+        return _Asked(EncodeKey(model, dtype), rows, rows.nbytes, form, wire.encode_response)
 
-    async def _decode(
-        self, request: pb.DecodeRequest, context: Context, catalogue: Catalogue, *, wait: bool
-    ) -> Awaitable[pb.DecodeResponse]:
-        """Check and admit a request; what is returned waits for its answer."""
+    async def _read_decode(self, request: pb.DecodeRequest, catalogue: Catalogue) -> _Asked:
+        """Check a request to decode."""
         model = catalogue.expect(request.model, request.expected_fingerprint)
         mode = wire.read_mode(request)
         if mode not in model.decode_modes:
@@ -204,50 +215,83 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
                 "`semid calibrate` records them"
             )
         form = request.WhichOneof("codes")
-        codes = await _convert(form, wire.read_codes, request, model, self._max_rows(model))
-        key = DecodeKey(model, codes.shape[1], mode)
+        read, max_rows = wire.read_codes, self._max_rows(model)
+        if form == "rows":
+            codes = await asyncio.to_thread(read, request, model, max_rows)
+        else:
+            codes = read(request, model, max_rows)
         # What it holds while it is in work is its answer, many times larger than the codes.
         nbytes = len(codes) * model.input_dim * np.dtype(np.float32).itemsize
-        future = await self._admit(key, codes, nbytes, context, wait=wait)
-        return _then(future, lambda rows: _convert(form, wire.decode_response, rows, model, form))
+        key = DecodeKey(model, codes.shape[1], mode)
+        return _Asked(key, codes, nbytes, form, wire.decode_response)
 
-    async def _admit(
-        self, key: WorkKey, payload: Payload, nbytes: int, context: Context, *, wait: bool
-    ) -> asyncio.Future[npt.NDArray[Any]]:
-        if not isinstance(payload, SharedRows):
-            return await self._queue(key, payload, nbytes, context, wait=wait)
-        payload.need()
+    async def _written(self, asked: _Asked, answer: asyncio.Future[npt.NDArray[Any]]) -> bytes:
+        """Wait for the answer to a request, and write it in the form in which it was asked."""
+        array = await answer
+        model, form = asked.key.model, asked.form
+        if form == "rows":
+            return await asyncio.to_thread(asked.write, array, model, form)
+        return asked.write(array, model, form)
+
+    def _admit(self, asked: _Asked, context: Context) -> asyncio.Future[npt.NDArray[Any]]:
+        """Admit a request, or refuse it at once."""
+        key, payload, nbytes = asked.key, asked.payload, asked.nbytes
+        caller, deadline = self._caller(context), self._deadline(context)
+        self._take(key, caller, nbytes)
+        if isinstance(payload, SharedRows):
+            payload.need()
+        let_go = self._let_go(payload, caller, nbytes)
         try:
-            future = await self._queue(key, payload, nbytes, context, wait=wait)
+            future = self._batcher.admit(
+                key, payload, rows=len(payload), nbytes=nbytes, deadline=deadline
+            )
         except BaseException:
-            payload.release()
+            let_go()
             raise
-        future.add_done_callback(lambda _: payload.release())
+        future.add_done_callback(let_go)
         return future
 
-    async def _queue(
-        self, key: WorkKey, payload: Payload, nbytes: int, context: Context, *, wait: bool
+    async def _admit_when_room(
+        self, asked: _Asked, context: Context
     ) -> asyncio.Future[npt.NDArray[Any]]:
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else self._clock() + remaining
-        size = {"rows": len(payload), "nbytes": nbytes}
-        caller = caller_of(context, certificates=self._certificates, tokens=self._tokens)
-        if wait:
+        """Admit a request of a stream once there is room for it."""
+        key, payload, nbytes = asked.key, asked.payload, asked.nbytes
+        caller, deadline = self._caller(context), self._deadline(context)
+        if isinstance(payload, SharedRows):
+            payload.need()
+        try:
             await self._peers.take_when_room(caller, nbytes)
-        else:
-            self._take(key, caller, nbytes)
-        try:
-            if wait:
-                future = await self._batcher.admit_when_room(
-                    key, payload, **size, deadline=deadline
-                )
-            else:
-                future = self._batcher.admit(key, payload, **size, deadline=deadline)
         except BaseException:
-            self._peers.give_back(caller, nbytes)
+            if isinstance(payload, SharedRows):
+                payload.release()
             raise
-        future.add_done_callback(lambda _future: self._peers.give_back(caller, nbytes))
+        let_go = self._let_go(payload, caller, nbytes)
+        try:
+            future = await self._batcher.admit_when_room(
+                key, payload, rows=len(payload), nbytes=nbytes, deadline=deadline
+            )
+        except BaseException:
+            let_go()
+            raise
+        future.add_done_callback(let_go)
         return future
+
+    def _let_go(self, payload: Payload, caller: str, nbytes: int) -> Callable[..., None]:
+        """Return what gives back all that is held for a request, however it ends."""
+
+        def let_go(_future: object = None) -> None:
+            self._peers.give_back(caller, nbytes)
+            if isinstance(payload, SharedRows):
+                payload.release()
+
+        return let_go
+
+    def _caller(self, context: Context) -> str:
+        return caller_of(context, certificates=self._certificates, tokens=self._tokens)
+
+    def _deadline(self, context: Context) -> float | None:
+        remaining = context.time_remaining()
+        return None if remaining is None else self._clock() + remaining
 
     def _take(self, key: WorkKey, caller: str, nbytes: int) -> None:
         try:
@@ -352,20 +396,25 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
 def add_to_server(servicer: SemanticIdServicer, server: grpc.aio.Server, calls: Calls) -> None:
     """Have a server answer with a servicer's methods, within what ``calls`` does around them.
 
-    As the generated function does, but for the messages of Encode: see `received`; and not as
+    As the generated function does, but for large messages (see `received` and `wire`), and not as
     methods that gRPC waits for one by one, which would cost each call a little for every method.
     """
     methods = _Methods()
     add: Any = pb_grpc.add_SemanticIdServiceServicer_to_server  # generated, not annotated
     add(servicer, methods)
-    methods.handlers["Encode"] = grpc.unary_unary_rpc_method_handler(
-        servicer.Encode, read_encode_request, pb.EncodeResponse.SerializeToString
-    )
-    methods.handlers["EncodeStream"] = grpc.stream_stream_rpc_method_handler(
-        servicer.EncodeStream,
-        read_encode_stream_request,
-        pb.EncodeStreamResponse.SerializeToString,
-    )
+    # Their responses are written already.
+    methods.handlers |= {
+        "Encode": grpc.unary_unary_rpc_method_handler(servicer.Encode, encode_reader(), bytes),
+        "Decode": grpc.unary_unary_rpc_method_handler(
+            servicer.Decode, pb.DecodeRequest.FromString, bytes
+        ),
+        "EncodeStream": grpc.stream_stream_rpc_method_handler(
+            servicer.EncodeStream, encode_stream_reader(), bytes
+        ),
+        "DecodeStream": grpc.stream_stream_rpc_method_handler(
+            servicer.DecodeStream, pb.DecodeStreamRequest.FromString, bytes
+        ),
+    }
     calls.serve(methods.handlers, {"Encode": servicer.refusal, "Decode": servicer.refusal})
     server.add_generic_rpc_handlers((calls,))
 
@@ -388,17 +437,6 @@ class _Methods:
         self.handlers.update(handlers)
 
 
-async def _then(future: asyncio.Future[T], write: Callable[[T], Awaitable[Response]]) -> Response:
-    return await write(await future)
-
-
 def _in_message(error: SemidError, index: int) -> SemidError:
     error.args = (f"message {index} of the stream: {error}",)
     return error
-
-
-async def _convert(form: str | None, function: Callable[..., T], *args: Any) -> T:
-    """Call ``function``, in a thread for rows written out: thousands of numbers take their time."""
-    if form == "rows":
-        return await asyncio.to_thread(function, *args)
-    return function(*args)

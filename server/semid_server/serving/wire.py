@@ -7,12 +7,14 @@ numbers are for people; they are converted, many times slower.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Final
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from semid.v1 import semid_pb2 as pb
 from semid_server.errors import FieldViolation, InvalidInputError, MessageTooLargeError
+from semid_server.serving.received import varint
 from semid_server.serving.shared_memory import SharedRows
 from semid_server.serving.types import HOST_TYPES, EmbeddingType
 
@@ -73,11 +75,14 @@ def read_embeddings(
     MessageTooLargeError
         More rows than ``max_rows``.
     """
-    request = received.request
-    form = request.WhichOneof("embeddings")
-    if form is None:
+    head = received.head
+    fits: _Fits | None = head.fits
+    if fits is not None and fits.input_dim == model.input_dim and fits.max_rows == max_rows:
+        return np.ndarray(fits.shape, fits.host, received.data), fits.dtype
+    request = head.request
+    if head.form is None:
         raise InvalidInputError.at("embeddings", "missing; give either tensor or rows")
-    if form == "rows":
+    if head.form == "rows":
         _check_rows(len(request.rows.rows), max_rows)
         rows = [row.values for row in request.rows.rows]
         _check_lengths("embeddings", rows, model.input_dim, f"model {model.name!r} expects")
@@ -89,7 +94,20 @@ def read_embeddings(
     dtype = _embedding_type("tensor", request.tensor.dtype)
     array = _view(request.tensor, HOST_TYPES[dtype], max_rows, received.data)
     _check_width("tensor", array.shape[1], model)
+    if received.data:
+        # What follows this head is as long every time.
+        head.fits = _Fits(model.input_dim, max_rows, dtype, HOST_TYPES[dtype], array.shape)
     return array, dtype
+
+
+class _Fits(NamedTuple):
+    """What was checked of a tensor, and what it was found to be."""
+
+    input_dim: int
+    max_rows: int
+    dtype: EmbeddingType
+    host: np.dtype[Any]
+    shape: tuple[int, ...]
 
 
 def read_shared(
@@ -201,24 +219,62 @@ def read_mode(request: pb.DecodeRequest) -> DecodeModeName:
 
 def encode_response(
     codes: npt.NDArray[np.unsignedinteger], model: ServedModel, form: str | None
-) -> pb.EncodeResponse:
-    """Write codes in the form in which the embeddings came."""
+) -> bytes:
+    """Write an EncodeResponse: codes in the form in which the embeddings came."""
     if form == "rows":
         rows = pb.CodeRows(rows=[pb.CodeRows.Row(codes=row) for row in codes.tolist()])
-        return pb.EncodeResponse(fingerprint=model.fingerprint, rows=rows)
-    tensor = _tensor(codes, CODE_TYPE_NAMES[codes.dtype])
-    return pb.EncodeResponse(fingerprint=model.fingerprint, tensor=tensor)
+        return pb.EncodeResponse(fingerprint=model.fingerprint, rows=rows).SerializeToString()
+    head = _response_head(
+        pb.EncodeResponse,
+        model.fingerprint,
+        CODE_TYPE_NAMES[codes.dtype],
+        codes.shape,
+        codes.nbytes,
+    )
+    return head + codes.tobytes()
 
 
 def decode_response(
     reconstructions: npt.NDArray[np.float32], model: ServedModel, form: str | None
-) -> pb.DecodeResponse:
-    """Write reconstructions in the form in which the codes came."""
+) -> bytes:
+    """Write a DecodeResponse: reconstructions in the form in which the codes came."""
     if form == "rows":
         rows = pb.FloatRows(rows=[pb.FloatRows.Row(values=row) for row in reconstructions.tolist()])
-        return pb.DecodeResponse(fingerprint=model.fingerprint, rows=rows)
-    tensor = _tensor(reconstructions, pb.DATA_TYPE_FLOAT32)
-    return pb.DecodeResponse(fingerprint=model.fingerprint, tensor=tensor)
+        return pb.DecodeResponse(fingerprint=model.fingerprint, rows=rows).SerializeToString()
+    head = _response_head(
+        pb.DecodeResponse,
+        model.fingerprint,
+        pb.DATA_TYPE_FLOAT32,
+        reconstructions.shape,
+        reconstructions.nbytes,
+    )
+    return b"".join((head, np.ascontiguousarray(reconstructions).data))  # the one copy of them
+
+
+def in_stream(response: bytes) -> bytes:
+    """Write an EncodeStreamResponse or DecodeStreamResponse around a response."""
+    return _IN_STREAM + varint(len(response)) + response
+
+
+_IN_STREAM: Final = b"\x0a"
+"""Tag of field 1, length-delimited: the response in the messages of both streams."""
+
+
+@lru_cache(maxsize=1024)
+def _response_head(
+    message: type[pb.EncodeResponse | pb.DecodeResponse],
+    fingerprint: str,
+    dtype: pb.DataType,
+    shape: tuple[int, ...],
+    nbytes: int,
+) -> bytes:
+    """Return a serialised response without its numbers, which come last.
+
+    protobuf writes it, with zeros for numbers; it would copy them twice.
+    """
+    tensor = pb.Tensor(dtype=dtype, shape=shape, data=bytes(nbytes))
+    written = message(fingerprint=fingerprint, tensor=tensor).SerializeToString()
+    return written[: len(written) - nbytes]
 
 
 def model_message(
@@ -333,10 +389,6 @@ def _check_lengths(field: str, rows: Sequence[Sequence[Any]], length: int, whose
                 for index in wrong[:MAX_NAMED_ROWS]
             ],
         )
-
-
-def _tensor(array: npt.NDArray[Any], dtype: pb.DataType) -> pb.Tensor:
-    return pb.Tensor(dtype=dtype, shape=array.shape, data=array.tobytes())
 
 
 def _name(enum: Any, number: int) -> str:

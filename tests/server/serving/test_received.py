@@ -8,13 +8,21 @@ from hypothesis import strategies as st
 
 from semid.v1 import semid_pb2 as pb
 from semid_server.serving.received import (
-    SMALL,
+    MAX_HEADS,
     cut_out,
-    read_encode_request,
-    read_encode_stream_request,
+    encode_reader,
+    encode_stream_reader,
 )
 
-LARGE = bytes(range(256)) * (SMALL // 256)
+LARGE = bytes(range(256)) * 64
+
+
+def read_encode_request(message):
+    return encode_reader()(message)
+
+
+def read_encode_stream_request(message):
+    return encode_stream_reader()(message)
 
 
 def tensor_of(data, shape=(4, 1024)):
@@ -23,7 +31,7 @@ def tensor_of(data, shape=(4, 1024)):
 
 def put_together(received):
     request = pb.EncodeRequest()
-    request.CopyFrom(received.request)
+    request.CopyFrom(received.head.request)
     if received.data is not None:
         request.tensor.data = bytes(received.data)
     return request
@@ -49,7 +57,7 @@ def test_a_large_tensor_is_not_copied():
     received = read_encode_request(message)
     assert received.data.obj is message
     assert received.data == LARGE
-    assert received.request == pb.EncodeRequest(model="m", tensor=tensor_of(b""))
+    assert received.head.request == pb.EncodeRequest(model="m", tensor=tensor_of(b""))
 
 
 @pytest.mark.parametrize(
@@ -78,5 +86,48 @@ def test_no_bytes_upset_the_cut(message, path):
 
 
 def test_a_message_of_very_many_fields_is_left_to_protobuf():
-    message = b"\x78\x01" * SMALL + pb.EncodeRequest(tensor=tensor_of(LARGE)).SerializeToString()
+    message = b"\x78\x01" * 100 + pb.EncodeRequest(tensor=tensor_of(LARGE)).SerializeToString()
     assert cut_out(message, (3, 3)) is None
+
+
+REQUESTS = st.builds(
+    lambda model, fingerprint, shape, data: pb.EncodeRequest(
+        model=model, expected_fingerprint=fingerprint, tensor=tensor_of(data, shape)
+    ),
+    st.sampled_from(["", "a", "b", "longer"]),
+    st.sampled_from(["", "f" * 4, "g" * 4]),
+    st.sampled_from([(4, 1), (1, 4), (2, 2), ()]),
+    st.binary(max_size=4),
+)
+
+
+@given(st.lists(REQUESTS, max_size=20), st.booleans())
+def test_what_was_read_before_changes_nothing(requests, streamed):
+    read = encode_stream_reader() if streamed else encode_reader()
+    for request in requests:
+        message = pb.EncodeStreamRequest(request=request) if streamed else request
+        assert put_together(read(message.SerializeToString())) == request
+
+
+def test_messages_that_begin_alike_are_parsed_once():
+    read = encode_reader()
+    first, second = (
+        pb.EncodeRequest(model="m", tensor=tensor_of(data)).SerializeToString()
+        for data in (LARGE, LARGE[::-1])
+    )
+    assert read(first).head is read(second).head
+    assert read(second).data == LARGE[::-1]
+
+
+def test_a_length_is_forgotten_when_very_many_others_have_come():
+    read = encode_reader()
+    messages = [
+        pb.EncodeRequest(tensor=tensor_of(bytes(size))).SerializeToString()
+        for size in range(1, MAX_HEADS + 2)
+    ]
+    first = read(messages[0]).head
+    for message in messages[1:-1]:
+        read(message)
+    assert read(messages[0]).head is first
+    read(messages[-1])
+    assert read(messages[0]).head is not first
