@@ -75,6 +75,7 @@ def test_all_of_them_speak_of_the_same_pods(deployment):
     assert deployment["spec"]["selector"]["matchLabels"] == labels
     assert _load("service.yaml")["spec"]["selector"] == labels
     assert _load("poddisruptionbudget.yaml")["spec"]["selector"]["matchLabels"] == labels
+    assert _load("networkpolicy.yaml")["spec"]["podSelector"]["matchLabels"] == labels
     service = _load("service.yaml")["metadata"]["labels"]
     monitor = _load("servicemonitor.yaml")["spec"]
     assert monitor["selector"]["matchLabels"] == service
@@ -115,6 +116,14 @@ def test_ports_are_those_that_the_server_is_told(container):
     assert endpoint["port"] in service
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["grpc"]["port"] == ports["admin"]
+
+
+def test_pods_reach_all_ports_but_the_one_without_tls_and_tokens(container):
+    spec = _load("networkpolicy.yaml")["spec"]
+    assert spec["policyTypes"] == ["Ingress"]
+    (rule,) = spec["ingress"]
+    open_to_pods = {port["port"] for port in rule["ports"]}
+    assert open_to_pods == {port["name"] for port in container["ports"]} - {"admin"}
 
 
 def test_the_name_stands_for_every_replica(deployment):
