@@ -69,8 +69,11 @@ async def echo() -> None:
 class InstantEncoder:
     """All codes are 0, at once."""
 
+    def __init__(self) -> None:
+        self._codes = torch.zeros((1 << 16, LAYERS), dtype=torch.uint8)
+
     def encode(self, rows):
-        return torch.zeros((len(rows), LAYERS), dtype=torch.uint8)
+        return self._codes[: len(rows)]
 
     def warm_up(self):
         pass

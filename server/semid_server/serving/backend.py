@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -62,8 +62,10 @@ FILL_TYPES: dict[EmbeddingType, torch.dtype] = {
     "float64": torch.float64,
 }
 
-Buffers: TypeAlias = dict[EmbeddingType, torch.Tensor]
-"""A batch buffer for each type of numbers, page-locked where a GPU reads it."""
+Buffers: TypeAlias = "dict[EmbeddingType, tuple[torch.Tensor, npt.NDArray[Any]]]"
+"""A batch buffer for each type of numbers, page-locked where a GPU reads it, and numpy's view."""
+
+_NO_BUFFER: Final = torch.empty((0, 0)), np.empty((0, 0), np.float32)
 
 MAX_NAMED_ROWS = 8
 
@@ -362,10 +364,10 @@ class Backend:
                 again[wrong[0]].tolist(),
             )
 
-    def _features(self, rows: torch.Tensor) -> npt.NDArray[np.float64]:
+    def _features(self, rows: torch.Tensor) -> npt.NDArray[np.float32]:
         with torch.inference_mode():
             features: torch.Tensor = self._model.features(rows.to(self._device, torch.float32))
-        return features.double().cpu().numpy()
+        return cast("npt.NDArray[np.float32]", features.cpu().numpy())
 
     def _encode(
         self, dtype: EmbeddingType, payloads: Sequence[Payload]
@@ -396,18 +398,17 @@ class Backend:
         batch, and for each payload what keeps it out: the place of one that cannot be read, or that
         holds NaN or Inf, is given to the next.
         """
-        total = sum(len(payload) for payload in payloads)
-        buffer = buffers.get(dtype)
-        if buffer is None or len(buffer) < total:
+        total = sum(map(len, payloads))
+        buffer, host = buffers.get(dtype, _NO_BUFFER)
+        if len(buffer) < total:
             # Grown at least twofold, so that it seldom is; page-locked where a GPU reads it.
-            capacity = max(total, 2 * len(buffer) if buffer is not None else 0)
             buffer = torch.empty(
-                (capacity, self.served.input_dim),
+                (max(total, 2 * len(buffer)), self.served.input_dim),
                 dtype=TORCH_TYPES[dtype],
                 pin_memory=self._device.type == "cuda",
             )
-            buffers[dtype] = buffer
-        host = buffer.view(FILL_TYPES[dtype]).numpy()
+            host = buffer.view(FILL_TYPES[dtype]).numpy()
+            buffers[dtype] = buffer, host
         start = 0
         errors: list[SemidError | None] = []
         for payload in payloads:

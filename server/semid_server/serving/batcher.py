@@ -629,12 +629,40 @@ class Batcher(Generic[Key, Payload, Answer]):
         while self._queues and not batch.parts:
             key = next(iter(self._queues))
             queue = self._queues.pop(key)
-            gone = self._take_from(queue, batch, expired)
-            if left := [entry for entry in queue if entry not in gone]:
-                self._queues[key] = left  # behind the other keys
+            if not self._take_all_of(queue, batch):
+                gone = self._take_from(queue, batch, expired)
+                if left := [entry for entry in queue if entry not in gone]:
+                    self._queues[key] = left  # behind the other keys
             if batch.parts:
                 self._busy_until = self._clock() + queue[0].pace.predict(batch.rows)
         return batch
+
+    def _take_all_of(
+        self, queue: list[_Entry[Key, Payload, Answer]], batch: _Batch[Key, Payload, Answer]
+    ) -> bool:
+        """Fill a batch with all of a queue, if it surely fits: so it is while the device keeps up.
+
+        Where it might not, or something in it is late, nothing is taken.
+        """
+        limits, pace = self._limits, queue[0].pace
+        # Of all queues: no less than what is in this one.
+        rows, nbytes = self._rows, self._nbytes
+        seconds = pace.predict(rows)
+        if (
+            rows > limits.max_batch_rows
+            or nbytes > limits.max_batch_bytes
+            or seconds > limits.max_batch_seconds
+            or not pace.known
+        ):
+            return False
+        done = self._clock() + seconds
+        for entry in queue:
+            if entry.deadline is not None and entry.deadline <= done:
+                return False
+        for entry in queue:
+            self._uncount(entry)
+            batch.add(entry, entry.left)
+        return True
 
     def _take_from(
         self,

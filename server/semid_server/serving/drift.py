@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 WINDOW_ROWS = 1 << 17
 """Rows that the figures speak of: the last so many, or up to a sixteenth more."""
 
-SAMPLED_ROWS = 16
-"""Rows of one batch whose error is taken, at most."""
+SAMPLED_ROWS = 8
+"""Rows of one batch whose error is taken, at most: few enough for torch to wake no other thread."""
 
-SAMPLED_SHARE = 1 / 64
+SAMPLED_SHARE = 1 / 128
 """Share of all rows whose error is taken: in float64, and from memory that nothing else reads."""
 
 _PARTS = 16
@@ -79,7 +79,7 @@ class DriftWatch:
     normalize_residuals : bool
         As in the model.
     features : callable
-        From rows ``(n, D)`` to float64 ``(n, E)``: what the first layer gets.
+        From rows ``(n, D)`` to numbers ``(n, E)``: what the first layer gets.
     window_rows : int
         See `WINDOW_ROWS`.
     """
@@ -89,7 +89,7 @@ class DriftWatch:
         codebooks: Sequence[npt.NDArray[np.float32]],
         *,
         normalize_residuals: bool,
-        features: Callable[[Any], npt.NDArray[np.float64]],
+        features: Callable[[Any], npt.NDArray[np.floating[Any]]],
         window_rows: int = WINDOW_ROWS,
     ) -> None:
         self._codebooks, self._normalize = codebooks, normalize_residuals
@@ -100,6 +100,7 @@ class DriftWatch:
         self._nothing = np.zeros(len(codebooks))
         self._uncounted: list[npt.NDArray[Any]] = []
         self._uncounted_rows = 0
+        self._entering = self._left = self._nothing
 
     def observe(
         self,
@@ -117,14 +118,13 @@ class DriftWatch:
         with self._lock:
             self._uncounted.append(codes)
             self._uncounted_rows += len(codes)
-            if (
-                errors is not None
-                or self._uncounted_rows >= self._part_rows // 2
-                or len(self._uncounted) >= _BATCHES
-            ):
-                self._count(*(errors or (self._nothing, self._nothing)))
+            if errors is not None:
+                self._entering = self._entering + errors[0]
+                self._left = self._left + errors[1]
+            if self._uncounted_rows >= self._part_rows // 2 or len(self._uncounted) >= _BATCHES:
+                self._count()
 
-    def _count(self, entering: npt.NDArray[np.float64], left: npt.NDArray[np.float64]) -> None:
+    def _count(self) -> None:
         """Add what was observed to the newest part; the lock is held."""
         codes = np.concatenate(self._uncounted)
         self._uncounted.clear()
@@ -139,14 +139,15 @@ class DriftWatch:
         part = self._parts[-1]
         part.rows += len(codes)
         part.counts = [a + b for a, b in zip(part.counts, counts, strict=True)]
-        part.entering = part.entering + entering
-        part.left = part.left + left
+        part.entering = part.entering + self._entering
+        part.left = part.left + self._left
+        self._entering = self._left = self._nothing
 
     def summary(self) -> list[LayerDrift]:
         """Return the figures of each layer, or nothing while no row was seen."""
         with self._lock:
             if self._uncounted:
-                self._count(self._nothing, self._nothing)
+                self._count()
             if not self._parts:
                 return []
             by_layer = zip(*(part.counts for part in self._parts), strict=True)

@@ -151,10 +151,11 @@ def configure(*, level: str, as_json: bool) -> None:
 
 def begin_request(metadata: Mapping[str, str | bytes]) -> str:
     """Return the id of the call that begins, for the lines of this task from now on."""
-    sent = metadata.get(REQUEST_ID_KEY, "")
-    plain = isinstance(sent, str) and _PLAIN.fullmatch(sent)
-    # It is a name, no secret: an id of the system's own randomness costs several times as much.
-    made = f"{random.getrandbits(128):032x}"
-    request_id = str(sent) if plain else made
+    sent = metadata.get(REQUEST_ID_KEY)
+    if isinstance(sent, str) and _PLAIN.fullmatch(sent):
+        request_id = sent
+    else:
+        # A name, no secret: an id of the system's own randomness costs several times as much.
+        request_id = f"{random.getrandbits(128):032x}"
     _request_id.set(request_id)
     return request_id
