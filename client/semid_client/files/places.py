@@ -13,6 +13,7 @@ import mmap
 import os
 import re
 import shutil
+import stat
 import tempfile
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
@@ -135,6 +136,11 @@ class Place(ABC):
     def put(self, made: Path) -> None:
         """Let the content of ``made`` appear here, at once and whole. It may be moved."""
 
+    def takes(self, made: Path) -> bool:
+        """Whether `put` moves ``made`` itself here, and not a copy."""
+        del made
+        return False
+
     @abstractmethod
     def remove(self) -> None:
         """Remove the file."""
@@ -175,6 +181,11 @@ class LocalPlace(Place):
         """The path."""
         return self._path
 
+    @property
+    def target(self) -> Path:
+        """The path of the file that is written, where the name is a symbolic link to it."""
+        return Path(os.path.realpath(self._path))
+
     def sibling(self, ending: str) -> LocalPlace:
         """The path with a longer name."""
         return LocalPlace(self.name + ending, self._path.with_name(self._path.name + ending))
@@ -199,6 +210,9 @@ class LocalPlace(Place):
         """Open for reading; the system reads ahead."""
         del ahead
         try:
+            mode = self._path.stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of which opening says what is
+                raise FileError(self.name, "is no regular file: only an Arrow stream is read, by -")
             return self._path.open("rb")
         except OSError as error:
             raise FileError.of(self.name, error) from error
@@ -220,17 +234,25 @@ class LocalPlace(Place):
         return [LocalPlace(str(path), path) for path in found]
 
     def put(self, made: Path) -> None:
-        """Rename, on one file system; from another, copy beside it before that."""
+        """Rename, on one file system; from another, copy beside it before that.
+
+        Where the name is a symbolic link, what it points to is replaced, and the link stays.
+        """
         try:
-            if made.stat().st_dev != self._path.parent.stat().st_dev:
-                beside = self._path.with_name(f"{self._path.name}.new")
+            to = self.target
+            if not self.takes(made):
+                beside = to.with_name(f"{to.name}.new")
                 shutil.copyfile(made, beside)
                 made = beside
             sync(made)
-            made.replace(self._path)
-            sync_folder(self._path.parent)
+            made.replace(to)
+            sync_folder(to.parent)
         except OSError as error:
             raise FileError.of(self.name, error) from error
+
+    def takes(self, made: Path) -> bool:
+        """Whether both are on one file system."""
+        return made.stat().st_dev == self.target.parent.stat().st_dev
 
     def remove(self) -> None:
         """Remove the file."""

@@ -34,7 +34,7 @@ from numpy.lib import format as npy
 
 from semid_client.files._errors import FileError
 from semid_client.files.npy import NpyReader
-from semid_client.files.places import place, sync_folder
+from semid_client.files.places import LocalPlace, place, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -126,7 +126,9 @@ class Work:
         self.bad_list: Path | str = self._bad_place.local or self._bad_place.name
         if self.place.local is not None and self.place.is_folder():
             raise FileError(output, "is a folder; expected a file to write")
-        if self.place.local is not None and not self.place.local.parent.is_dir():
+        if isinstance(self.place, LocalPlace) and not (
+            self.place.local.parent.is_dir() and self.place.target.parent.is_dir()
+        ):
             raise FileError(output, "No such file or directory: make the folder first")
         if not self.folder.exists():
             self._check_free()
@@ -142,6 +144,7 @@ class Work:
             ) from error
         self._rows: BinaryIO | None = None
         self._bad: BinaryIO | None = None
+        self._unsynced: set[BinaryIO] = set()
         try:
             if restart:
                 self._clear()
@@ -193,6 +196,7 @@ class Work:
             self._bad.truncate(self.progress.bad_bytes)
             for file in (self._rows, self._bad):
                 file.seek(0, os.SEEK_END)
+                self._unsynced.add(file)
         self._saved_at = time.monotonic()
         return self.progress
 
@@ -212,6 +216,7 @@ class Work:
                 self._rows, np.ascontiguousarray(rows, self._dtype).reshape(-1).view(np.uint8).data
             )
             _write(self._bad, memoryview(lines))
+        self._unsynced |= {self._rows, self._bad} if lines else {self._rows}
         progress = self.progress
         progress.rows_in += n_in
         progress.rows_out += len(rows)
@@ -223,9 +228,9 @@ class Work:
     def save(self) -> None:
         """Record the progress: everything up to here survives whatever comes."""
         with self._naming_output():
-            for file in (self._rows, self._bad):
-                if file is not None:
-                    os.fsync(file.fileno())
+            for file in self._unsynced:
+                os.fsync(file.fileno())
+            self._unsynced.clear()
             new = self.folder / "progress.json.new"
             with new.open("w") as out:
                 json.dump(asdict(self.progress), out)
@@ -241,6 +246,7 @@ class Work:
         with self._naming_output():
             self._rows.seek(0)
             self._write_header()
+        self._unsynced.add(self._rows)
         self.save()
         return NpyReader(self.folder / "rows.npy")
 
@@ -255,18 +261,15 @@ class Work:
         there = not self._check_free(made)  # once more: the work may have taken hours
         self.progress.publishing = True
         if not there:
-            if self._moves(made):
+            if self.place.takes(made):
                 # Known beforehand: nothing is written between the renaming and the end.
                 self.progress.finished = _identity(place(made))
             self.save()
             self.place.put(made)
-        self.progress.finished = _identity(self.place)
-        self.save()
-
-    def _moves(self, made: Path) -> bool:
-        """Whether ``made`` itself becomes the output, not a copy."""
-        to = self.place.local
-        return to is not None and to.parent.stat().st_dev == made.stat().st_dev
+        finished = _identity(self.place)
+        if self.progress.finished != finished:
+            self.progress.finished = finished
+            self.save()
 
     def _publish_bad_rows(self) -> None:
         if self.progress.bad_rows:

@@ -7,6 +7,7 @@ Found by entry points, so that the client never imports torch: ``semid.encoders`
 from __future__ import annotations
 
 import mmap
+import zipfile
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -204,6 +205,12 @@ class TensorRows:
         return numbers
 
     def _load(self) -> torch.Tensor:
+        if not zipfile.is_zipfile(self._path):
+            raise FileError(
+                self._name,
+                "cannot be read as tensors alone: it is no file of torch.save, or one of torch "
+                "before 1.6, to be saved again",
+            )
         try:
             found = torch.load(self._path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:
@@ -227,5 +234,11 @@ class TensorRows:
         if not isinstance(found, torch.Tensor) or found.ndim != 2:  # noqa: PLR2004 - a matrix
             shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
             raise FileError(self._name, f"holds {shape}; expected a tensor (rows, columns)")
+        if found.layout != torch.strided or found.is_quantized:
+            raise FileError(self._name, f"holds a {_form(found)} tensor; expected a dense one")
         found = found.detach()
         return found.T if self._turned else found
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")

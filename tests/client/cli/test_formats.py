@@ -1,6 +1,7 @@
 """Every format of embeddings to every format of IDs, over a real socket, and back."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -256,10 +257,7 @@ def write(name, content):
         file.write(content)
 
 
-def truncated(name, make):
-    make()
-    with open(name, "rb+") as file:  # noqa: PTH123 - a plain name
-        file.truncate(len(file.read()) - 200)
+NULLS = pa.array([None] * 3, pa.list_(pa.float32()))
 
 
 @pytest.mark.parametrize(
@@ -277,6 +275,22 @@ def truncated(name, make):
         ),
         damaged("in.pt", lambda: torch.save(embeddings, "in.pt"), "cannot be read as tensors al"),
         damaged("in.pt", lambda: torch.save([1], "in.pt"), "holds list; expected a tensor"),
+        damaged("in.pt", lambda: torch.save(torch.eye(4).to_sparse(), "in.pt"), "a sparse_coo ten"),
+        damaged(
+            "in.pt",
+            lambda: torch.save(torch.eye(4), "in.pt", _use_new_zipfile_serialization=False),
+            "in.pt: cannot be read as tensors alone: it is no file of torch.save, or one",
+        ),
+        damaged("in.npz", lambda: np.savez("in.npz", np.array([[1, "a"]], object)), "never unpick"),
+        damaged("in.npy", lambda: np.save("in.npy", np.float32(1)), "has shape (); expected (rows"),
+        damaged("in.npy", lambda: np.save("in.npy", embeddings()[:, :0]), "has rows of 0 numbers"),
+        damaged("in.npy", lambda: os.mkfifo("in.npy"), "is no regular file: only an Arrow stream"),
+        damaged("in.parquet", lambda: os.mkfifo("in.parquet"), "in.parquet: is no regular file"),
+        damaged(
+            "in.parquet",
+            lambda: pq.write_table(pa.table({"v": NULLS}), "in.parquet"),
+            "column 'v' holds no row of numbers, so that nothing tells how many a row has",
+        ),
         damaged("in.safetensors", lambda: write("in.safetensors", b"{}"), "as safetensors: "),
         damaged("in.parquet", lambda: write("in.parquet", b"PAR1"), "cannot be read as Parquet: "),
         damaged(
@@ -426,3 +440,63 @@ def test_matrices_need_none_of_the_libraries_of_other_formats(server, folder, so
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("n_null", [1, 200])
+@pytest.mark.parametrize("source", ["in.parquet", "-"])
+def test_a_file_may_begin_with_rows_that_are_null(server, folder, source, n_null):
+    rows = embeddings(5)
+    content = pa.table({"v": pa.array([None] * n_null + list(rows), pa.list_(pa.float32()))})
+    pq.write_table(content, "in.parquet", row_group_size=7)
+    command = ("encode", source, "-o", "out.npy", "--on-bad-row", "skip", "--target", server.target)
+    result = semid(*command, stdin=as_stream(content) if source == "-" else None)
+    assert result.exit_code == 0, result.output
+    np.testing.assert_array_equal(np.load("out.npy"), server.expected_codes(rows))
+    assert len((folder / "out.npy.bad-rows.jsonl").read_text().splitlines()) == n_null
+
+
+@pytest.mark.parametrize("target", ["there.npy", "deeper/there.npy", "new.npy"])
+def test_an_output_that_is_a_link_goes_where_it_points_to(server, folder, target):
+    (folder / "deeper").mkdir()
+    np.save("in.npy", embeddings())
+    if target != "new.npy":
+        np.save(target, np.zeros(3))
+    (folder / "out.npy").symlink_to(target)
+    command = ("encode", "in.npy", "-o", "out.npy", "--target", server.target)
+    if target != "new.npy":
+        assert "out.npy: exists already" in semid(*command).stderr
+        assert np.load(target).shape == (3,)
+    assert semid(*command, "--force").exit_code == 0
+    assert (folder / "out.npy").is_symlink()
+    np.testing.assert_array_equal(np.load(target), server.expected_codes(embeddings()))
+    assert not (folder / "out.npy.partial").exists()
+
+
+def test_an_output_that_is_a_link_to_nowhere_is_refused_before_any_work(server, folder):
+    np.save("in.npy", embeddings())
+    (folder / "out.npy").symlink_to("no/such/folder/out.npy")
+    result = semid("encode", "in.npy", "-o", "out.npy", "--target", server.target)
+    assert "out.npy: No such file or directory: make the folder first" in result.stderr
+    assert server.calls("Encode") == 0
+
+
+def test_an_input_by_another_name_is_not_overwritten(server, folder):
+    np.save("in.npy", embeddings())
+    (folder / "soft.npy").symlink_to("in.npy")
+    (folder / "hard.npy").hardlink_to("in.npy")
+    for output in ("in.npy", "./in.npy", "soft.npy", "hard.npy"):
+        result = semid("encode", "in.npy", "-o", output, "--force", "--target", server.target)
+        assert "is the input too; give the output another name" in result.stderr
+    np.testing.assert_array_equal(np.load("in.npy"), embeddings())
+
+
+def test_ids_may_be_dictionaries_that_differ_from_file_to_file(server, folder):
+    (folder / "many").mkdir()
+    for name, some in (("a", ["x", "y"]), ("b", ["z", "x"])):
+        ids = pa.array(some).dictionary_encode()
+        content = pa.table({"id": ids, "v": pa.array(list(embeddings(2)))})
+        pq.write_table(content, folder / f"many/{name}.parquet")
+    for output in ("out.parquet", "out.jsonl"):
+        result = semid("encode", "many", "-o", output, "--target", server.target)
+        assert result.exit_code == 0, result.output
+        assert read_output(output, "codes")[0] == ["x", "y", "z", "x"]

@@ -56,6 +56,26 @@ def test_a_command_that_does_not_exist_is_a_usage_error(run_python):
     assert "No such command 'encod'" in done.stderr
 
 
+def test_a_connection_that_fails_is_told_in_one_sentence(make_server, run_python):
+    port = make_server().port
+    done = run_python(SEMID, "info", "--target", f"127.0.0.1:{port}", "--tls")
+    assert done.returncode == 1
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith(f"Error: GetModel at 127.0.0.1:{port} failed with UNAVAILABLE")
+    assert sentence.endswith("whoever listens there speaks no TLS, while this client does")
+
+
+def test_a_flag_that_would_do_nothing_is_refused(run_python):
+    for flags, says in [
+        (("--target", "localhost:1", "--device", "cpu"), "--device is of use with --checkpoint"),
+        (("--checkpoint", "x", "--token", "x"), "--token is of use with --target"),
+        (("--checkpoint", "x", "--in-flight", "2"), "--in-flight is of use with --target"),
+    ]:
+        done = run_python(SEMID, "encode", "in.npy", "-o", "out.npy", *flags)
+        assert done.returncode == 2
+        assert done.stderr.endswith(f"Error: {says} alone.\n")
+
+
 class Commands(Root):
     """A root whose commands are those given."""
 

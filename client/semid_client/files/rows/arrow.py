@@ -19,7 +19,7 @@ from semid_client.files.rows.source import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -73,16 +73,20 @@ class ListColumns:
             if found != kind:
                 raise FileError(file, f"column {name!r} is {found}; expected {kind} as before it")
 
-    def width_and_type(self, batch: Any) -> tuple[int, np.dtype[Any]]:
-        """Numbers in a row, and their type; judged by the first row where lists vary."""
+    def width_and_type(self, batches: Iterable[Any]) -> tuple[int, np.dtype[Any]]:
+        """Numbers in a row, and their type; where lists vary, by the first that is not null."""
         dtype = np.dtype(self._type.value_type.to_pandas_dtype())
         if self._pa.types.is_fixed_size_list(self._type):
             return self._type.list_size, dtype
-        column = batch.column(self._name) if batch is not None else []
-        first = next((len(row) for row in column if row.is_valid), None)
+        lengths = (batch.column(self._name).value_lengths().drop_null() for batch in batches)
+        first = next((some[0].as_py() for some in lengths if len(some)), None)
         if first is None:
-            raise FileError(self._path, f"column {self._name!r} begins with no row of numbers")
-        return first, dtype
+            raise FileError(
+                self._path,
+                f"column {self._name!r} holds no row of numbers, so that nothing tells how many a "
+                "row has: write it as fixed-size lists",
+            )
+        return int(first), dtype
 
     def rows(
         self, batch: Any, start: int, width: int, dtype: np.dtype[Any]
@@ -128,10 +132,9 @@ class ArrowStreamRows(Source):
         columns = ListColumns(self.path, self._reader.schema, what, column, id_column)
         self._columns = columns
         self.metadata, self.extra_digit = recorded(self._reader.schema, what)
-        with reading(self.path, "an Arrow IPC stream"):
-            self._first = next(iter(self._reader), None)
-        self.width, self.dtype = columns.width_and_type(self._first)
-
+        # Those before the first row that is not null are held until the rows are read.
+        self._begun: list[Any] = []
+        self.width, self.dtype = columns.width_and_type(self._beginning())
         self.spooled_ids: Callable[[int], Iterator[Any]] | None = None
 
     @property
@@ -146,15 +149,22 @@ class ArrowStreamRows(Source):
     def blocks(self, start: int, n_rows: int) -> Iterator[Block]:
         """Read on; a stream has one beginning."""
         assert start == 0  # noqa: S101 -- the caller knows that it is a stream
-        batch, at = self._first, 0
-        while batch is not None:
+        at = 0
+        while (batch := self._begun.pop(0) if self._begun else self._next()) is not None:
             for offset in range(0, len(batch), n_rows):
                 some = batch.slice(offset, n_rows)
                 rows, bad = self._columns.rows(some, at, self.width, self.dtype)
                 yield Block(at, rows, bad, self._columns.ids(some))
                 at += len(some)
-            with reading(self.path, "an Arrow IPC stream"):
-                batch = next(iter(self._reader), None)
+
+    def _beginning(self) -> Iterator[Any]:
+        while (batch := self._next()) is not None:
+            self._begun.append(batch)
+            yield batch
+
+    def _next(self) -> Any:
+        with reading(self.path, "an Arrow IPC stream"):
+            return next(iter(self._reader), None)
 
     def places(self) -> list[Place]:
         """None that could be looked at again."""

@@ -39,6 +39,10 @@ class NpzRows(Source):
             for name, (shape, _, dtype) in shapes.items()
             if len(shape) == 2 and not dtype.hasobject  # noqa: PLR2004 -- a matrix
         ]
+        if not matrices and any(dtype.hasobject for _, _, dtype in shapes.values()):
+            raise FileError(
+                path, "holds Python objects, which are never unpickled: save the array as numbers"
+            )
         if column is None and what in matrices:
             column = what
         self._name = the_one(path, "two-dimensional arrays", matrices, column)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 PARQUET_BYTES: Final = 1 << 20
 """Bytes of a Parquet column that are read at a time."""
 
+FIRST_ROWS: Final = 64
+"""Rows that are read at a time for the first that is not null."""
+
 
 class ParquetRows(Source):
     """Rows of a column of lists in one Parquet file, or in many, in order of their names."""
@@ -43,8 +46,8 @@ class ParquetRows(Source):
                         self._groups[-1] + parquet.metadata.row_group(group).num_rows
                     )
         self.n_rows = self._starts[-1]
-        first = next(self._batches(0, 1, self._columns.names), None)
-        self.width, self.dtype = self._columns.width_and_type(first and first[1])
+        some = (batch for _, batch in self._batches(0, FIRST_ROWS, self._columns.names[:1]))
+        self.width, self.dtype = self._columns.width_and_type(some)
 
     @property
     def id_type(self) -> Any:
