@@ -7,7 +7,6 @@ import http.client
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -245,31 +244,6 @@ def refused(tmp_path):
         return sentence
 
     return run
-
-
-@pytest.fixture(scope="session")
-def lasting_port():
-    """Return a function that finds a port to which a server can come back.
-
-    It is none of those that the system gives to whoever asks for any, a connection included:
-    between one server and the next nobody takes it. (Where the system says what those are.)
-    """
-    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    first, last = map(int, given.read_text().split()) if given.exists() else (0, 0)
-    lasting = [port for port in range(10_000, 1 << 16) if not first <= port <= last]
-    random = np.random.default_rng()
-
-    def find(*hosts: str) -> int:
-        while True:
-            port = int(random.choice(lasting)) if lasting else 0
-            with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-                for host in hosts or ("127.0.0.1",):
-                    probe = stack.enter_context(socket.socket())
-                    probe.bind((host, port))
-                    port = probe.getsockname()[1]
-                return port
-
-    return find
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def test_no_series_is_made_by_names_that_callers_choose(replicas):
     )
     with grpc.insecure_channel(replica.target) as channel:
         stub = SemanticIdServiceStub(channel)
-        stub.Encode(pb.EncodeRequest(tensor=tensor), timeout=20)
+        stub.Encode(pb.EncodeRequest(tensor=tensor), timeout=60)
         before = _series(replica)
         for number in range(50):
             metadata = (("x-request-id", f"id-{number}"), ("user-agent", f"agent-{number}"))
@@ -36,10 +36,10 @@ def test_no_series_is_made_by_names_that_callers_choose(replicas):
                 pb.EncodeRequest(tensor=pb.Tensor(dtype=number)),
             ):
                 with pytest.raises(grpc.RpcError):
-                    stub.Encode(request, timeout=20, metadata=metadata)
+                    stub.Encode(request, timeout=60, metadata=metadata)
             for method in (f"/semid.v1.SemanticIdService/M{number}", f"/other.S{number}/Encode"):
                 with pytest.raises(grpc.RpcError, match="UNIMPLEMENTED"):
-                    channel.unary_unary(method)(b"", timeout=20)
+                    channel.unary_unary(method)(b"", timeout=60)
     assert _series(replica) == before
 
 

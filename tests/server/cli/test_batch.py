@@ -30,7 +30,7 @@ class WaitingBackend:
     def encode_rows(self, rows):
         self.on_device += 1
         self.most_on_device = max(self.most_on_device, self.on_device)
-        assert self.may_encode.acquire(timeout=30)
+        assert self.may_encode.acquire(timeout=300)
         self.on_device -= 1
         return rows[:, :1]
 
@@ -57,16 +57,16 @@ def test_a_block_is_filled_while_another_is_on_the_device(engine):
     ]
     for thread in threads:
         thread.start()
-    buffers = [backend.filled.get(timeout=30) for _ in range(2)]
+    buffers = [backend.filled.get(timeout=300) for _ in range(2)]
     assert buffers[0] is not buffers[1]
     assert backend.filled.empty()  # the third block has no buffer yet
     backend.may_encode.release()
-    assert any(backend.filled.get(timeout=30) is one for one in buffers)
+    assert any(backend.filled.get(timeout=300) is one for one in buffers)
     for _ in range(2):
         backend.may_encode.release()
-    found = sorted(answers.get(timeout=30)[0, 0] for _ in blocks)
+    found = sorted(answers.get(timeout=300)[0, 0] for _ in blocks)
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=300)
     assert found == [0, 1, 2]
     assert backend.most_on_device == 1
 

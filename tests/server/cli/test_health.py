@@ -49,7 +49,7 @@ def start():
 
 
 def _run(*arguments):
-    return CliRunner().invoke(health, list(map(str, arguments)))
+    return CliRunner().invoke(health, [*map(str, arguments), "--timeout", "60"])
 
 
 def test_a_server_that_serves_is_healthy(start):

@@ -46,7 +46,7 @@ class FakeDevice(Runner):
         self.threads.add(threading.get_ident())
         self.batches.append((key, list(payloads)))
         self.began.put((key, list(payloads)))
-        outcome = echo if self.is_free.is_set() else self.outcomes.get(timeout=30)
+        outcome = echo if self.is_free.is_set() else self.outcomes.get(timeout=300)
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome(payloads)
@@ -265,7 +265,7 @@ class FakeBackend:
         self.error = None
 
     def __call__(self, source, config, *, on_verified):
-        self.may_load.wait(30)
+        self.may_load.wait(300)
         if self.error:
             raise self.error
         return self

@@ -155,7 +155,7 @@ def test_the_end_of_the_process_does_not_wait_for_a_reader_that_is_stuck(pipe):
         "[logging.info('x' * 100) for _ in range(20000)]"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", script], check=False, stderr=writer.fileno(), timeout=60
+        [sys.executable, "-c", script], check=False, stderr=writer.fileno(), timeout=300
     )
     assert ended.returncode == 0
     assert reader.read(100)

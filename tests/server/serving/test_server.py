@@ -42,14 +42,10 @@ async def check_health(channel, service=""):
     return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-async def test_health_is_serving_only_once_the_model_is_loaded(run_server, backend, connect):
-    port = free_port()
+async def test_health_is_serving_only_once_the_model_is_loaded(
+    run_server, backend, connect, lasting_port
+):
+    port = lasting_port()
     server = run_server(backend, port=port)
     await server.line("metrics on ")
     channel = await connect(f"127.0.0.1:{port}")
@@ -93,7 +89,7 @@ async def test_on_a_signal_what_was_admitted_is_answered_and_health_goes_first(
     watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
     assert (await watch.read()).status == SERVING
     calls = [stub.Encode(REQUEST)]
-    await asyncio.to_thread(device.began.get, timeout=30)
+    await asyncio.to_thread(device.began.get, timeout=60)
     calls += [stub.Encode(REQUEST) for _ in range(5)]
     while server.server._batcher.queue.requests < 5:
         await asyncio.sleep(0)
@@ -114,7 +110,7 @@ async def test_what_is_still_queued_when_the_grace_period_ends_is_told_so(
     channel = await connect(await server.address())
     stub = pb_grpc.SemanticIdServiceStub(channel)
     running = stub.Encode(REQUEST)
-    await asyncio.to_thread(device.began.get, timeout=30)
+    await asyncio.to_thread(device.began.get, timeout=60)
     queued = stub.Encode(REQUEST)
     while server.server._batcher.queue.requests < 1:
         await asyncio.sleep(0)
@@ -136,7 +132,7 @@ async def test_a_lost_device_ends_the_server_with_its_error_and_calls_with_unava
     channel = await connect(await server.address())
     stub = pb_grpc.SemanticIdServiceStub(channel)
     call = stub.Encode(REQUEST)
-    await asyncio.to_thread(device.began.get, timeout=30)
+    await asyncio.to_thread(device.began.get, timeout=60)
     device.outcomes.put(DeviceLostError("the device has failed"))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
