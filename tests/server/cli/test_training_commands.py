@@ -137,23 +137,48 @@ def test_the_first_interrupt_is_a_wish_to_stop_and_then_all_is_as_before():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+INTERRUPTED = """
+import os, signal
+from semid_server.cli.train import train
+from semid_server.training.trainer import Trainer
+
+take, taken = Trainer.step, []
+
+def step(self, batch):
+    taken.append(batch)
+    if len(taken) == 20:
+        os.kill(os.getpid(), signal.SIGINT)
+    return take(self, batch)
+
+Trainer.step = step
+train()
+"""
+"""A training that is interrupted in its twentieth step."""
+
+
 def test_an_interrupted_training_is_saved_and_the_same_command_goes_on(embeddings, tmp_path):
-    steps = ["--steps", "600"]
-    command = [sys.executable, "-c", "from semid_server.cli.train import train; train()"]
-    command += [str(embeddings), "-o", str(tmp_path / "items"), *SMALL, *steps]
+    steps = ["--steps", "60"]
+    command = [
+        sys.executable,
+        "-c",
+        INTERRUPTED,
+        str(embeddings),
+        "-o",
+        str(tmp_path / "items"),
+        *SMALL,
+        *steps,
+    ]
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL)
     os.close(theirs)
     said = b""
-    with open(ours, "rb", buffering=0) as terminal:  # noqa: PTH123 - a descriptor
-        while b"training" not in said:  # the progress bar of the first step
-            said += terminal.read(1024)
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(OSError):  # how a terminal says that the other side is gone
-            while chunk := terminal.read(1024):
-                said += chunk
+    # An error is how a terminal says that the other side is gone.
+    with open(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # noqa: PTH123 - a descriptor
+        while chunk := terminal.read(1024):
+            said += chunk
     assert process.wait() == 130, said.decode()
+    assert b"training" in said  # the progress bar
     assert b"the same command goes on" in said
     assert not (tmp_path / "items").exists()
     result = call(train, embeddings, "-o", tmp_path / "items", *SMALL, *steps)
