@@ -99,13 +99,15 @@ class TLS:
         certificate_chain: str | os.PathLike[str] | None = None,
         private_key: str | os.PathLike[str] | None = None,
     ) -> TLS:
-        """Read the PEM files. `ConfigurationError` names one that cannot be read."""
+        """Read the PEM files. `ConfigurationError` names one that cannot be read, or is none."""
         contents = []
         for path in (root_certificates, certificate_chain, private_key):
             try:
                 contents.append(None if path is None else Path(path).read_bytes())
             except OSError as error:
                 raise ConfigurationError(f"{path}: {error.strerror}") from error
+            if contents[-1] is not None and b"-----BEGIN " not in contents[-1]:
+                raise ConfigurationError(f"{path}: holds no PEM, which begins with -----BEGIN")
         return cls(*contents)
 
 
@@ -162,8 +164,8 @@ class Settings:
             raise ConfigurationError("the token is empty, or holds other than printable ASCII")
         if not (self.tls or self.allow_plaintext_token or is_loopback(self.target)):
             raise ConfigurationError(
-                f"the token would travel unencrypted to {self.target}: set tls, or "
-                "allow_plaintext_token=True if the network between is trusted"
+                f"the token would travel unencrypted to {self.target}: use TLS, or allow a "
+                "plaintext token if the network between is trusted"
             )
 
     @property

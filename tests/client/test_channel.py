@@ -113,6 +113,12 @@ def test_a_certificate_that_cannot_be_read_is_named(tmp_path):
         TLS.from_files(tmp_path / "none.pem")
 
 
+def test_a_file_that_is_no_certificate_is_named(tmp_path):
+    (tmp_path / "ca.der").write_bytes(b"0\x82")
+    with pytest.raises(ConfigurationError, match=r"ca.der: holds no PEM"):
+        TLS.from_files(tmp_path / "ca.der")
+
+
 def pem(name):
     return (PEMS / name).read_bytes()
 

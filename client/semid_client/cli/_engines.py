@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.core import ParameterSource
 
 from semid_client._errors import ConfigurationError, FingerprintMismatchError
 from semid_client._transfer import Collected
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS: Final = "semid.encoders"
 """Where the server's part offers to run a checkpoint, so that this one need not know torch."""
+
+OF_A_SERVER: Final = (
+    *("model", "timeout", "in_flight", "tls", "ca", "cert", "key", "token"),
+    "allow_plaintext_token",
+)
+"""Flags that say which server, and how to reach it."""
 
 RAY_NEEDS: Final = ("--engine ray", "ray,server")
 
@@ -104,6 +111,11 @@ def check_engine(
         )
     if checkpoint is not None and target is not None:
         raise click.UsageError("--target and --checkpoint exclude each other: give one of them.")
+    of_the_other, flag = (("device",), "--checkpoint") if target else (OF_A_SERVER, "--target")
+    context = click.get_current_context()
+    for name in of_the_other:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} is of use with {flag} alone.")
 
 
 def open_engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from semid_server.checkpoint import load_checkpoint
-from semid_server.cli import errors_as_sentences
+from semid_server.cli import errors_as_sentences, write_whole
 from semid_server.cli.checkpoint_options import override_options
 from semid_server.cli.training_options import option, refuse_if_taken
 from semid_server.model import ModelKind
@@ -46,9 +47,9 @@ def export(*, checkpoint: Path, output: Path, force: bool, overrides: Overrides)
     """
     refuse_if_taken(output, force=force)
     loaded = load_checkpoint(checkpoint, overrides=overrides)
-    temporary = output.with_name(output.name + ".tmp")
-    torch.save(grid_contents(loaded), temporary)
-    temporary.replace(output)
+    contents = io.BytesIO()  # torch tells of a full disk as of a bug
+    torch.save(grid_contents(loaded), contents)
+    write_whole(output, contents.getvalue())
     click.echo(f"{output}: {loaded.spec.kind}, fingerprint {loaded.fingerprint}")
 
 

@@ -7,6 +7,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from semid_client import TLS
+from semid_client._channel import check_target
 from semid_client.cli._options import PEM, option
 
 
@@ -32,6 +33,7 @@ def health(
     It asks the standard gRPC health service, as an orchestrator would: the health check of the
     container image, and a way to wait for a server in a script.
     """
+    check_target(target)
     encrypted = TLS.from_files(ca, cert, key) if tls or ca or cert or key else None
     with open_channel(target, encrypted) as channel:
         try:

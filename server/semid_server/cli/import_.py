@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from semid_server.checkpoint import load_checkpoint, save_checkpoint
-from semid_server.cli import errors_as_sentences
+from semid_server.cli import errors_as_sentences, writing
 from semid_server.cli.checkpoint_options import override_options
 
 if TYPE_CHECKING:
@@ -58,17 +58,18 @@ def import_(
     name = overrides.name or output.resolve().name
     overrides = replace(overrides, name=name, allow_degenerate=allow_degenerate)
     checkpoint = load_checkpoint(source, overrides=overrides)
-    fingerprint = save_checkpoint(
-        output,
-        model=checkpoint.model,
-        spec=checkpoint.spec,
-        name=checkpoint.name,
-        calibration=checkpoint.calibration,
-        provenance=_provenance(checkpoint),
-        notes=checkpoint.notes,
-        warnings=checkpoint.warnings,
-        force=force,
-    )
+    with writing(output):
+        fingerprint = save_checkpoint(
+            output,
+            model=checkpoint.model,
+            spec=checkpoint.spec,
+            name=checkpoint.name,
+            calibration=checkpoint.calibration,
+            provenance=_provenance(checkpoint),
+            notes=checkpoint.notes,
+            warnings=checkpoint.warnings,
+            force=force,
+        )
     for note in checkpoint.notes:
         click.echo(f"note: {note}", err=True)
     for warning in checkpoint.warnings:

@@ -11,7 +11,7 @@ import click
 import torch
 
 from semid_server.checkpoint import Overrides, load_checkpoint
-from semid_server.cli import errors_as_sentences
+from semid_server.cli import errors_as_sentences, write_whole
 from semid_server.cli.report_page import page_of
 from semid_server.cli.training_options import (
     WatchedRows,
@@ -100,7 +100,7 @@ def report(
     )
     watched.close()
     if html is not None:
-        html.write_text(page_of(loaded, embeddings.name, measured), "utf-8")
+        write_whole(html, page_of(loaded, embeddings.name, measured).encode())
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo(

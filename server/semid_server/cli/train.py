@@ -19,7 +19,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from semid_server.checkpoint import save_checkpoint
-from semid_server.cli import errors_as_sentences
+from semid_server.cli import errors_as_sentences, writing
 from semid_server.cli.training_options import (
     WatchedRows,
     column_option,
@@ -239,7 +239,8 @@ def train(
             )
             if run.resumed and first:
                 click.echo(f"going on from {folder} at step {run.trainer.steps}", err=True)
-            finished = run.run()
+            with writing(folder):
+                finished = run.run()
     if not finished:
         click.echo(
             f"stopped at step {run.trainer.steps}, saved in {folder}; the same command goes on",
@@ -251,15 +252,16 @@ def train(
     watched = WatchedRows(rows, "calibrating")
     calibration = calibrate(run.model, watched)
     watched.close()
-    fingerprint = save_checkpoint(
-        output,
-        model=run.model,
-        spec=built.spec(rows.dim),
-        name=name or output.resolve().name,
-        calibration=calibration,
-        provenance=provenance_of(embeddings, rows, command=_command(), torch=torch.__version__),
-        force=force,
-    )
+    with writing(output):
+        fingerprint = save_checkpoint(
+            output,
+            model=run.model,
+            spec=built.spec(rows.dim),
+            name=name or output.resolve().name,
+            calibration=calibration,
+            provenance=provenance_of(embeddings, rows, command=_command(), torch=torch.__version__),
+            force=force,
+        )
     (folder / "state.pt").unlink()
     click.echo(f"{output}: {built.kind}, {built.layers} x {built.codebook_width}, {fingerprint}")
 

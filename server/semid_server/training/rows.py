@@ -187,6 +187,9 @@ def open_rows(path: Path, column: str | None = None) -> Rows:
         return ParquetRows(path, column)
     if path.suffix != ".npy":
         raise ConfigurationError(f"{path}: expected a file that ends in .npy or .parquet")
+    with path.open("rb") as file:
+        if file.read(6) != b"\x93NUMPY":  # numpy would take it for a pickle
+            raise ConfigurationError(f"{path}: is no .npy file: it does not begin as one")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -186,9 +187,11 @@ class TrainingRun:
             "fitted_layers": self.fitted_layers,
             "log_bytes": self._log.flushed_bytes(),
         }
+        contents = io.BytesIO()  # torch tells of a full disk as of a bug
+        torch.save(state, contents)
         temporary = self._state_path.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            torch.save(state, file)
+            file.write(contents.getvalue())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._state_path)

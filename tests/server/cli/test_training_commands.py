@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from click.testing import CliRunner
 from semid_server.checkpoint import load_checkpoint, save_checkpoint
 from semid_server.cli.calibrate import calibrate
 from semid_server.cli.export import export
+from semid_server.cli.import_ import import_
 from semid_server.cli.report import report
 from semid_server.cli.train import _interruptible, train
 from semid_server.model import DecodeMode, ModelKind, ModelSpec, build_model
@@ -115,6 +117,45 @@ def test_an_output_that_is_there_is_refused_before_anything_is_computed(trained,
     result = call(train, embeddings, "-o", trained, *SMALL, "--steps", 10, "--seed", 7, "--force")
     assert result.exit_code == 0, result.output
     assert (trained / "config.json").read_bytes() != before
+
+
+@contextlib.contextmanager
+def no_file_larger_than(n_bytes):
+    """What a full disk is like, for everybody."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (export, ["-o", "new.ckpt"]),
+        (import_, ["-o", "new"]),
+        (report, ["IN", "--html", "new.html"]),
+    ],
+    ids=["export", "import", "report"],
+)
+def test_what_cannot_be_written_is_one_sentence_with_its_name(
+    command, output, trained, embeddings, monkeypatch
+):
+    monkeypatch.chdir(trained.parent)
+    arguments = [embeddings if word == "IN" else word for word in output]
+    with no_file_larger_than(100):
+        result = call(command, trained, *arguments)
+    assert result.exit_code == 1
+    assert re.search(r"^Error: (.*/)?new\S*: File too large\n$", result.stderr, re.MULTILINE)
+    assert {path.name for path in trained.parent.iterdir()} == {"x.npy", "items", "items.training"}
+
+
+def test_a_folder_that_is_not_there_is_named(trained, tmp_path):
+    for name in ("no/new.ckpt", "x.npy/new.ckpt"):
+        result = call(export, trained, "-o", tmp_path / name)
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"Error: {tmp_path / name}: No")
 
 
 def test_every_flag_has_an_environment_twin_and_help():
