@@ -32,6 +32,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from semid.v1 import semid_pb2 as pb
 from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
 
+# A machine that takes minutes is slow, not wrong.
+pytestmark = pytest.mark.timeout(400)
+
 FAULTY = Path(__file__).with_name("faulty_serve.py")
 HOLD, NO_MEMORY, CROWDED, BUG, LOST = 1001.0, 1002.0, 1003.0, 1004.0, 1005.0
 BYSTANDERS_ROWS = 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +15,13 @@ import pytest
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
+from semid_client import Client, SemidClientError, UnavailableError
+
+# A machine on which starting two processes takes minutes is slow, not wrong.
+pytestmark = pytest.mark.timeout(400)
 
 ROWS = np.zeros((2, 64), np.float32)
+CALLERS = 4
 
 
 @pytest.fixture
@@ -53,6 +59,104 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < until, "it did not come to pass within 90 s"
         time.sleep(0.05)
+
+
+class Callers:
+    """Several who call all the while, each over a connection of its own, until a call fails."""
+
+    def __init__(self, target, embeddings, truth, count=CALLERS):
+        self._target, self._embeddings, self._truth = target, embeddings, truth
+        self.answers = [0] * count
+        self.failures = [None] * count
+        self._leave = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._call, args=(number,), daemon=True)
+            for number in range(count)
+        ]
+
+    def _call(self, number):
+        random = np.random.default_rng(number)
+        with Client(self._target, timeout=60) as client:
+            while not self._leave.is_set():
+                start = int(random.integers(1700))
+                rows = slice(start, start + int(random.integers(1, 90)))
+                try:
+                    codes = client.encode(self._embeddings[rows])
+                except SemidClientError as error:
+                    self.failures[number] = error
+                    return
+                if not np.array_equal(codes, self._truth[rows]):
+                    self.failures[number] = f"wrong codes from row {start}"
+                    return
+                self.answers[number] += 1
+                self._leave.wait(0.005)  # not to take the whole of a small machine
+
+    def are_served(self):
+        """Wait until each has had an answer to a call that began from now on."""
+        before = list(self.answers)
+        wait_until(
+            lambda: (
+                any(self.failures)
+                or all(now > then + 1 for now, then in zip(self.answers, before, strict=True))
+            )
+        )
+        assert self.failures == [None] * len(self.failures)
+
+    def join(self):
+        for thread in self._threads:
+            thread.join(90)
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._leave.set()
+        self.join()
+
+
+@pytest.fixture
+def call(digits):
+    """Return a function that has callers call a server, and check every answer."""
+
+    def begin(server):
+        with Client(server.target) as client:
+            truth = client.encode(digits)
+        return Callers(server.target, digits, truth)
+
+    return begin
+
+
+def test_callers_notice_nothing_of_a_process_that_is_killed_under_load(serve, checkpoint, call):
+    server = serve(checkpoint, "--processes", "2")
+    with call(server) as callers:
+        callers.are_served()
+        before = servers_of(server.process.pid)
+        os.kill(min(before), signal.SIGKILL)
+        callers.are_served()  # by the other
+        wait_until(lambda: len(servers_of(server.process.pid) - {min(before)}) == 2)
+        callers.are_served()
+    assert callers.failures == [None] * CALLERS
+    assert server.stop() == 0
+    assert server.stderr().count("status -9; another is started") == 1
+
+
+@pytest.mark.slow  # two processes more to start
+def test_under_load_sighup_reloads_every_process_and_sigterm_drains_every_one(
+    serve, checkpoint, call
+):
+    server = serve(checkpoint, "--processes", "2")
+    with call(server) as callers:
+        callers.are_served()
+        server.signal(signal.SIGHUP)
+        wait_until(lambda: server.metric("semid_model_reloads_total", result="ok") == 2)
+        callers.are_served()
+        assert server.stop() == 0
+        callers.join()
+    # Each was answered rightly until there was nobody left to ask.
+    assert {type(failure) for failure in callers.failures} == {UnavailableError}
+    assert min(callers.answers) > 2
 
 
 def test_processes_share_the_load_and_outlive_one_of_them(serve, checkpoint):
