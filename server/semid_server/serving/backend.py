@@ -62,10 +62,42 @@ FILL_TYPES: dict[EmbeddingType, torch.dtype] = {
     "float64": torch.float64,
 }
 
-Buffers: TypeAlias = "dict[EmbeddingType, tuple[torch.Tensor, npt.NDArray[Any]]]"
-"""A batch buffer for each type of numbers, page-locked where a GPU reads it, and numpy's view."""
+MAX_VIEWS: Final = 256
+"""Sizes of batches whose views are kept."""
 
-_NO_BUFFER: Final = torch.empty((0, 0)), np.empty((0, 0), np.float32)
+
+class Buffer:
+    """Memory that batches of one type of numbers are copied into.
+
+    Views of it are kept: to make one takes torch longer than a small batch is copied for.
+
+    Attributes
+    ----------
+    rows : torch.Tensor, shape (n, D)
+        All of it.
+    host : numpy.ndarray, shape (n, D)
+        The same memory; bfloat16 as its uint16 bits.
+    """
+
+    __slots__ = ("_views", "host", "rows")
+
+    def __init__(self, rows: torch.Tensor, dtype: EmbeddingType) -> None:
+        self.rows = rows
+        self.host: npt.NDArray[Any] = rows.view(FILL_TYPES[dtype]).numpy()
+        self._views: dict[int, torch.Tensor] = {}
+
+    def first(self, count: int) -> torch.Tensor:
+        """Return its first rows."""
+        view = self._views.get(count)
+        if view is None:
+            if len(self._views) == MAX_VIEWS:
+                self._views.clear()
+            view = self._views[count] = self.rows[:count]
+        return view
+
+
+Buffers: TypeAlias = dict[EmbeddingType, Buffer]
+"""A batch buffer for each type of numbers, page-locked where a GPU reads it."""
 
 MAX_NAMED_ROWS = 8
 
@@ -399,16 +431,17 @@ class Backend:
         holds NaN or Inf, is given to the next.
         """
         total = sum(map(len, payloads))
-        buffer, host = buffers.get(dtype, _NO_BUFFER)
-        if len(buffer) < total:
+        buffer = buffers.get(dtype)
+        if buffer is None or len(buffer.host) < total:
             # Grown at least twofold, so that it seldom is; page-locked where a GPU reads it.
-            buffer = torch.empty(
-                (max(total, 2 * len(buffer)), self.served.input_dim),
+            capacity = max(total, 2 * len(buffer.host) if buffer is not None else 0)
+            rows = torch.empty(
+                (capacity, self.served.input_dim),
                 dtype=TORCH_TYPES[dtype],
                 pin_memory=self._device.type == "cuda",
             )
-            host = buffer.view(FILL_TYPES[dtype]).numpy()
-            buffers[dtype] = buffer, host
+            buffer = buffers[dtype] = Buffer(rows, dtype)
+        host = buffer.host
         start = 0
         errors: list[SemidError | None] = []
         for payload in payloads:
@@ -417,13 +450,13 @@ class Backend:
             try:
                 if not _copy(host[start:stop], payload, dtype):
                     # Described from the copy: what is shared may hold something else by now.
-                    error = _describe_bad_rows(buffer[start:stop])
+                    error = _describe_bad_rows(buffer.rows[start:stop])
             except SemidError as unreadable:
                 error = unreadable
             errors.append(error)
             if error is None:
                 start = stop
-        return buffer[:start], errors
+        return buffer.first(start), errors
 
     def _decode(
         self, mode: DecodeMode, payloads: Sequence[npt.NDArray[Any]]
