@@ -272,7 +272,8 @@ def prometheus(replicas, folder: Path):
 def watched_fleet(folder: Path):
     """Run all of it: yields the Prometheus and the replicas, once every rule has figures."""
     with fleet(folder) as replicas, load(replicas), prometheus(replicas, folder) as watcher:
-        assert not watcher.silent(["semid:code_perplexity:avg offset 3s"])
+        everyone = f'count(up{{job="semid"}} == 1) == {len(replicas)}'
+        assert not watcher.silent([everyone, "semid:code_perplexity:avg offset 3s"])
         yield watcher, replicas
 
 
