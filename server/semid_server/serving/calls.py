@@ -241,6 +241,10 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             raise NotServingError("the server is shutting down; try again, elsewhere if you can")
         if self._tokens is not None:
             self._tokens.check(sent if isinstance(sent, str) else None, method)
+        # Others may have begun while the message was on its way.
+        if self._max_calls is not None and self._in_progress > self._max_calls:
+            self._metrics.refused_call(method)
+            raise self._too_many()
 
 
 def _never() -> None:

@@ -81,8 +81,9 @@ CALL_KINDS = {
 MAX_MILLISECONDS = (1 << 31) - 1
 """What gRPC takes as a time: 24 days."""
 
-PROBES = 256
-"""Calls in progress beyond ``max_concurrent_rpcs``: of health and reflection, or not read yet."""
+OTHERS = 1 << 16
+"""Calls in progress beyond ``max_concurrent_rpcs``: those whose message is on its way, and those of
+health and reflection. Each connection of a client keeps one that watches the health."""
 
 QUIET = 0.05
 """Seconds without a call after which gRPC may stop."""
@@ -371,8 +372,8 @@ class Server:
         trace = None if self._tracing is None else self._tracing.trace
         self._calls = Calls(SERVICE, self._metrics, tokens, max_calls=most, trace=trace)
         server = grpc.aio.server(
-            # Those of other services, such as probes of health, find room beyond it.
-            maximum_concurrent_rpcs=most + PROBES,
+            # gRPC counts those of all services; `Calls` keeps the limit on its own.
+            maximum_concurrent_rpcs=most + OTHERS,
             options=(
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
                 ("grpc.max_send_message_length", self._config.max_message_bytes),

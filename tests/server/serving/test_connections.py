@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
@@ -215,3 +216,16 @@ async def test_times_without_end_are_taken(run_server, ready):
     async with grpc.aio.insecure_channel(await server.address()) as channel:
         stub = pb_grpc.SemanticIdServiceStub(channel)
         assert (await stub.GetModel(pb.GetModelRequest())).model.name == "toy"
+
+
+async def test_who_watches_the_health_takes_no_place_of_a_call(run_server, ready):
+    server = run_server(ready, max_concurrent_rpcs=1, max_connection_streams=1000)
+    async with grpc.aio.insecure_channel(await server.address()) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(300)]
+        for watch in watches:
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        stub = pb_grpc.SemanticIdServiceStub(channel)
+        assert (await stub.GetModel(pb.GetModelRequest())).model.name == "toy"
+        for watch in watches:
+            watch.cancel()
