@@ -208,7 +208,7 @@ def nearest(rng, row, gap, dtype):
         steps = max(-1000, min(1000, int((-now / slopes[i]).to_integral_value())))
         moved = found[-1].copy()
         moved[i] = rounded(moved[i : i + 1] + steps * units[i], dtype)[0]
-        left = gap(exact(moved))
+        left = gap(exact(moved)) if np.isfinite(moved[i]) else None
         if left is not None and abs(left) < abs(now):
             now = left
             found.append(moved)
