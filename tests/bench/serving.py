@@ -2,6 +2,7 @@
 
     python tests/bench/serving.py                     # minutes
     python tests/bench/serving.py --quick             # under a minute: does it all still run?
+    python tests/bench/serving.py --only tracing      # what spans cost; a minute
     python tests/bench/serving.py --triton PATH/python  # an interpreter with nvidia-pytriton
 
 Everything runs on this machine, servers and clients in processes of their own, over loopback. The
@@ -150,10 +151,12 @@ def started(
                 process.kill()
 
 
-def semid(name: str, checkpoint: Path, *flags: object) -> contextlib.AbstractContextManager[Server]:
+def semid(
+    name: str, checkpoint: Path, *flags: object, env: dict[str, str] | None = None
+) -> contextlib.AbstractContextManager[Server]:
     command = [SEMID, "serve", "--checkpoint", checkpoint, "--host", "127.0.0.1", "--port", 0]
     command += ["--metrics-port", 0, "--max-message-bytes", MAX_MESSAGE, "--log-level", "warning"]
-    return started(name, [*command, *flags], ready="semid: serving", env=PLAIN)
+    return started(name, [*command, *flags], ready="semid: serving", env=PLAIN | (env or {}))
 
 
 def beside(name: str, kind: str, *arguments: object) -> contextlib.AbstractContextManager[Server]:
@@ -356,6 +359,21 @@ class Bench:
             for count in sorted({1, min(4, len(os.sched_getaffinity(0)))})
         ]
 
+    @cached_property
+    def on_tracing(self) -> list[Server]:
+        """The movies without spans, with those of one call in 100, and with all."""
+        collector = self._servers.enter_context(beside("collector", "collector"))
+        export = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{collector.target}"}
+        some = {"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.01"}
+        return [
+            self._servers.enter_context(server)
+            for server in (
+                semid("off", MOVIES),
+                semid("1 in 100", MOVIES, "--tracing", env=export | some),
+                semid("every call", MOVIES, "--tracing", env=export),
+            )
+        ]
+
     def load(self, server: Server, body: str, **settings: float) -> Load:
         call = (server.method, str(self.folder / body))
         return Load(target=server.target, calls=[call], **{"seconds": self.plan.seconds} | settings)
@@ -447,6 +465,37 @@ class Bench:
                 ]
                 line += f"   beyond an empty RPC: p50 {beyond[0]:+.2f} ms, p99 {beyond[1]:+.2f} ms"
             print(line, flush=True)
+
+    def tracing(self) -> None:
+        """What spans cost, where all calls are as small as can be."""
+        title("semid serve --tracing, one row, 384 x 64 x 3: spans are exported to this machine")
+        print(
+            "Idle: one in flight. Rate and processor time: 2 client processes with 16 in flight\n"
+            "each; the collector needs processors too.\n"
+        )
+        idle: dict[str, list[np.ndarray]] = {server.name: [] for server in self.on_tracing}
+        rates: dict[str, list[float]] = {server.name: [] for server in self.on_tracing}
+        costs: dict[str, list[float]] = {server.name: [] for server in self.on_tracing}
+        for _ in range(self.plan.rounds):
+            for server in self.on_tracing:
+                load = self.load(server, "one-384")
+                idle[server.name].append(send(load).latencies())
+                before = server.cpu()
+                result = send(replace(load, in_flight=16, warmup=0), clients=2)
+                costs[server.name].append(1e6 * (server.cpu() - before) / len(result.answers))
+                rates[server.name].append(result.rate)
+        without = median(rates["off"])
+        for name, found in rates.items():
+            rate = self.keep(f"tracing.rate.{name}", median(found))
+            cost = self.keep(f"tracing.cpu_us_per_call.{name}", median(costs[name]))
+            latencies = np.concatenate(idle[name])
+            for percent in (50, 99):
+                self.keep(f"tracing.p{percent}.{name}", np.percentile(latencies, percent))
+            print(
+                f"  {name:10}{rate:7.0f} requests/s ({rate / without:4.2f} of off)   "
+                f"{cost:5.0f} us of CPU a call   Encode {percentiles(latencies)}",
+                flush=True,
+            )
 
     def processes(self) -> None:
         """What more processes bring: to large messages, and to single rows."""
@@ -582,6 +631,7 @@ SECTIONS = {
     "one_row": "on_movies",
     "under_load": "on_movies",
     "processes": "on_processes",
+    "tracing": "on_tracing",
     "overload": "on_slow",
 }
 """What can be measured, and the servers that it needs."""
@@ -632,7 +682,9 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
         plan = QUICK if arguments.quick else Plan()
         bench = Bench(plan, Path(folder), arguments.triton, servers)
-        sections = arguments.only or list(SECTIONS)
+        # Not in the quick run: three servers more to start.
+        usual = [section for section in SECTIONS if section != "tracing" or not arguments.quick]
+        sections = arguments.only or usual
         started = [server for section in sections for server in getattr(bench, SECTIONS[section])]
         for server in started:
             print(f"{server.name} on {server.target}", file=sys.stderr)

@@ -8,6 +8,9 @@
 ``unbatched CHECKPOINT``
     A peer: what one writes in an hour, a thread pool that calls ``predict_step`` on each request.
 
+``collector``
+    Takes what `semid serve --tracing` exports, and keeps nothing.
+
 Each prints ``ready HOST:PORT`` once it serves, and ends when its stdin does.
 """
 
@@ -133,9 +136,29 @@ def unbatched(checkpoint: Path) -> None:
     server.stop(0).wait()
 
 
+async def collector() -> None:
+    # Of the extra `tracing`, which the other servers do without.
+    from opentelemetry.proto.collector.trace.v1 import (  # noqa: PLC0415
+        trace_service_pb2,
+        trace_service_pb2_grpc,
+    )
+
+    class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+        async def Export(self, request, context):
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    server = grpc.aio.server(options=OPTIONS)
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Collector(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"ready 127.0.0.1:{port}", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["echo", "instant", "unbatched"])
+    parser.add_argument("kind", choices=["echo", "instant", "unbatched", "collector"])
     parser.add_argument("checkpoint", type=Path, nargs="?")
     arguments = parser.parse_args()
     match arguments.kind:
@@ -145,6 +168,8 @@ def main() -> None:
             asyncio.run(instant(arguments.checkpoint))
         case "unbatched":
             unbatched(arguments.checkpoint)
+        case "collector":
+            asyncio.run(collector())
 
 
 if __name__ == "__main__":
