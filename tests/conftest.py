@@ -38,11 +38,17 @@ REFERENCE_SETS = (
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Keep a file's tests in one process, where several share the run, and those of a fleet."""
+    """Where several processes share the run, keep together what shares something that is dear.
+
+    That is a file's tests, those of a fleet, and those of a server of each reference set.
+    """
     for item in items:
         folder = item.path.parent
         group = folder if folder.name == "operate" else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group.relative_to(REFERENCE_DIR.parent))))
+        name = str(group.relative_to(REFERENCE_DIR.parent))
+        if "set_server" in item.fixturenames:
+            name = "set_server"
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import queue
 import signal
@@ -219,26 +220,49 @@ def serve_gated(serve, tmp_path):
     return start
 
 
+@pytest.fixture(scope="session")
+def forked_semid():
+    """Return a function that runs `semid` as `subprocess.run` would, without the cost of a start.
+
+    It returns the exit status, standard output and standard error.
+    """
+    program = [sys.executable, Path(__file__).with_name("forked_semid.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(program, **pipes) as process:
+
+        def run(*arguments, env, cwd) -> tuple[int, str, str]:
+            told, complained = cwd / "stdout", cwd / "stderr"
+            command = {
+                "arguments": list(map(str, arguments)),
+                "env": env,
+                "cwd": str(cwd),
+                "stdout": str(told),
+                "stderr": str(complained),
+            }
+            process.stdin.write(json.dumps(command) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline()), told.read_text(), complained.read_text()
+
+        try:
+            yield run
+        finally:
+            process.kill()
+
+
 @pytest.fixture
-def refused(tmp_path):
+def refused(forked_semid, tmp_path):
     """Run `semid serve` that must refuse to start; return what it said, one sentence."""
 
     def run(*arguments, env=None) -> str:
-        ended = subprocess.run(
-            list(map(str, [SEMID, "serve", "--host", "127.0.0.1", *arguments])),
-            check=False,
-            capture_output=True,
-            text=True,
-            env=ENVIRONMENT | (env or {}),
-            cwd=tmp_path,
-            timeout=START_SECONDS,
+        status, told, complained = forked_semid(
+            "serve", "--host", "127.0.0.1", *arguments, env=ENVIRONMENT | (env or {}), cwd=tmp_path
         )
-        assert ended.returncode not in {0, -signal.SIGKILL, -signal.SIGSEGV}
-        assert "Traceback" not in ended.stderr
-        assert "semid: serving" not in ended.stdout
+        assert status not in {0, -signal.SIGKILL, -signal.SIGSEGV}
+        assert "Traceback" not in complained
+        assert "semid: serving" not in told
         (sentence,) = (
             line.removeprefix("Error: ")
-            for line in ended.stderr.splitlines()
+            for line in complained.splitlines()
             if line.startswith("Error: ")
         )
         return sentence
