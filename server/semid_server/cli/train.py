@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 import torch
@@ -304,6 +304,11 @@ def _ranks(device: str) -> Iterator[tuple[torch.device, bool]]:
         distributed.destroy_process_group()
 
 
+STOPPING: Final = (
+    b"\nstops after this step, or this layer; Ctrl-C again ends at once, and repeats more later\n"
+)
+
+
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Take the first SIGINT as a wish to save and stop; a second one ends the process."""
@@ -312,6 +317,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     def ask(_number: int, _frame: object) -> None:
         asked.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, STOPPING)  # print may be what is interrupted
 
     before = signal.signal(signal.SIGINT, ask)
     try:

@@ -167,12 +167,13 @@ def test_every_flag_has_an_environment_twin_and_help():
                 assert len(parameter.help) > 20
 
 
-def test_the_first_interrupt_is_a_wish_to_stop_and_then_all_is_as_before():
+def test_the_first_interrupt_is_a_wish_to_stop_and_then_all_is_as_before(capfd):
     before = signal.getsignal(signal.SIGINT)
     with _interruptible() as should_stop:
         assert not should_stop()
         os.kill(os.getpid(), signal.SIGINT)
         assert should_stop()
+        assert "Ctrl-C again ends at once" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
