@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
+import torch
 from click.testing import CliRunner
 from file_formats import FORMATS, INPUTS, as_stream, read_output, table
 
@@ -77,6 +79,10 @@ def test_every_pair_of_formats_holds_the_recorded_codes(
         semid("encode", source, "-o", codes, *flags, stdin=given)
         _, found = read_output(codes, "codes")
         np.testing.assert_array_equal(found[:, :-1], expected)
+        alone = tmp_path / f"alone.{suffix}"
+        flags = ("--unique", "grid", *engines["checkpoint"])
+        semid("encode", source, "-o", alone, *flags, stdin=given)
+        assert alone.read_bytes() == codes.read_bytes()
         if source != "-":
             flags = ("--all", "--extra-digit", *engines["server"])
             assert "200 of 200 rows checked, 0 differ" in semid("verify", codes, source, *flags)
@@ -84,6 +90,44 @@ def test_every_pair_of_formats_holds_the_recorded_codes(
         ids, vectors = read_output(back, "embedding")
         assert vectors.shape == (n, 64)
         assert ids is None or len(ids) == n
+
+
+def save_bfloat16(path, rows):
+    safetensors.torch.save_file({"x": torch.from_numpy(rows).bfloat16()}, path)
+
+
+def save_lists(path, rows, kind):
+    pq.write_table(pa.table({"x": pa.array(list(rows), kind)}), path)
+
+
+FORMS = {
+    "big_endian.npy": lambda path, rows: np.save(path, rows.astype(">f4")),
+    "by_columns.npy": lambda path, rows: np.save(path, np.asfortranarray(rows)),
+    "big_endian_by_columns.npy": lambda path, rows: np.save(path, np.asfortranarray(rows, ">f8")),
+    "float16.npy": lambda path, rows: np.save(path, rows.astype(np.float16)),
+    "float64.npy": lambda path, rows: np.save(path, rows.astype(np.float64)),
+    "big_endian.npz": lambda path, rows: np.savez(path, rows.astype(">f4")),
+    "bfloat16.safetensors": save_bfloat16,
+    "turned.pt": lambda path, rows: torch.save(torch.from_numpy(rows.T.copy()).T, path),
+    "float16.parquet": lambda path, rows: save_lists(
+        path, rows.astype(np.float16), pa.list_(pa.float16())
+    ),
+    "large_lists.parquet": lambda path, rows: save_lists(path, rows, pa.large_list(pa.float32())),
+}
+"""Files of numbers that every type has, in the forms that numbers and rows can have."""
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_form_of_the_numbers_is_no_part_of_the_codes(
+    engines, digits, tmp_path, reference_set_named, name
+):
+    rows = digits.copy()  # torch would warn of one that must not be written to
+    assert (torch.from_numpy(rows).bfloat16().float().numpy() == rows).all()
+    FORMS[name](tmp_path / name, rows)
+    expected = reference_set_named("digits_rkmeans").codes
+    for engine, flags in engines.items():
+        semid("encode", tmp_path / name, "-o", tmp_path / f"{engine}.npy", *flags)
+        np.testing.assert_array_equal(np.load(tmp_path / f"{engine}.npy"), expected)
 
 
 def test_the_way_back_is_the_same_too(engines, source, tmp_path):
