@@ -304,9 +304,7 @@ def _ranks(device: str) -> Iterator[tuple[torch.device, bool]]:
         distributed.destroy_process_group()
 
 
-STOPPING: Final = (
-    b"\nstops after this step, or this layer; Ctrl-C again ends at once, and repeats more later\n"
-)
+STOPPING: Final = b"\nstops after this step, or this layer; Ctrl-C again ends at once\n"
 
 
 @contextmanager
