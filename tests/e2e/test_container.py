@@ -154,7 +154,9 @@ def _allowed() -> set[str]:
 
 def _namespace_refused() -> str:
     """Why this machine cannot stand in for a container; empty if it can."""
-    tools = [name for name in ("unshare", "setpriv", "mount") if shutil.which(name) is None]
+    # gcc: the builder's image has it
+    needed = ("unshare", "setpriv", "mount", "gcc")
+    tools = [name for name in needed if shutil.which(name) is None]
     if tools:
         return f"no {', '.join(tools)} here"
     if Path(sys.base_prefix) == Path("/usr"):
