@@ -8,6 +8,7 @@ were there one for each again, or one more, launching what semid launches would 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import pytest
 import triton
+from triton.backends.nvidia import driver
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -133,3 +135,14 @@ def test_it_is_not_taken_for_that_of_another_triton(place, tmp_path):
     module.parent.rename(module.parent.with_name("0" * 64))  # made from other source
     environment = place.environment | {"PYTHONPATH": str(site)}
     assert "Failed to find C compiler" in _load(environment, tmp_path)
+
+
+def test_a_triton_that_makes_a_launcher_for_every_kernel_is_refused(tmp_path, monkeypatch):
+    """Those before 3.7 do: an image of theirs would look for a compiler at its first request."""
+    spec = importlib.util.spec_from_file_location("launcher", ROOT / "docker/triton_launcher.py")
+    launcher = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launcher)
+    monkeypatch.setattr(driver, "make_launcher", None, raising=False)
+    with pytest.raises(RuntimeError, match=r"launcher for every kernel.*3\.7 or newer"):
+        launcher.build(tmp_path)
+    assert not list(tmp_path.iterdir())
