@@ -236,8 +236,9 @@ def _default(name: str) -> dict[str, Any]:
     "--max-peer-bytes",
     type=click.IntRange(1),
     **_default("max_peer_bytes"),
-    help="Bytes that one caller may have in work: by the name in its certificate, else its token, "
-    "else its address. More are refused, streams wait. Raise it where all callers share a proxy.",
+    help="Bytes that one caller may have in work, reconstructions that it has not taken yet "
+    "included: by the name in its certificate, else its token, else its address. More are refused, "
+    "streams wait. Raise it where all callers share a proxy.",
 )
 @_option(
     "--max-concurrent-rpcs",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import grpc
@@ -26,7 +28,7 @@ from semid_server.serving.shared_memory import Bounds, SharedMemory, SharedRows
 from semid_server.serving.types import DecodeKey, EncodeKey, Payload, ServedModel, WorkKey
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
     import numpy.typing as npt
 
@@ -142,13 +144,21 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
     ) -> AsyncIterator[bytes]:
         """Decode, message by message, in order."""
         pinned = PinnedCatalogue(self._catalogue)
+        untaken: deque[Callable[[], None]] = deque()
 
         async def admit(message: pb.DecodeStreamRequest) -> Awaitable[bytes]:
             asked = await self._read_decode(message.request, pinned)
-            return self._written(asked, await self._admit_when_room(asked, context))
+            return self._written(asked, await self._admit_when_room(asked, context, untaken))
 
-        async for response in self._stream(request_iterator, admit):
-            yield wire.in_stream(response)
+        try:
+            # Closed first: what is admitted no more cannot be left behind.
+            async with aclosing(self._stream(request_iterator, admit)) as responses:
+                async for response in responses:
+                    yield wire.in_stream(response)
+                    untaken.popleft()()
+        finally:
+            while untaken:
+                untaken.popleft()()
 
     async def ShareMemory(
         self, request: pb.ShareMemoryRequest, context: Context
@@ -248,13 +258,25 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         except BaseException:
             let_go()
             raise
-        future.add_done_callback(let_go)
+        # What Decode holds is its answer: until its caller has taken it, or it would be easy to
+        # fill the memory with answers that nobody reads. gRPC tells when that is so.
+        if isinstance(key, DecodeKey):
+            context.add_done_callback(let_go)  # type: ignore[arg-type]  # the stubs know no function
+        else:
+            future.add_done_callback(let_go)
         return future
 
     async def _admit_when_room(
-        self, asked: _Asked, context: Context
+        self,
+        asked: _Asked,
+        context: Context,
+        untaken: deque[Callable[[], None]] | None = None,
     ) -> asyncio.Future[npt.NDArray[Any]]:
-        """Admit a request of a stream once there is room for it."""
+        """Admit a request of a stream once there is room for it.
+
+        If ``untaken`` is given, what lets go of it is put there, to be called when its answer has
+        been taken.
+        """
         key, payload, nbytes = asked.key, asked.payload, asked.nbytes
         caller, deadline = self._caller(context), self._deadline(context)
         if isinstance(payload, SharedRows):
@@ -273,7 +295,10 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         except BaseException:
             let_go()
             raise
-        future.add_done_callback(let_go)
+        if untaken is None:
+            future.add_done_callback(let_go)
+        else:
+            untaken.append(let_go)
         return future
 
     def _let_go(self, payload: Payload, caller: str, nbytes: int) -> Callable[..., None]:
@@ -304,7 +329,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         self,
         messages: AsyncIterator[Request],
         admit: Callable[[Request], Awaitable[Awaitable[Response]]],
-    ) -> AsyncIterator[Response]:
+    ) -> AsyncGenerator[Response, None]:
         """Answer messages in order, with up to `STREAM_WINDOW` of them in work.
 
         A message is read only when the one before it was admitted, and admission waits for room:
@@ -353,7 +378,12 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
                     answer = await admit(message.result())
                 finally:
                     message.cancel()
-                await answers.put(asyncio.ensure_future(answer))
+                waiting = asyncio.ensure_future(answer)
+                try:
+                    await answers.put(waiting)
+                except asyncio.CancelledError:  # it is not among those that the stream cancels
+                    waiting.cancel()
+                    raise
                 index += 1
         except StopAsyncIteration:
             await answers.put(None)

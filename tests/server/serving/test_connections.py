@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
+from semid_server.serving.servicer import STREAM_WINDOW
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEADERS, SETTINGS, PING, GOAWAY = 1, 4, 6, 7
@@ -189,6 +190,81 @@ async def test_a_caller_with_too_much_in_work_is_refused_and_its_streams_wait(
         device.outcomes.put(lambda payloads, rows=rows: [np.zeros((rows, 3), np.uint16)])
     await running
     assert list((await answer).response.tensor.shape) == [2, 3]
+
+
+class Call:
+    """A call as the servicer sees it; the test says when it has ended."""
+
+    def __init__(self):
+        self.callbacks = []
+
+    def peer(self):
+        return "ipv4:10.0.0.7:5000"
+
+    def time_remaining(self):
+        return None
+
+    def add_done_callback(self, callback):
+        self.callbacks.append(callback)
+
+
+def decode_request(rows):
+    codes = np.zeros((rows, 3), np.uint8)
+    return pb.DecodeRequest(
+        tensor=pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=codes.shape, data=codes.tobytes())
+    )
+
+
+CALLER = "ipv4:10.0.0.7"
+ANSWER_BYTES = 16
+"""Of a row that the toy model decodes: four numbers."""
+
+
+async def test_an_answer_to_decode_counts_until_its_call_has_ended(toy):
+    peers, call = toy.servicer._peers, Call()
+    await toy.servicer.Decode(decode_request(5), call)
+    assert peers.of(CALLER) == 5 * ANSWER_BYTES
+    for callback in call.callbacks:
+        callback(call)
+    assert peers.of(CALLER) == 0
+
+
+async def test_answers_of_a_decode_stream_count_until_each_has_been_taken(toy):
+    async def messages():
+        for rows in (5, 7):
+            yield pb.DecodeStreamRequest(request=decode_request(rows))
+
+    peers = toy.servicer._peers
+    answers = toy.servicer.DecodeStream(messages(), Call())
+    await anext(answers)
+    while peers.of(CALLER) < 12 * ANSWER_BYTES:  # the second is admitted when it is read
+        await asyncio.sleep(0)
+    await anext(answers)
+    assert peers.of(CALLER) == 7 * ANSWER_BYTES
+    with pytest.raises(StopAsyncIteration):
+        await anext(answers)
+    assert peers.of(CALLER) == 0
+
+
+async def test_who_leaves_a_decode_stream_without_reading_it_holds_nothing(toy):
+    async def messages():
+        while True:
+            yield pb.DecodeStreamRequest(request=decode_request(5))
+
+    peers = toy.servicer._peers
+    answers = toy.servicer.DecodeStream(messages(), Call())
+    await anext(answers)
+    while peers.of(CALLER) < 5 * STREAM_WINDOW * ANSWER_BYTES:
+        await asyncio.sleep(0)
+    await answers.aclose()
+    while toy.batcher.queue.requests:
+        await asyncio.sleep(0)
+    assert peers.of(CALLER) == 0
+
+
+async def test_an_answer_to_encode_is_counted_no_longer_than_it_takes(toy):
+    await toy.stub.Encode(request(5))
+    assert toy.servicer._peers._bytes == {}
 
 
 async def test_what_a_caller_had_in_work_is_given_back_when_it_leaves(serve_runner, device):

@@ -486,8 +486,11 @@ async def test_a_stream_waits_for_room_where_a_single_request_is_refused(
 
 async def test_a_client_that_leaves_a_stream_leaves_nothing_queued(serve_runner, device):
     service = await serve_runner(device, max_batch_rows=3)
-    call = service.stub.EncodeStream(requests_of([ROWS] * 6))
+    call = service.stub.EncodeStream(requests_of([ROWS] * (STREAM_WINDOW + 2)))
     await asyncio.to_thread(device.began.get, timeout=60)
+    # One more than it may have in work: admitted, and waiting for its place.
+    while service.batcher.queue.requests < STREAM_WINDOW + 1:
+        await asyncio.sleep(0)
     call.cancel()
     while service.batcher.queue.requests:
         await asyncio.sleep(0)
