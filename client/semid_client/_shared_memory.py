@@ -72,8 +72,9 @@ SLOT_BYTES: Final = 4 << 20
 """Rows of a message that are copied. Few calls for much data, and still in the processor's cache
 when the server reads them."""
 
-IN_PLACE_BYTES: Final = 8 << 20
-"""Rows of a message that are in place: so that reading the next goes on while one is encoded."""
+IN_PLACE_BYTES: Final = 16 << 20
+"""Rows of a message that are in place. Few calls for much data, and still several of them, so that
+one is on its way while another is encoded."""
 
 HEADER_BYTES: Final = 4096
 """The page that holds the proof. What follows is aligned for any type."""

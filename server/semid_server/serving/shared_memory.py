@@ -161,16 +161,21 @@ class Segment:
         SegmentNotFoundError
             It is closed: whoever asked for it has left.
         """
-        done = 0
-        with self._lock:  # for a block at most: see `fill`
-            if self._fd is None:
+        with self._lock:
+            fd = self._fd
+            if fd is None:
                 raise SegmentNotFoundError(f"the memory {self.handle!r} is no longer shared")
+            self._needed += 1  # whoever else needed it may leave meanwhile
+        done = 0
+        try:
             while done < len(into):
                 # A single call may return less, at 2 GiB or on a signal; 0 is the end of the file.
-                count = os.preadv(self._fd, [into[done:]], offset + done)
+                count = os.preadv(fd, [into[done:]], offset + done)
                 if count == 0:
                     break
                 done += count
+        finally:
+            self.release()
         return done
 
 
