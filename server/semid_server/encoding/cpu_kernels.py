@@ -257,59 +257,71 @@ def _distance(residual: Array, centroid: Array) -> float:
     return total
 
 
-@_any_order
-def _least(values: Array) -> float:
-    """Least of the values, which are overwritten: halves are folded, since that is vectorised."""
-    width = len(values)
-    while width > 1:
-        half = (width + 1) // 2
-        for k in range(width - half):
-            a, b = values[k], values[k + half]
-            values[k] = a if a < b else b  # noqa: FURB136 - as above
-        width = half
-    return values[0]  # type: ignore[no-any-return] # a float32
+@intrinsic
+def _key(typingctx, number):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001 - numba's protocol
+    """Integer int32 that orders as a float32 does: the least of integers is found by vectors."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001 - numba's protocol
+        i32 = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], i32)
+        sign = builder.ashr(bits, i32(31))
+        return builder.xor(bits, builder.and_(sign, i32(0x7FFFFFFF)))
+
+    return types.int32(types.float32), codegen
 
 
+@intrinsic
+def _number(typingctx, key):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001 - numba's protocol
+    """Float32 that `_key` made this integer of."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001 - numba's protocol
+        i32 = ir.IntType(32)
+        sign = builder.ashr(arguments[0], i32(31))
+        bits = builder.xor(arguments[0], builder.and_(sign, i32(0x7FFFFFFF)))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+# Whole arrays and unsigned places in them, rather than slices: a slice counts references, which
+# took as long as the arithmetic of 256 columns, and a place that may be negative is checked.
 @_any_order
 def _lowest_scores(  # noqa: PLR0917 - numba takes no keywords
-    products: Array, factor: float, slope: float, lift: float, layer: int, chosen: Array,
-    weights: Array, tables: Tables, lows: Array, highs: Array,
+    products: Array, row: int, factor: float, slope: float, lift: float, layer: int,
+    chosen: Array, weights: Array, tables: Tables, lows: Array,
 ) -> float:  # fmt: skip
     """Set ``lows`` to ``v_k - eps_k`` for a layer's centroids; return the least ``v_k + eps_k``.
 
-    ``highs`` is scratch memory.
-
     ``v_k = ||c_k||^2 / 2 - <u_l, c_k>`` in float32 and ``eps_k = slope ||c_k|| + lift kappa_k``.
     """
-    start, stop = tables.offsets[layer], tables.offsets[layer + 1]
-    width = stop - start
-    half_norms = tables.half_norms[start:stop]
-    lengths = tables.lengths[start:stop]
-    spreads = tables.spreads[start:stop]
-    steps = tables.steps[start:stop]
-    inner = products[start:stop]
+    here, start = np.uint64(row), np.uint64(tables.offsets[layer])
+    width = np.uint64(tables.offsets[layer + 1]) - start
+    half_norms, lengths, grams = tables.half_norms, tables.lengths, tables.grams
+    spreads, steps = tables.spreads, tables.steps
     factor32, slope32, lift32 = np.float32(factor), np.float32(slope), np.float32(lift)
     for k in range(width):
-        lows[k] = half_norms[k] - factor32 * steps[k] * np.float32(inner[k])
+        inner = np.float32(products[here, start + k])
+        lows[k] = half_norms[start + k] - factor32 * steps[start + k] * inner
     for earlier in range(layer):
         weight = np.float32(weights[earlier])
-        place = tables.gram_offsets[layer] + chosen[earlier] * width
-        gram = tables.grams[place : place + width]
+        place = np.uint64(tables.gram_offsets[layer]) + np.uint64(chosen[earlier]) * width
         for k in range(width):
-            lows[k] += weight * gram[k]
+            lows[k] += weight * grams[place + k]
+    least = np.int32(2**31 - 1)
     for k in range(width):
-        slack = slope32 * lengths[k] + lift32 * spreads[k]
-        highs[k] = lows[k] + slack
+        slack = slope32 * lengths[start + k] + lift32 * spreads[start + k]
+        key: Any = _key(np.float32(lows[k] + slack))  # type: ignore[call-arg] # numba's own is left out
+        least = key if key < least else least  # noqa: FURB136 - this is vectorised
         lows[k] -= slack
-    return _least(highs[:width])
+    return _number(least)  # type: ignore[call-arg] # as above
 
 
 @_any_order
-def _within(scores: Array, cut: float) -> tuple[int, int]:
-    """How many scores are at most ``cut``, and the sum of their indices."""
+def _within(scores: Array, width: int, cut: float) -> tuple[int, int]:
+    """How many of the first ``width`` scores are at most ``cut``, and the sum of their indices."""
     count = index = np.int32(0)
     cut32 = np.float32(cut)
-    for k in range(len(scores)):
+    for k in range(np.uint64(width)):
         hit = np.int32(scores[k] <= cut32)
         count += hit
         index += hit * np.int32(k)
@@ -371,7 +383,6 @@ def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compile
     g = (rows.shape[1] + 16) * UNIT64
     widest = np.max(tables.offsets[1:] - tables.offsets[:-1])
     lows = np.empty(widest, np.float32)
-    highs = np.empty(widest, np.float32)
     candidates = np.empty(widest, np.int64)
     residual = np.empty(rows.shape[1])
     chosen = np.empty(n_layers, np.int64)  # columns, over all layers
@@ -410,7 +421,8 @@ def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compile
             norm = slip = least_norm = 0.0
             if slope < GREATEST_LENGTH and mass < GREATEST_LENGTH:
                 least = _lowest_scores(
-                    products[row],
+                    products,
+                    row,
                     alpha * step,
                     slope,
                     lift,
@@ -419,10 +431,9 @@ def decide(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop nest, as compile
                     weights,
                     tables,
                     lows,
-                    highs,
                 )
                 cut = least + exact_bound
-                count, best = _within(lows[:width], cut)
+                count, best = _within(lows, width, cut)
                 if count > 1:
                     count = 0
                     for k in range(width):

@@ -328,6 +328,27 @@ def test_rows_on_exact_borders_have_the_codes_of_the_definition():
     assert reference > rows // 4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("seed", range(20, 24))
+def test_rows_on_exact_borders_have_the_codes_of_the_definition_on_a_device(seed):
+    gpu = pytest.importorskip("semid_server.encoding.gpu", reason="needs Triton")
+    case = Case.of(seed)
+    model, spec = cases.model_of(
+        [torch.from_numpy(table) for table in case.codebooks], normalize=case.normalize
+    )
+    device = torch.device("cuda", 0)
+    encoder = gpu.GpuEncoder(model, spec, device=device)
+    for dtype in ("float32", "float64"):
+        rows = case.rows(dtype)
+        want = torch.from_numpy(codes_of(rows, case.codebooks, normalize=case.normalize))
+        typed = torch.from_numpy(rows).to(getattr(torch, dtype))
+        assert torch.equal(encoder.encode(typed).long(), want)
+        assert torch.equal(encoder.encode(typed.to(device)).cpu().long(), want)
+        alone = [encoder.encode(row[None].to(device)).cpu() for row in typed]
+        assert torch.equal(torch.cat(alone).long(), want)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("share", range(SHARES))
