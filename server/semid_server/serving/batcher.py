@@ -732,9 +732,14 @@ class Batcher(Generic[Key, Payload, Answer]):
             self._in_loop(_fail, made, error)
             return
         self._in_loop(_fulfil, made, runner)
-        while (batch := self._take()) is not None:
-            if batch.parts:  # else all that was reached had expired
-                self._run(batch, self._answer_from_worker)
+        try:
+            while (batch := self._take()) is not None:
+                if batch.parts:  # else all that was reached had expired
+                    self._run(batch, self._answer_from_worker)
+        except Exception:  # a bug of ours: without this thread nobody would be answered, ever
+            logger.critical("the worker has failed", exc_info=True)
+            told = DeviceLostError("the server has failed; its log says more")
+            self._in_loop(self.give_up, told)
 
     def _take(self) -> _Batch[Key, Payload, Answer] | None:
         """Wait for work and take the next batch; None when stopped."""
@@ -772,10 +777,8 @@ class Batcher(Generic[Key, Payload, Answer]):
     ) -> None:
         self._begun += 1
         self._running = batch
-        try:
-            self._run_noted(batch, deliver)
-        finally:
-            self._running = None
+        self._run_noted(batch, deliver)
+        self._running = None  # but not if that raised: then it has not been answered
 
     def _run_noted(
         self,
@@ -814,14 +817,17 @@ class Batcher(Generic[Key, Payload, Answer]):
         if not failed:
             batch.parts[0][0].pace.observe(batch.rows, seconds)
         self._busy_until = 0.0
-        self._observer.ran(
-            key,
-            rows=batch.rows,
-            waits=[started - entry.admitted for entry, start, _ in batch.parts if start == 0],
-            seconds=seconds,
-            failed=failed,
-            marks=[entry.mark for entry, _, _ in batch.parts],
-        )
+        try:
+            self._observer.ran(
+                key,
+                rows=batch.rows,
+                waits=[started - entry.admitted for entry, start, _ in batch.parts if start == 0],
+                seconds=seconds,
+                failed=failed,
+                marks=[entry.mark for entry, _, _ in batch.parts],
+            )
+        except Exception:
+            logger.exception("a batch could not be noted; its answers are not affected")
         deliver(finished)
         if failed:
             return

@@ -387,6 +387,31 @@ async def test_stop_turns_those_away_who_wait_for_room(make_batcher, device):
             await future
 
 
+async def test_an_observer_that_fails_is_no_callers_business(
+    make_batcher, device, observer, caplog
+):
+    observer.runs = None  # there is nothing to note a batch in
+    batcher = await make_batcher()
+    device.free()
+    for payload in "ab":
+        assert await admit(batcher, payload) == ("answer to", payload)
+    assert "could not be noted" in caplog.text
+
+
+async def test_a_worker_that_fails_leaves_nobody_unanswered(make_batcher, device, clock, caplog):
+    batcher = await make_batcher()
+    running = await occupy(batcher, device)
+    queued = admit(batcher, "a")
+    clock.now = None  # a bug, as far as the batcher can tell
+    device.outcomes.put(lambda payloads: payloads)
+    with pytest.raises(DeviceLostError, match="its log says more"):
+        await running
+    with pytest.raises(NotServingError):
+        await queued
+    assert "its log says more" in str(await batcher.lost())
+    assert "the worker has failed" in caplog.text
+
+
 async def test_a_batch_that_is_given_up_ends_all_requests_and_nothing_more_is_admitted(
     make_batcher, device
 ):
