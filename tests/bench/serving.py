@@ -80,6 +80,9 @@ class Plan:
     overload: tuple[float, ...] = (1.0, 2.0, 10.0)
 
 
+YIELDING = 10
+"""By how much clients lower their priority where the processors should be the server's."""
+
 QUICK = Plan(sizes=(64 * KIB, MIB), in_flight=(8,), rounds=1, seconds=0.3, overload=(1.0, 10.0))
 
 
@@ -553,6 +556,8 @@ class Bench:
             "the wire. Capacity (closed loop, 16 in flight), goodput: answers OK a second in the\n"
             "last four fifths of the load. Latency from when a request was due.\n"
             "Recovery: from the load's end to the first answer as fast as when idle.\n"
+            f"yielding: the clients at nice {YIELDING}, so that what they spend on being refused\n"
+            "is taken from the device less, as if they were on machines of their own.\n"
         )
         server = self.on_slow[0]
         load = self.load(server, "some-384", seconds=2 * self.plan.seconds)
@@ -563,12 +568,14 @@ class Bench:
         print(f"  capacity {capacity:.1f} requests/s; idle p99 {idle:.1f} ms")
         for times in self.plan.overload:
             self._overload_at(server, load, capacity, times, idle)
+        yielding = replace(load, nice=YIELDING)
+        self._overload_at(server, yielding, capacity, self.plan.overload[-1], idle)
 
     def _overload_at(
         self, server: Server, load: Load, capacity: float, times: float, idle: float
     ) -> None:
         before = server.rss()
-        probing = ready(replace(load, seconds=1.5, warmup=0))
+        probing = ready(replace(load, seconds=1.5, warmup=0, nice=0))
         running = begin(replace(load, rate=times * capacity, warmup=0), clients=2)
         probe = release(probing, running.begin + load.seconds)
         most = before
@@ -578,10 +585,11 @@ class Bench:
         result = running.finish()
         after = probe.finish()
         goodput = result.rate_between(0.2 * load.seconds, load.seconds)
-        name = f"overload.{times:g}x"
+        name = f"overload.{times:g}x" + ".yielding" * bool(load.nice)
         self.keep(f"{name}.goodput_of_capacity", goodput / capacity)
         refusals = result.latencies(None)
-        line = f"  {times:4g} x: goodput {goodput / capacity:5.2f} of capacity"
+        line = f"  {times:4g} x{', yielding' * bool(load.nice)}: "
+        line += f"goodput {goodput / capacity:5.2f} of capacity"
         line += f"   answered {percentiles(result.latencies())}"
         if len(refusals):
             self.keep(f"{name}.refusal_p99", np.percentile(refusals, 99))

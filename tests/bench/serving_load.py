@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Load:
     """What to send. ``calls`` are pairs of a method and the file of its body, sent in turn.
 
     With a ``rate`` (requests a second) the loop is open: requests are sent when they are due. With
-    none it is closed: ``in_flight`` of them are always under way.
+    none it is closed: ``in_flight`` of them are always under way. ``nice`` lowers the priority.
     """
 
     target: str
@@ -43,6 +44,7 @@ class Load:
     rate: float | None = None
     warmup: float = 0.3
     timeout: float = 20.0
+    nice: int = 0
 
 
 class Client:
@@ -103,6 +105,7 @@ class Client:
 
 async def main() -> None:
     load = Load(**json.loads(sys.stdin.readline()))
+    os.nice(load.nice)
     async with grpc.aio.insecure_channel(load.target, OPTIONS) as channel:
         await channel.channel_ready()
         client = Client(load, channel)
