@@ -37,6 +37,7 @@ REFERENCE_SETS = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks
 def pytest_collection_modifyitems(items) -> None:
     """Where several processes share the run, keep together what shares something that is dear.
 
