@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import encode_cases as cases
+import llvmlite.binding
 import numpy as np
 import torch
 
 from semid_server.checkpoint import load_checkpoint
 from semid_server.encoding import make_encoder
+from semid_server.encoding.cpu import CpuEncoder, has_integer_product
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -219,6 +221,9 @@ def table(
         ways["pinned copy to the device"] = lambda: target.copy_(pinned, non_blocking=True)
         ways["semid, from pinned memory"] = lambda: encoder.encode(pinned)
     else:
+        if has_integer_product():
+            plain = CpuEncoder(*cases.model_of(codebooks), threads=threads, integer_product=False)
+            ways["semid, as without AVX512-VNNI"] = lambda: plain.encode(rows)
         ways |= faiss_ways(rows, codebooks, threads) | semantic_id_ways(rows, codebooks, threads)
     before, hard_before = encoder.counts(), hard_encoder.counts()
     # Workers of numpy's BLAS spin on after a call and would take a core from the way that follows.
@@ -381,7 +386,7 @@ def machine(device: torch.device, threads: int) -> str:
     else:
         with open("/proc/cpuinfo") as lines:  # noqa: PTH123 - a device of the kernel
             name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
-        name += f", {threads} threads"
+        name += f" ({llvmlite.binding.get_host_cpu_name()}), {threads} threads"
         peers = "".join(
             f", {peer} {installed_version(module) or 'not installed'}"
             for peer, module in (("faiss", "faiss"), ("semantic-id", "semantic_id"))
