@@ -258,7 +258,8 @@ def _default(name: str) -> dict[str, Any]:
     type=click.FloatRange(0),
     **_default("keepalive"),
     help="Seconds of silence after which a connection is asked for a sign of life; without one "
-    "for as long again (20 s at most) it is closed and its calls end. 0 asks after two hours.",
+    "for as long again (a minute at most) it is closed and its calls end. What a peer is sending "
+    "is ahead of its answer: over slow links leave it time. 0 asks after two hours.",
 )
 @_option(
     "--max-connection-age",

@@ -91,7 +91,10 @@ QUIET = 0.05
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 
 MAX_PING_PATIENCE = 20_000
-"""Milliseconds in which a peer has to answer a ping, at most."""
+"""Milliseconds in which a peer's machine has to take a ping, at most."""
+
+MAX_ANSWER_PATIENCE = 60_000
+"""Milliseconds until its answer has to be there, at most: gRPC's own patience."""
 
 LAST_WORDS = 1.0
 """Seconds for the last answers to leave, and after the grace period for those who are told that
@@ -435,13 +438,13 @@ class Server:
         ]
         if self._config.keepalive:
             milliseconds = _milliseconds(self._config.keepalive)
-            patience = min(milliseconds, MAX_PING_PATIENCE)
             options += [
                 ("grpc.keepalive_time_ms", milliseconds),
-                # The first is how long TCP waits for the ping to be taken, the second how long gRPC
-                # waits for the answer: a minute, unless it is told.
-                ("grpc.keepalive_timeout_ms", patience),
-                ("grpc.http2.ping_timeout_ms", patience),
+                # How long TCP waits for the ping to be taken.
+                ("grpc.keepalive_timeout_ms", min(milliseconds, MAX_PING_PATIENCE)),
+                # How long gRPC waits for the answer, which comes behind what the peer is sending:
+                # over a slow link that takes its time.
+                ("grpc.http2.ping_timeout_ms", min(milliseconds, MAX_ANSWER_PATIENCE)),
             ]
         if self._config.max_connection_age:
             # Calls in progress end in their own time: gRPC sets no limit unless told one.
