@@ -60,6 +60,7 @@ def save_checkpoint(
     provenance: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
     warnings: Sequence[str] = (),
+    beside: Path | None = None,
     force: bool = False,
 ) -> str:
     """Write a model as a folder, whole or not at all, and return its fingerprint.
@@ -82,6 +83,8 @@ def save_checkpoint(
     notes, warnings : sequence of str
         What was assumed of the model and what its user should know, to be repeated whenever it
         is loaded.
+    beside : Path, optional
+        A checkpoint folder; what else lies in it is copied, such as a README.
     force : bool
         Replace a checkpoint that is there.
 
@@ -120,7 +123,8 @@ def save_checkpoint(
         "provenance": dict(provenance or {}),
     }
     text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _write_folder(path, {CONFIG_NAME: text.encode(), TENSORS_NAME: safetensors.torch.save(tensors)})
+    files = {CONFIG_NAME: text.encode(), TENSORS_NAME: safetensors.torch.save(tensors)}
+    _write_folder(path, files, beside)
     return digest
 
 
@@ -389,19 +393,27 @@ def _refuse_if_taken(path: Path, *, force: bool) -> None:
         return
     if not force:
         raise CheckpointError(path, "already there; replace it with --force, or name another path")
+    if path.is_symlink():
+        raise CheckpointError(path, "a link, which is not replaced: name the folder it leads to")
     if not is_folder or not (path / CONFIG_NAME).is_file():
         raise CheckpointError(
             path, f"not a checkpoint folder ({CONFIG_NAME} is missing), so it is not replaced"
         )
 
 
-def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+def _write_folder(path: Path, files: Mapping[str, bytes], beside: Path | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unique = f"{os.getpid()}-{secrets.token_hex(4)}"
     new = path.parent / f".{path.name}.new-{unique}"
     old = path.parent / f".{path.name}.old-{unique}"
     try:
-        new.mkdir()
+        if beside is None:
+            new.mkdir()
+        else:
+            ours = str(beside)  # its own two files, and not those of such names further down
+            shutil.copytree(
+                ours, new, symlinks=True, ignore=lambda at, _names: files if at == ours else ()
+            )
         for name, data in files.items():
             with (new / name).open("wb") as file:
                 file.write(data)

@@ -68,7 +68,7 @@ def calibrate(
     calibration = measure(loaded.model, watched)
     watched.close()
     name = loaded.name if output is None or overrides.name else output.resolve().name
-    provenance, beside = _of_folder(checkpoint) if checkpoint.is_dir() else ({}, {})
+    beside = checkpoint if checkpoint.is_dir() else None
     fingerprint = save_checkpoint(
         target,
         model=loaded.model,
@@ -76,7 +76,7 @@ def calibrate(
         name=name,
         calibration=calibration,
         provenance={
-            **provenance,
+            **_provenance(beside),
             **{
                 f"calibration_{key}": value
                 for key, value in provenance_of(embeddings, rows).items()
@@ -84,19 +84,15 @@ def calibrate(
         },
         notes=loaded.notes,
         warnings=loaded.warnings,
+        beside=beside,
         force=True,
     )
-    for file, content in beside.items():
-        (target / file).write_bytes(content)
     click.echo(f"{target}: mean input norm {calibration.input_norm:.6g}, {fingerprint}")
 
 
-def _of_folder(checkpoint: Path) -> tuple[dict[str, str], dict[str, bytes]]:
-    """What a checkpoint folder says of its origin, and the files beside the model, its README."""
-    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
-    beside = {
-        path.name: path.read_bytes()
-        for path in checkpoint.iterdir()
-        if path.is_file() and path.name not in {"config.json", "model.safetensors"}
-    }
-    return config["provenance"], beside
+def _provenance(folder: Path | None) -> dict[str, str]:
+    """What a checkpoint folder says of its origin."""
+    if folder is None:
+        return {}
+    said: dict[str, str] = json.loads((folder / "config.json").read_text("utf-8"))["provenance"]
+    return said

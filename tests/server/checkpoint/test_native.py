@@ -413,6 +413,26 @@ save_checkpoint(folder, model=old.model, spec=old.spec, name="new", force=True)
 """
 
 
+def test_what_lies_beside_a_checkpoint_may_be_taken_along(folder, spec, model):
+    (folder / "README.md").write_text("how it was made")
+    (folder / "plots").mkdir()
+    (folder / "plots" / "config.json").write_text("a")
+    (folder / "newest.md").symlink_to("README.md")
+    save_checkpoint(folder, model=model, spec=spec, name="b", beside=folder, force=True)
+    assert load_checkpoint(folder).name == "b"
+    assert (folder / "README.md").read_text() == "how it was made"
+    assert (folder / "plots" / "config.json").read_text() == "a"
+    assert (folder / "newest.md").is_symlink()
+
+
+def test_a_link_to_a_checkpoint_is_not_replaced(folder, spec, model):
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+    with pytest.raises(CheckpointError, match="a link, which is not replaced"):
+        save_checkpoint(link, model=model, spec=spec, name="b", force=True)
+    assert link.is_symlink()
+
+
 def test_a_failed_write_leaves_nothing_and_keeps_the_old(folder):
     done = subprocess.run(
         [sys.executable, "-c", SAVE_WITHOUT_ROOM, folder],
