@@ -109,11 +109,13 @@ class TrainingRun:
 
     def run(self) -> bool:
         """Train to the end and leave the model in evaluation mode; False if stopped before."""
-        finished = (self.settings.distinct or self._take_steps()) and (
-            not is_first_rank() or self._fit_codebooks()
-        )
-        if self._log is not None:
-            self._log.close()
+        try:
+            finished = (self.settings.distinct or self._take_steps()) and (
+                not is_first_rank() or self._fit_codebooks()
+            )
+        finally:
+            if self._log is not None:
+                self._log.close()
         self.model.eval()
         return finished
 

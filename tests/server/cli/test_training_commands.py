@@ -151,6 +151,14 @@ def test_what_cannot_be_written_is_one_sentence_with_its_name(
     assert {path.name for path in trained.parent.iterdir()} == {"x.npy", "items", "items.training"}
 
 
+def test_a_training_that_cannot_write_is_one_sentence_with_its_folder(embeddings, tmp_path):
+    with no_file_larger_than(100):
+        result = call(train, embeddings, "-o", tmp_path / "new", *SMALL, "--steps", 2)
+    assert result.exit_code == 1
+    assert f"Error: {tmp_path / 'new.training'}: File too large\n" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_that_is_not_there_is_named(trained, tmp_path):
     for name in ("no/new.ckpt", "x.npy/new.ckpt"):
         result = call(export, trained, "-o", tmp_path / name)
