@@ -1,6 +1,7 @@
 """What runs on the device: the model, its encoder, and the buffer that batches are copied into.
 
-Made, warmed up and called by one thread, the batcher's worker.
+Called by one thread at a time: the batcher's worker, or the event loop while that rests. The worker
+makes and warms up the first version of each model; a thread beside it does so with later ones.
 """
 
 from __future__ import annotations
