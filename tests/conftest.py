@@ -37,19 +37,31 @@ REFERENCE_SETS = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks
-def pytest_collection_modifyitems(items) -> None:
-    """Where several processes share the run, keep together what shares something that is dear.
+SHARING = {
+    "tests/operate/": "a fleet",
+    "tests/e2e/test_codes.py": "a server of each set",
+    "tests/e2e/test_reconstructions.py": "a server of each set",
+    "tests/e2e/test_shared_memory.py": "a server of each set",
+}
+"""Files that share what is dear to start, by the beginning of their paths."""
 
-    That is a file's tests, those of a fleet, and those of a server of each reference set.
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Where several processes share the run, keep a file's tests in one, and those that share.
+
+    Done here since pytest-xdist 3.8 does not see its own groups under pytest 9.2.
     """
-    for item in items:
-        folder = item.path.parent
-        group = folder if folder.name == "operate" else item.path
-        name = str(group.relative_to(REFERENCE_DIR.parent))
-        if "set_server" in item.fixturenames:
-            name = "set_server"
-        item.add_marker(pytest.mark.xdist_group(name))
+    from xdist.scheduler import LoadFileScheduling  # noqa: PLC0415 - it need not be there
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            shared = (what for path, what in SHARING.items() if nodeid.startswith(path))
+            return next(shared, super()._split_scope(nodeid))
+
+    # In their order: the dear ones, of which each has few, come before the cheap ones, not after.
+    config.option.loadscopereorder = False
+    return Together(config, log)
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,7 +98,7 @@ check imports lint-imports
 check protocol buf lint proto
 check dockerfile hadolint docker/Dockerfile
 # In two processes, each with whole files (tests/conftest.py): most tests wait for another process.
-check tests pytest -n 2 --dist loadgroup "$@"
+check tests pytest -n 2 --dist loadfile "$@"
 
 echo
 echo "== summary"
