@@ -112,7 +112,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         method = self._methods.get(handler_call_details.method)
         if method is None:
             return None
-        error = method.refusal()
+        error = self._unknown(method, handler_call_details) or method.refusal()
         if error is None and (self._max_calls is None or self._in_progress < self._max_calls):
             return method.handler
         return self._refusing(method, error or self._too_many())
@@ -209,10 +209,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
 
         async def refuse(_messages: object, context: Context) -> NoReturn:
             with _Call(self, method.name, method.metrics, context) as call:
-                try:
-                    call.check()
-                except SemidError as first:
-                    await call.fail(first)
+                if self._draining:
+                    await call.fail(_shutting_down())
                 if isinstance(error, OverloadedError):
                     self._metrics.refused_call(method.name)
                 await call.fail(error)
@@ -235,16 +233,30 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         if not self._in_progress:
             self._idle.set()
 
-    def _check(self, method: str, sent: str | bytes | None) -> None:
-        """Raise unless this call may be made now, by a caller who sent this authorization."""
+    def _unknown(self, method: _Method, details: grpc.HandlerCallDetails) -> SemidError | None:
+        """Return what a caller is refused with who may not call this method, if so."""
+        if self._tokens is None:
+            return None
+        metadata: Any = details.invocation_metadata  # the stubs have those of another class
+        sent = dict(metadata or ()).get("authorization")  # of several the last, as in `peers`
+        try:
+            self._tokens.check(sent if isinstance(sent, str) else None, method.name)
+        except SemidError as error:
+            return error
+        return None
+
+    def _check(self, method: str) -> None:
+        """Raise unless this call may be made now."""
         if self._draining:
-            raise NotServingError("the server is shutting down; try again, elsewhere if you can")
-        if self._tokens is not None:
-            self._tokens.check(sent if isinstance(sent, str) else None, method)
+            raise _shutting_down()
         # Others may have begun while the message was on its way.
         if self._max_calls is not None and self._in_progress > self._max_calls:
             self._metrics.refused_call(method)
             raise self._too_many()
+
+
+def _shutting_down() -> NotServingError:
+    return NotServingError("the server is shutting down; try again, elsewhere if you can")
 
 
 def _never() -> None:
@@ -281,7 +293,6 @@ class _Call:
         "_code",
         "_context",
         "_counted",
-        "_metadata",
         "_method",
         "_metrics",
         "_started",
@@ -291,8 +302,8 @@ class _Call:
     def __init__(self, calls: Calls, method: str, metrics: MethodMetrics, context: Context) -> None:
         self._calls, self._method, self._metrics = calls, method, metrics
         self._context = context
-        self._metadata = dict(context.invocation_metadata() or ())
-        self._trailing = ((REQUEST_ID_KEY, begin_request(self._metadata)),)
+        metadata = dict(context.invocation_metadata() or ())
+        self._trailing = ((REQUEST_ID_KEY, begin_request(metadata)),)
         context.set_trailing_metadata(self._trailing)
         self._code = grpc.StatusCode.OK
         self._counted = False
@@ -300,7 +311,7 @@ class _Call:
 
     def check(self) -> None:
         """Raise unless this call may be made now."""
-        self._calls._check(self._method, self._metadata.get("authorization"))  # noqa: SLF001 - its own
+        self._calls._check(self._method)  # noqa: SLF001 - its own
 
     def __enter__(self) -> Self:
         self._calls._begin()  # noqa: SLF001 - its own

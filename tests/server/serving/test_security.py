@@ -212,6 +212,17 @@ async def test_a_stream_needs_a_token_too(run_server, ready, token_file):
         assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
+async def test_who_may_not_call_is_told_before_the_message_is_read(run_server, ready, token_file):
+    address = await run_server(ready, token_file=token_file).address()
+    async with grpc.aio.insecure_channel(address) as channel:
+        # A unary method of which the message never comes.
+        encode = channel.stream_unary("/semid.v1.SemanticIdService/Encode")
+        assert await encode().code() == grpc.StatusCode.UNAUTHENTICATED
+        not_for_this = (("authorization", "Bearer none"),)
+        call = encode(metadata=not_for_this)
+        assert await call.code() == grpc.StatusCode.PERMISSION_DENIED
+
+
 async def test_a_probe_of_health_needs_no_token(run_server, ready, token_file):
     address = await run_server(ready, token_file=token_file).address()
     async with grpc.aio.insecure_channel(address) as channel:
