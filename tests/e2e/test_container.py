@@ -288,7 +288,7 @@ def test_it_serves_from_a_read_only_root_as_another_user_and_ends_on_sigterm(ima
         ) as process,
     ):
         try:
-            until = time.monotonic() + 120
+            until = time.monotonic() + 300
             while not (
                 serving := re.search(
                     r"^semid: serving \S+ on (\S+)$", log.read_text(), re.MULTILINE
@@ -303,7 +303,7 @@ def test_it_serves_from_a_read_only_root_as_another_user_and_ends_on_sigterm(ima
             healthy = _check(image, admin)
             assert (healthy.returncode, healthy.stdout) == (0, f"{admin}: SERVING\n")
             process.send_signal(getattr(signal, RUNTIME.the("STOPSIGNAL")))
-            assert process.wait(60) == 0, log.read_text()
+            assert process.wait(300) == 0, log.read_text()
         finally:
             process.kill()
     # What is compiled at the start had a place to be kept.
@@ -319,6 +319,8 @@ def _check(image, target: str) -> subprocess.CompletedProcess[str]:
     options, _, words = RUNTIME.the("HEALTHCHECK").partition("CMD ")
     assert "--interval=" in options
     *command, own = json.loads(words)
+    # The limit of a probe is short; what else this machine does must not decide the test.
+    command += ["--timeout", "100"]
     assert own == f"127.0.0.1:{_settings(RUNTIME, '')['SEMID_SERVE_ADMIN_PORT']}"
     return subprocess.run(
         image.contained([*command, target]),

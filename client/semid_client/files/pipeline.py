@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -201,6 +201,9 @@ class _Waiting:
 
     def answer(self, path: str) -> tuple[NDArray[Any], float]:
         """Wait for what was computed; a refusal is about a row of the source."""
+        # In pieces: an interrupt that comes just before a lock is waited for is not seen meanwhile.
+        while not self.future.done():
+            wait((self.future,), timeout=1)
         try:
             return self.future.result()
         except InvalidInputError as error:
