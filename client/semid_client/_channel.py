@@ -198,9 +198,9 @@ class Settings:
             # When a connection is lost the name is asked for again, but no more often than this.
             # In gRPC's own 30 s an orchestrator can replace every address that is known.
             ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-            # A machine that is gone is left after 10 s: gRPC has TCP wait no longer for it either. A
-            # server that hangs and still reads, after some 95 s: gRPC gives a ping a minute, as a
-            # slow link may need it while data is on the way. The server allows one every 30 s.
+            # A machine that is gone is left after 10 s: gRPC has TCP wait no longer for it either.
+            # A server that hangs is left after some 95 s: gRPC gives a ping a minute, which a slow
+            # link may need while data is on the way. The server allows a ping every 30 s.
             ("grpc.keepalive_time_ms", 35_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.primary_user_agent", f"semid-client/{version('semid')}"),
