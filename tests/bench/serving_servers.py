@@ -137,8 +137,7 @@ def unbatched(checkpoint: Path) -> None:
 
 
 async def collector() -> None:
-    # Of the extra `tracing`, which the other servers do without.
-    from opentelemetry.proto.collector.trace.v1 import (  # noqa: PLC0415
+    from opentelemetry.proto.collector.trace.v1 import (  # noqa: PLC0415 - of an extra
         trace_service_pb2,
         trace_service_pb2_grpc,
     )

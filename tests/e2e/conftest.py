@@ -19,6 +19,7 @@ from typing import IO
 import grpc
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
@@ -195,11 +196,11 @@ class Gate:
 
     def wait_for_queue(self, requests: int) -> None:
         """Wait until so many requests are queued."""
-        wait_for(lambda: self.server.metric("semid_queue_requests") == requests)
+        wait_until(lambda: self.server.metric("semid_queue_requests") == requests)
 
     def wait_for_drain(self) -> None:
         """Wait until the server has said that it stops."""
-        wait_for(lambda: self.server.metric("semid_serving") == 0)
+        wait_until(lambda: self.server.metric("semid_serving") == 0)
 
     def release(self) -> None:
         with self.path.open("w"):
@@ -304,20 +305,6 @@ def digits(reference_dir):
     embeddings = np.load(reference_dir / "data/digits.npy")
     embeddings.setflags(write=False)
     return embeddings
-
-
-def wait_for(condition, seconds=START_SECONDS):
-    """Wait for what tells nobody when it comes to pass."""
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until, f"it did not come to pass within {seconds} s"
-        time.sleep(0.01)
-    return found
-
-
-@pytest.fixture(scope="session")
-def wait_until():
-    return wait_for
 
 
 def float32_tensor(rows: np.ndarray) -> pb.Tensor:

@@ -5,26 +5,18 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-import time
 
 import grpc
 import numpy as np
 import pytest
 import trustme
+from waiting import wait_until
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
 
 # A machine that takes minutes is slow, not wrong.
 pytestmark = pytest.mark.timeout(400)
-
-
-def wait_until(condition, seconds=90):
-    until = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < until, f"it did not come to pass within {seconds} s"
-        time.sleep(0.02)
-    return result
 
 
 class Identity:

@@ -28,6 +28,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from waiting import wait_until
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
@@ -49,14 +50,6 @@ SERVING, NOT_SERVING = (
     health_pb2.HealthCheckResponse.SERVING,
     health_pb2.HealthCheckResponse.NOT_SERVING,
 )
-
-
-def wait_until(condition, seconds=60):
-    until = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < until, f"it did not come to pass within {seconds} s"
-        time.sleep(0.02)
-    return result
 
 
 def encode(rows, order=None):
@@ -170,6 +163,17 @@ def checkpoint(reference_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "model.ckpt"
     shutil.copy(reference_dir / "digits_rkmeans/model.ckpt", path)
     return path
+
+
+@pytest.fixture
+def serve_faulty(serve, gate):
+    """Start a server of the test's own whose encoder does as it is told, behind the gate."""
+
+    def start(checkpoint, *arguments, **env):
+        env |= {"SEMID_TEST_GATE": str(gate.path)}
+        return serve(checkpoint, *arguments, env=env, program=(sys.executable, FAULTY))
+
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -493,14 +497,9 @@ def test_a_stream_whose_answers_nobody_reads_is_read_no_further(fire, stub):
 
 
 @pytest.mark.slow  # a server of its own, and its patience
-def test_a_peer_that_vanished_is_noticed_and_its_calls_end(serve, checkpoint, gate, digits):
+def test_a_peer_that_vanished_is_noticed_and_its_calls_end(serve_faulty, checkpoint, gate, digits):
     # A server of its own: who has so little patience may take a busy client for one that is gone.
-    server = serve(
-        checkpoint,
-        "--keepalive=1",
-        env={"SEMID_TEST_GATE": str(gate.path)},
-        program=(sys.executable, FAULTY),
-    )
+    server = serve_faulty(checkpoint, "--keepalive=1")
     with contextlib.ExitStack() as stack:
         proxy = Proxy(server.target)
         stack.callback(proxy.close)
@@ -585,13 +584,9 @@ def health_of(server):
 
 
 def test_a_device_that_is_lost_ends_the_process_once_every_call_has_its_answer(
-    serve, gate, reference_dir, digits
+    serve_faulty, gate, reference_dir, digits
 ):
-    server = serve(
-        reference_dir / "digits_rkmeans/model.ckpt",
-        env={"SEMID_TEST_GATE": str(gate.path)},
-        program=(sys.executable, FAULTY),
-    )
+    server = serve_faulty(reference_dir / "digits_rkmeans/model.ckpt")
     with server.channel() as channel:
         stub = SemanticIdServiceStub(channel)
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
@@ -613,14 +608,9 @@ def test_a_device_that_is_lost_ends_the_process_once_every_call_has_its_answer(
 
 
 def test_a_batch_that_hangs_ends_the_process_once_every_call_has_its_answer(
-    serve, gate, checkpoint, digits
+    serve_faulty, checkpoint, digits
 ):
-    server = serve(
-        checkpoint,
-        "--max-stall=3",
-        env={"SEMID_TEST_GATE": str(gate.path)},
-        program=(sys.executable, FAULTY),
-    )
+    server = serve_faulty(checkpoint, "--max-stall=3")
     with server.channel() as channel:
         stub = SemanticIdServiceStub(channel)
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
@@ -638,14 +628,9 @@ def test_a_batch_that_hangs_ends_the_process_once_every_call_has_its_answer(
 
 @pytest.mark.slow  # a server of its own, and the limit
 def test_a_batch_that_hangs_the_event_loop_ends_the_process_and_callers_hear_of_it(
-    serve, gate, checkpoint, digits
+    serve_faulty, checkpoint, digits
 ):
-    server = serve(
-        checkpoint,
-        "--max-stall=3",
-        env={"SEMID_TEST_GATE": str(gate.path), "SEMID_TEST_IN_LOOP": "1"},
-        program=(sys.executable, FAULTY),
-    )
+    server = serve_faulty(checkpoint, "--max-stall=3", SEMID_TEST_IN_LOOP="1")
     with server.channel() as channel:
         stub = SemanticIdServiceStub(channel)
         held = False

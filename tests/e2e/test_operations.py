@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
+from waiting import wait_until
 
 from semid.v1 import semid_pb2 as pb
 
@@ -111,7 +112,7 @@ def test_the_model_is_named_with_its_fingerprint(digits_server, client):
     assert digits_server.metric("semid_serving") == 1.0
 
 
-def test_the_queue_is_empty_when_nobody_calls(digits_server, wait_until):
+def test_the_queue_is_empty_when_nobody_calls(digits_server):
     for name in ("semid_queue_requests", "semid_queue_rows", "semid_queue_bytes"):
         # What callers of tests before this one withdrew may take a moment to go.
         wait_until(lambda name=name: digits_server.metric(name) == 0.0)

@@ -6,12 +6,12 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
@@ -41,24 +41,18 @@ def encode_on_connections(target, count):
             options = [("grpc.use_local_subchannel_pool", 1)]
             channel = stack.enter_context(grpc.insecure_channel(target, options))
             stub = SemanticIdServiceStub(channel)
-            assert len(stub.Encode(request(), timeout=20, wait_for_ready=True).tensor.data)
+            assert len(stub.Encode(request(), timeout=300, wait_for_ready=True).tensor.data)
 
 
 def servers_of(pid):
     """The children of a process that serve: multiprocessing has one more that does not."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {
-        int(child)
-        for child in children
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-    }
-
-
-def wait_until(condition):
-    until = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < until, "it did not come to pass within 90 s"
-        time.sleep(0.05)
+    found = set()
+    for child in children:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.add(int(child))
+    return found
 
 
 class Callers:

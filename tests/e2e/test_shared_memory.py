@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import trustme
+from waiting import wait_until
 
 from semid.v1 import semid_pb2 as pb
 from semid_client import (
@@ -174,7 +175,7 @@ def test_a_bad_row_is_named_where_it_is_in_the_array(digits_server, digits, allo
         client.encode(rows)
 
 
-def test_nothing_is_left_when_clients_close_and_arrays_go(digits_server, digits, named, wait_until):
+def test_nothing_is_left_when_clients_close_and_arrays_go(digits_server, digits, named):
     rows = enough(digits, np.float32)
     # What clients of other tests shared goes a moment after they do.
     wait_until(lambda: digits_server.metric("semid_shared_memory_segments") == 0)
@@ -225,7 +226,7 @@ def start_client(digits, tmp_path):
         yield start
 
 
-def test_what_a_killed_client_shared_is_gone(serve, checkpoint, start_client, named, wait_until):
+def test_what_a_killed_client_shared_is_gone(serve, checkpoint, start_client, named):
     server = serve(checkpoint)
     clients = [start_client(server) for _ in range(3)]
     wait_until(lambda: server.metric("semid_shared_memory_segments") == 6)
@@ -387,9 +388,7 @@ def share_by_hand(stub, content, size):
     return fd, next(call).segment, call
 
 
-def test_a_truncated_file_is_refused_and_the_server_goes_on(
-    digits_server, stub, digits, wait_until
-):
+def test_a_truncated_file_is_refused_and_the_server_goes_on(digits_server, stub, digits):
     content = digits.tobytes()
     fd, segment, call = share_by_hand(stub, content, 16 + len(content))
     request = pb.EncodeRequest(

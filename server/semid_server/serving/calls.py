@@ -223,12 +223,14 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             retry_after=TOO_MANY_RETRY_AFTER,
         )
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Count a call that begins."""
         self._calls += 1
         self._in_progress += 1
         self._idle.clear()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Count one that has ended."""
         self._in_progress -= 1
         if not self._in_progress:
             self._idle.set()
@@ -245,7 +247,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             return error
         return None
 
-    def _check(self, method: str) -> None:
+    def check(self, method: str) -> None:
         """Raise unless this call may be made now."""
         if self._draining:
             raise _shutting_down()
@@ -311,10 +313,10 @@ class _Call:
 
     def check(self) -> None:
         """Raise unless this call may be made now."""
-        self._calls._check(self._method)  # noqa: SLF001 - its own
+        self._calls.check(self._method)
 
     def __enter__(self) -> Self:
-        self._calls._begin()  # noqa: SLF001 - its own
+        self._calls.begin()
         self._metrics.started.inc()
         return self
 
@@ -324,7 +326,7 @@ class _Call:
             if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
                 self._code = code_of_cancelled(seconds, self._context.time_remaining())
             self._count(seconds)
-        self._calls._end()  # noqa: SLF001 - its own
+        self._calls.end()
 
     async def fail(self, error: Exception) -> NoReturn:
         """End the call with the status of ``error``."""

@@ -504,8 +504,7 @@ def stamp(path: Path) -> Stamp:
 
 def _open_tracing() -> Tracing:
     try:
-        # The extra is needed by who asks for it alone.
-        from semid_server.serving.tracing import open_tracing  # noqa: PLC0415
+        from semid_server.serving.tracing import open_tracing  # noqa: PLC0415 - needs an extra
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("opentelemetry"):
             raise

@@ -256,6 +256,12 @@ def in_stream(response: bytes) -> bytes:
     return _IN_STREAM + varint(len(response)) + response
 
 
+_DATA: Final = b"\x1a"
+"""Tag of field 3, length-delimited: the numbers of a Tensor."""
+
+_TENSOR: Final = b"\x12"
+"""Tag of field 2, length-delimited: the Tensor of both responses."""
+
 _IN_STREAM: Final = b"\x0a"
 """Tag of field 1, length-delimited: the response in the messages of both streams."""
 
@@ -270,11 +276,14 @@ def _response_head(
 ) -> bytes:
     """Return a serialised response without its numbers, which come last.
 
-    protobuf writes it, with zeros for numbers; it would copy them twice.
+    protobuf would copy them twice; so it writes what is before them, and their lengths are put
+    there as it does (https://protobuf.dev/programming-guides/encoding/).
     """
-    tensor = pb.Tensor(dtype=dtype, shape=shape, data=bytes(nbytes))
-    written = message(fingerprint=fingerprint, tensor=tensor).SerializeToString()
-    return written[: len(written) - nbytes]
+    tensor = pb.Tensor(dtype=dtype, shape=shape).SerializeToString()
+    if nbytes:  # protobuf leaves out what is empty
+        tensor += _DATA + varint(nbytes)
+    written = message(fingerprint=fingerprint).SerializeToString()
+    return written + _TENSOR + varint(len(tensor) + nbytes) + tensor
 
 
 def model_message(
