@@ -3,12 +3,15 @@
     python tests/bench/serving.py                     # minutes
     python tests/bench/serving.py --quick             # under a minute: does it all still run?
     python tests/bench/serving.py --only tracing      # what spans cost; a minute
+    python tests/bench/serving.py --device cuda       # semid's servers encode on a GPU
     python tests/bench/serving.py --triton PATH/python  # an interpreter with nvidia-pytriton
 
 Everything runs on this machine, servers and clients in processes of their own, over loopback. The
 rows are explained where they are printed. Ratios are of medians over rounds in which the servers
 took turns, so that what else the machine does falls on all of them alike. See `serving_load.py`
 for how load is made and latency counted, `serving_servers.py` for what stands beside semid.
+
+semid need not be installed: with proto, server and client on PYTHONPATH, a checkout is measured.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -45,12 +48,14 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MOVIES = ROOT / "checkpoints" / "movies"
-SEMID = Path(sys.executable).with_name("semid")
+SERVE = (sys.executable, "-c", "from semid_server.cli.serve import serve; serve()")
+"""`semid serve` of what this interpreter imports: an installed command may be of another place."""
 
 ENCODE = "/semid.v1.SemanticIdService/Encode"
 GET_MODEL = "/semid.v1.SemanticIdService/GetModel"
 TRITON = "/inference.GRPCInferenceService/ModelInfer"
 
+PROCESSORS = len(os.sched_getaffinity(0))
 KIB, MIB = 1 << 10, 1 << 20
 MAX_MESSAGE = 32 * MIB
 DIM = 2048
@@ -71,12 +76,14 @@ PLAIN = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long, how often."""
+    """How long, how often, on what device semid encodes, and which peers are left out."""
 
     sizes: tuple[int, ...] = (64 * KIB, MIB, 4 * MIB, 16 * MIB)
     in_flight: tuple[int, ...] = (1, 8)
     rounds: int = 3
     seconds: float = 1.5
+    device: str = "cpu"
+    without: tuple[str, ...] = ()
     overload: tuple[float, ...] = (1.0, 2.0, 10.0)
 
 
@@ -155,10 +162,15 @@ def started(
 
 
 def semid(
-    name: str, checkpoint: Path, *flags: object, env: dict[str, str] | None = None
+    name: str,
+    checkpoint: Path,
+    *flags: object,
+    device: str,
+    env: dict[str, str] | None = None,
 ) -> contextlib.AbstractContextManager[Server]:
-    command = [SEMID, "serve", "--checkpoint", checkpoint, "--host", "127.0.0.1", "--port", 0]
+    command = [*SERVE, "--checkpoint", checkpoint, "--host", "127.0.0.1", "--port", 0]
     command += ["--metrics-port", 0, "--max-message-bytes", MAX_MESSAGE, "--log-level", "warning"]
+    command += ["--device", device]
     return started(name, [*command, *flags], ready="semid: serving", env=PLAIN | (env or {}))
 
 
@@ -316,6 +328,15 @@ class Bench:
 
     # Servers start when they are first named, and end with the run; idle ones take no time.
 
+    def _semid(self, name: str, checkpoint: Path, *flags: object, **settings: Any) -> Server:
+        server = semid(name, checkpoint, *flags, **{"device": self.plan.device} | settings)
+        return self._servers.enter_context(server)
+
+    def _beside(self, name: str, *arguments: object) -> list[Server]:
+        if name in self.plan.without:
+            return []
+        return [self._servers.enter_context(beside(name, name, *arguments))]
+
     @cached_property
     def echo(self) -> Server:
         return self._servers.enter_context(beside("echo", "echo"))
@@ -326,8 +347,8 @@ class Bench:
         found = [
             self.echo,
             self._servers.enter_context(beside("instant", "instant", self.made)),
-            self._servers.enter_context(semid("semid", self.made)),
-            self._servers.enter_context(beside("unbatched", "unbatched", self.made)),
+            self._semid("semid", self.made),
+            *self._beside("unbatched", self.made),
         ]
         if self.triton_python:
             rows = [size // ROW_BYTES for size in self.plan.sizes]
@@ -340,8 +361,8 @@ class Bench:
         """What serves the movies, the limit first, then semid."""
         found = [
             self.echo,
-            self._servers.enter_context(semid("semid", MOVIES)),
-            self._servers.enter_context(beside("unbatched", "unbatched", MOVIES)),
+            self._semid("semid", MOVIES),
+            *self._beside("unbatched", MOVIES),
         ]
         if self.triton_python:
             server = triton(self.triton_python, MOVIES, self.folder, [1], port=18111)
@@ -352,14 +373,15 @@ class Bench:
     def on_slow(self) -> list[Server]:
         """A server whose device is slow, with a short queue."""
         flags = ["--reference", "--threads", 1, "--max-queue-requests", 16]
-        return [self._servers.enter_context(semid("semid", self.slow, *flags))]
+        return [self._semid("semid", self.slow, *flags, device="cpu")]
 
     @cached_property
     def on_processes(self) -> list[Server]:
-        """One process, and as many as there are processors, up to 4."""
+        """One process, two, and four, as far as there are processors."""
         return [
-            self._servers.enter_context(semid(f"{count}", self.made, "--processes", count))
-            for count in sorted({1, min(4, len(os.sched_getaffinity(0)))})
+            self._semid(f"{count}", self.made, "--processes", count)
+            for count in (1, 2, 4)
+            if count <= PROCESSORS
         ]
 
     @cached_property
@@ -369,12 +391,9 @@ class Bench:
         export = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{collector.target}"}
         some = {"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.01"}
         return [
-            self._servers.enter_context(server)
-            for server in (
-                semid("off", MOVIES),
-                semid("1 in 100", MOVIES, "--tracing", env=export | some),
-                semid("every call", MOVIES, "--tracing", env=export),
-            )
+            self._semid("off", MOVIES),
+            self._semid("1 in 100", MOVIES, "--tracing", env=export | some),
+            self._semid("every call", MOVIES, "--tracing", env=export),
         ]
 
     def load(self, server: Server, body: str, **settings: float) -> Load:
@@ -385,12 +404,18 @@ class Bench:
         self.figures[name] = round(float(value), 4)
         return value
 
+    @property
+    def _encodes(self) -> str:
+        if self.plan.device == "cpu":
+            return "the CPU encodes, on the cores that gRPC and the client need too"
+        return f"{self.plan.device} encodes"
+
     def throughput(self) -> None:
         """Bytes of embeddings answered a second, by the size of a message."""
         title(f"Encode, MB/s of embeddings, {DIM} x 256 x 3, closed loop of one client process")
         print(
             "echo: asyncio grpcio, the same messages, no work. instant: semid, its device taking\n"
-            "no time. semid: the CPU encodes, on the cores that gRPC and the client need too.\n"
+            f"no time. semid: {self._encodes}.\n"
             "unbatched: a thread pool around predict_step. triton: semid's encoder behind pytriton."
         )
         names = [server.name for server in self.on_made]
@@ -502,24 +527,30 @@ class Bench:
 
     def processes(self) -> None:
         """What more processes bring: to large messages, and to single rows."""
+        clients = max(4, min(12, PROCESSORS - 4))
         title(
-            f"semid serve --processes N, {DIM} x 256 x 3, 4 client processes with 8 in flight each"
+            f"semid serve --processes N, {DIM} x 256 x 3, {clients} client processes with 8 in "
+            "flight each"
         )
-        print("The clients need processors as well: with 2 in all, more processes bring little.\n")
+        print(
+            "The clients need processors as well: with 2 in all, more processes bring little.\n"
+            "The kernel divides the connections by chance, one a client, not evenly.\n"
+        )
         for server in self.on_processes:
             bulk = self.load(server, f"semid-{MIB // ROW_BYTES}", in_flight=8)
             one = self.load(server, "one-2048", in_flight=8)
             rate = self.keep(
                 f"processes.mb_per_s.{server.name}",
-                median(send(bulk, clients=4).rate for _ in range(self.plan.rounds)) * MIB / 1e6,
+                self._rate_of(bulk, clients) * MIB / 1e6,
             )
-            rows = self.keep(
-                f"processes.one_row.rate.{server.name}",
-                median(send(one, clients=4).rate for _ in range(self.plan.rounds)),
-            )
+            rows = self.keep(f"processes.one_row.rate.{server.name}", self._rate_of(one, clients))
             print(
-                f"  N = {server.name}: {rate:6.0f} MB/s at 1 MiB   {rows:6.0f} one-row requests/s"
+                f"  N = {server.name}: {rate:6.0f} MB/s at 1 MiB   {rows:6.0f} one-row requests/s",
+                flush=True,
             )
+
+    def _rate_of(self, load: Load, clients: int) -> float:
+        return median(send(load, clients=clients).rate for _ in range(self.plan.rounds))
 
     def under_load(self) -> None:
         """Latency of one-row callers at a constant arrival rate, alone and beside a bulk caller."""
@@ -528,7 +559,7 @@ class Bench:
             "beside bulk: one more client keeps 8 requests of 8192 rows (12 MiB) under way;\n"
             "beside bulk alone: the same, on a server that does each of them in one batch.\n"
         )
-        whole = self._servers.enter_context(semid("whole", MOVIES, "--max-batch-seconds", 3600))
+        whole = self._semid("whole", MOVIES, "--max-batch-seconds", 3600)
         for server, name in (
             (self.on_movies[1], "alone"),
             (self.on_movies[1], "beside bulk"),
@@ -620,6 +651,13 @@ def title(text: str) -> None:
     print(f"\n== {text}")
 
 
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
 def machine() -> None:
     models = [
         line.partition(": ")[2]
@@ -629,9 +667,14 @@ def machine() -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
     print(f"machine   {len(models)} x {models[0]}, {memory:.0f} GiB, {platform.platform()}")
     packages = ("semid", "grpcio", "protobuf", "numpy", "torch")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     print(f"versions  Python {platform.python_version()}, {versions}")
     print(f"load      {os.getloadavg()[0]:.2f} before the run (1 minute): what else ran counts in")
+
+
+def gpu(device: str) -> None:
+    if device != "cpu":
+        print(f"device    {device}: {torch.cuda.get_device_name(device)}, for semid's servers")
 
 
 SECTIONS = {
@@ -650,6 +693,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="short rounds: figures mean little")
     parser.add_argument("--triton", type=Path, help="interpreter that has nvidia-pytriton")
     parser.add_argument("--only", choices=SECTIONS, action="append", help="these sections alone")
+    parser.add_argument(
+        "--device", default="cpu", help="where semid's servers encode: cpu (default), cuda, cuda:i"
+    )
+    parser.add_argument(
+        "--without", choices=["unbatched"], action="append", default=[], help="leave this peer out"
+    )
+    parser.add_argument("--rounds", type=int, help="repetitions of each figure")
+    parser.add_argument("--seconds", type=float, help="seconds of each load")
     parser.add_argument("--json", type=Path, help="write all figures to this file too")
     parser.add_argument(
         "--write", type=Path, help="put what is printed in place of the first ```text block of this"
@@ -685,10 +736,18 @@ class Tee:
 
 def run(arguments: argparse.Namespace) -> None:
     machine()
+    gpu(arguments.device)
     if arguments.triton is None:
         print("peers     no Triton: give --triton an interpreter that has nvidia-pytriton")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
         plan = QUICK if arguments.quick else Plan()
+        given = {name: getattr(arguments, name) for name in ("rounds", "seconds")}
+        plan = replace(
+            plan,
+            device=arguments.device,
+            without=tuple(arguments.without),
+            **{name: value for name, value in given.items() if value is not None},
+        )
         bench = Bench(plan, Path(folder), arguments.triton, servers)
         # Not in the quick run: three servers more to start.
         usual = [section for section in SECTIONS if section != "tracing" or not arguments.quick]

@@ -28,6 +28,7 @@ def test_the_quick_run_measures_every_section(tmp_path):
         "mb_per_s.unbatched.1048576.8",
         "one_row.beyond_empty.p99.semid",
         "under_load.p99.beside bulk",
+        "processes.mb_per_s.1",
         "overload.10x.goodput_of_capacity",
         "overload.10x.refusal_p99",
     ):
