@@ -347,11 +347,12 @@ def network(n: int, *, device: torch.device, threads: int) -> None:
     rows = digits.repeat(-(-n // len(digits)), 1)[:n].to(device)
     ways = {"semid": encoder.encode, "reference arithmetic": reference.encode}
     if device.type == "cuda":
-        n_rows = torch.zeros(1, dtype=torch.int32, device=device)
+        from semid_server.encoding import gpu  # noqa: PLC0415 - only where Triton is
 
         def kernel_by_kernel(part):
-            codes, levels = encoder.queue(part, n_rows)
-            return encoder.resolve(part, codes, levels)
+            queued = encoder.queue(gpu.Rows.of(part))
+            left = (queued.levels == gpu.kernels.REFERENCE.value).nonzero()[:, 0]
+            return encoder.resolve(queued.wide, queued.codes, left) if len(left) else queued.codes
 
         ways["semid, without a graph"] = kernel_by_kernel
     dims = "-".join(map(str, (spec.input_dim, *spec.encoder_hidden_dims, spec.embedding_dim)))

@@ -79,6 +79,52 @@ def test_pieces_of_any_size_bring_the_same_codes(piece_bytes):
     assert encoder.encode(on_device[:0]).shape == encoder.encode(rows[:0]).shape == (0, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_rows_may_begin_at_any_address_in_either_memory(dtype):
+    model, spec = cases.random_model(13, [30, 20])
+    rows = torch.cat(
+        [cases.near_ties(model, spec, 50, dtype=dtype), torch.randn(900, 13).to(dtype)]
+    )
+    want = ReferenceEncoder(model, spec, device=CPU).encode(rows)
+    encoder = GpuEncoder(model, spec, device=GPU)
+    on_device, pinned = rows.to(GPU), rows.pin_memory()
+    for start in range(9):
+        for stop in (start + 1, start + 40, start + 256, len(rows)):
+            assert torch.equal(encoder.encode(on_device[start:stop]).cpu(), want[start:stop])
+            assert torch.equal(encoder.encode(pinned[start:stop]), want[start:stop])
+    assert torch.equal(encoder.encode(on_device.T.contiguous().T).cpu(), want)
+    assert torch.equal(encoder.encode(pinned.T.contiguous().T[:70]), want[:70])
+
+
+def test_a_batch_that_fits_no_graph_is_divided_and_gets_the_same_codes():
+    model, spec = cases.random_model(31, [300, 70])
+    encoder = GpuEncoder(model, spec, device=GPU, piece_bytes=1 << 17)
+    rows = torch.cat(
+        [cases.near_ties(model, spec, 100, dtype=torch.float32), torch.randn(9000, 31)]
+    )
+    want = ReferenceEncoder(model, spec, device=CPU).encode(rows)
+    sizes = encoder._sizes[torch.float32]
+    divided = [n for n in range(300, 9300, 61) if encoder._part(n, torch.float32) < n]
+    assert len(divided) > 10
+    for n in [*divided, *sizes[3:8]]:
+        # other memory each time, that of the last batch among it
+        assert torch.equal(encoder.encode(rows[:n].to(GPU)).cpu(), want[:n])
+    assert encoder.counts().rows == sum(divided) + sum(min(n, len(rows)) for n in sizes[3:8])
+
+
+def test_batches_follow_one_another_without_waiting_though_their_rows_are_gone():
+    model, spec = cases.random_model(64, [200, 70])
+    encoder = GpuEncoder(model, spec, device=GPU)
+    rows = torch.randn(40, 3000, 64)
+    reference = ReferenceEncoder(model, spec, device=CPU)
+    found = [encoder.encode(part.to(GPU)) for part in rows]
+    few = [encoder.encode(part[:7].to(GPU)) for part in rows]
+    for part, codes, few_codes in zip(rows, found, few, strict=True):
+        want = reference.encode(part)
+        assert torch.equal(codes.cpu(), want)
+        assert torch.equal(few_codes.cpu(), want[:7])
+
+
 def other(model, spec, rows):
     return ReferenceEncoder(model, spec, device=CPU).encode(rows.half())
 

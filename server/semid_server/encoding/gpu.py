@@ -6,10 +6,12 @@ import itertools
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import triton
+import triton.language as tl
 
 from semid_server.encoding import gpu_kernels as kernels
 from semid_server.encoding import tensor_cores
@@ -17,7 +19,7 @@ from semid_server.encoding.network import Network
 from semid_server.encoding.plan import Plan
 from semid_server.encoding.protocol import ROW_DTYPES, EncodeCounts, code_dtype_of
 from semid_server.encoding.reference import ReferenceEncoder
-from semid_server.encoding.rows import checked, spans
+from semid_server.encoding.rows import checked
 from semid_server.encoding.staging import STAGES, Stage, convey, pieces
 from semid_server.errors import ConfigurationError
 from semid_server.model import NORM_EPS
@@ -43,9 +45,12 @@ _RAMP = 4
 are of a quarter."""
 
 _GRAPH_ROWS = (1, 16, 64, 256)
-"""Batches up to the last are padded to one of these and replayed as a CUDA graph. Larger ones are,
-too, up to the size of a piece from the host: queueing the kernels one by one takes the host longer
-than the device needs for them, or for the copy of a piece."""
+"""Batches up to the last are padded to one of these. All that is queued for a batch is replayed as
+a CUDA graph: one by one, kernels take the host longer to queue than the device to run."""
+
+_FULL = 0.75
+"""A batch is padded to the size of a graph if it has at least this share of its rows; else it is
+divided."""
 
 _PROBED_ROWS = 4096
 """A large batch, for the check of the product when an encoder is made."""
@@ -53,16 +58,63 @@ _PROBED_ROWS = 4096
 _ALIGNMENT = 16
 """Rows of float16 are padded to a multiple of it, which the library's product likes."""
 
-_PROVED_SCORES = 512
-_PROVED_PAIR = 2048
-"""One program of `gpu_kernels.prove` holds so many scores at once, or, up to layers of the second
-width, those of two rows (measured on an H100: 22 ns a row for three layers of 2,048, not 26)."""
-
 _DECIDERS = 4096
 """Programs of `gpu_kernels.decide`: what a large GPU runs at once."""
 
-_FINISH_ROWS = 32
-"""Rows that one program of `gpu_kernels.finish` looks after."""
+_FINISHERS = 1056
+_FINISH_BYTES = 1 << 26
+"""Programs of `gpu_kernels.finish`: eight for each multiprocessor of a large GPU, as long as what
+they write down of their rows fits into so many bytes."""
+
+_ADDRESSES = 16
+"""Rows that the kernels read begin at multiples of it, so that they read 16 bytes at once."""
+
+_TRITON_TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where the rows of a batch are, which the kernels learn only when they run.
+
+    Attributes
+    ----------
+    call : Tensor
+        int64 ``(2,)`` on the device: the address of contiguous rows, a multiple of 16, in memory
+        that the device can read, and how many there are; the rest of ``n`` is padding, not read.
+    n : int
+        Rows that there is room for in what is queued.
+    dim : int
+        Numbers in a row.
+    dtype : torch.dtype
+        Their type.
+    held : Tensor or None
+        The rows, if nobody else keeps them.
+    """
+
+    call: Tensor
+    n: int
+    dim: int
+    dtype: torch.dtype
+    held: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Rows:
+        """All of ``rows`` (n, D), on their device."""
+        rows = aligned(rows.contiguous())
+        call = torch.empty(2, dtype=torch.int64, device=rows.device)
+        call[0].fill_(rows.data_ptr())
+        call[1].fill_(len(rows))
+        return cls(call, len(rows), rows.shape[1], rows.dtype, held=rows)
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """``rows``, or a copy that begins where the kernels can read it."""
+    return rows.clone() if rows.data_ptr() % _ADDRESSES else rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +138,11 @@ class Tables:
         int64 ``(L,)``, where each begins.
     steps : Tensor
         float64 ``(L,)``, what one in the columns of each layer stands for.
-    spreads : Tensor
-        float32 ``(N,)``, ``kappa_k``: error of the product for a row of length 1.
+    margins : Tensor
+        float32 ``(N,)``, ``m_k``: what the bound of a score grows with.
+    rates : Tensor
+        float64 ``(L,)``, ``rho_l``: ``rates * margins`` is at least the error ``kappa_k`` of the
+        product for a row of length 1.
     constants : Tensor
         float64 ``(1,)``, 1e-12.
     """
@@ -101,7 +156,8 @@ class Tables:
     grams: Tensor
     gram_offsets: Tensor
     steps: Tensor
-    spreads: Tensor
+    margins: Tensor
+    rates: Tensor
     constants: Tensor
 
     @classmethod
@@ -110,7 +166,10 @@ class Tables:
         device = plan.centroids.device
         padded = -(-plan.dim // _ALIGNMENT) * _ALIGNMENT
         columns = torch.zeros(plan.offsets[-1], padded, dtype=torch.float16, device=device)
-        steps, errors = [], []
+        lengths = plan.lengths.double()
+        # what adding up in tensor cores loses, in whatever order
+        lost = tensor_cores.allowed(plan.dim)
+        steps, margins, rates = [], [], []
         for layer, (start, stop) in enumerate(itertools.pairwise(plan.offsets)):
             # a power of two that brings the longest centroid to a length from 2^9 to 2^10
             _, exponent = math.frexp(float(plan.longest[layer]) or 1.0)
@@ -119,10 +178,14 @@ class Tables:
             rounded = (centroids / step).half()
             columns[start:stop, : plan.dim] = rounded
             steps.append(step)
-            errors.append((centroids - rounded.double() * step).norm(dim=1))
-        # what adding up in tensor cores loses, in whatever order
-        lost = tensor_cores.allowed(plan.dim)
-        spreads = 1.02 * (torch.cat(errors) + lost * plan.lengths.double())
+            error = (centroids - rounded.double() * step).norm(dim=1)
+            length = lengths[start:stop]
+            spread = 1.02 * (error + lost * length)
+            # of the longer half alone: rounding costs a very short centroid more than its share
+            long = (length > 0) & (length >= plan.longest[layer] / 2)
+            rate = (spread / length)[long].amax() if bool(long.any()) else length.new_tensor(lost)
+            margins.append(torch.maximum(length, spread / rate))
+            rates.append(rate)
         sizes = torch.tensor([0, *(gram.numel() for gram in plan.grams[:-1])])
         return cls(
             plan=plan,
@@ -134,9 +197,15 @@ class Tables:
             grams=torch.cat([gram.reshape(-1) for gram in plan.grams]),
             gram_offsets=sizes.cumsum(0).to(device),
             steps=torch.tensor(steps, dtype=torch.float64, device=device),
-            spreads=spreads.float(),
+            margins=(torch.cat(margins) * (1 + 2.0**-22)).float(),
+            rates=torch.stack(rates),
             constants=torch.tensor([NORM_EPS], dtype=torch.float64, device=device),
         )
+
+    @property
+    def alignment(self) -> int:
+        """A power of two, at most 16, that every layer's first column is a multiple of."""
+        return math.gcd(16, *self.plan.offsets)
 
     @property
     def widest(self) -> int:
@@ -193,9 +262,9 @@ class GpuEncoder:
         self._tables = Tables.of(self._plan)
         self._check_product()
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self._n_rows = torch.zeros(1, dtype=torch.int32, device=device)
         self._rows_at_once = max(1, min(_MOST_ROWS, _PRODUCT_BYTES // (4 * self._plan.offsets[-1])))
         self._graphs: dict[tuple[int, int, torch.dtype], _Graph] = {}
+        self._host_graphs: dict[tuple[int, torch.dtype], _HostGraph] = {}
         self._sizes = {dtype: self._graph_rows(dtype) for dtype in ROW_DTYPES}
         self._stages: list[Stage] = []
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
@@ -238,16 +307,18 @@ class GpuEncoder:
         return EncodeCounts(*self._counts.tolist())
 
     def warm_up(self) -> None:
-        """Compile the kernels and record the graphs, for every type of rows."""
+        """Compile the kernels and record the graphs of rows from the host, for every type."""
         before = self._counts.clone()
-        for dtype in ROW_DTYPES:
-            # more than the largest graph: what a graph runs need not be what a large batch does
-            n = min(self._sizes[dtype][-1] + 1, self._rows_at_once)
-            self.encode(torch.ones(n, self.input_dim, dtype=dtype, device=self._device))
-            with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device):
+            for dtype in ROW_DTYPES:
+                most = self._most_rows(dtype)
                 for i, size in itertools.product(range(STAGES), self._sizes[dtype]):
-                    self._graph(i, size, dtype)
-            self.encode(torch.ones(1, self.input_dim, dtype=dtype))
+                    if size <= most:
+                        self._graph(i, size, dtype)
+                for size in _GRAPH_ROWS:
+                    self._host_graph(size, dtype)
+                self.encode(torch.ones(1, self.input_dim, dtype=dtype))
+                self.encode(torch.ones(1, self.input_dim, dtype=dtype, device=self._device))
         self._counts.copy_(before)
 
     def encode(self, rows: Tensor) -> Tensor:
@@ -256,21 +327,31 @@ class GpuEncoder:
         if not len(rows):
             return torch.empty(0, self.n_layers, dtype=self.code_dtype, device=rows.device)
         with torch.cuda.device(self._device):
-            if rows.device.type == "cpu":
-                return self._encode_from_host(rows)
-            if len(rows) <= self._rows_at_once:
-                return self._codes(rows.contiguous())
-            codes = torch.empty(
-                len(rows), self.n_layers, dtype=self.code_dtype, device=self._device
-            )
-            for start, stop in spans(len(rows), self._rows_at_once):
-                codes[start:stop] = self._codes(rows[start:stop].contiguous())
-            return codes
+            if rows.device.type != "cpu":
+                return self._encode_there(rows)
+            if len(rows) <= _GRAPH_ROWS[-1]:
+                return self._host_graph(len(rows), rows.dtype).encode(rows)
+            return self._encode_from_host(rows)
+
+    def _encode_there(self, rows: Tensor) -> Tensor:
+        """Rows on the device are read where they are; all of it is queued."""
+        rows = aligned(rows.contiguous())
+        codes = torch.empty(len(rows), self.n_layers, dtype=self.code_dtype, device=self._device)
+        stage = self._stage(0)
+        stage.wait_for_room()
+        start = 0
+        while start < len(rows):
+            part = rows[start : start + self._part(len(rows) - start, rows.dtype)]
+            if start:
+                part = aligned(part)
+            graph = self._graph(0, len(part), rows.dtype)
+            codes[start : start + len(part)] = graph.replay(part.data_ptr(), len(part))
+            start += len(part)
+        stage.release()
+        return codes
 
     def _encode_from_host(self, rows: Tensor) -> Tensor:
         """Copy pieces while others are computed; pinned rows are read where they are."""
-        if len(rows) <= _GRAPH_ROWS[-1]:
-            return self._graph(0, len(rows), rows.dtype).encode_from_host(rows)
         codes = torch.empty(len(rows), self.n_layers, dtype=self.code_dtype, pin_memory=True)
         pinned = rows.is_pinned() and rows.is_contiguous()
 
@@ -284,7 +365,8 @@ class GpuEncoder:
             with torch.cuda.stream(stage.stream):
                 stage.wait_for_rows()
                 graph = self._graph(i % STAGES, stop - start, rows.dtype)
-                codes[start:stop].copy_(graph.replay(stop - start), non_blocking=True)
+                found = graph.replay(stage.address, stop - start)
+                codes[start:stop].copy_(found, non_blocking=True)
                 stage.release()
 
         most = self._most_rows(rows.dtype)
@@ -294,33 +376,42 @@ class GpuEncoder:
             stage.stream.synchronize()
         return codes
 
-    def _codes(self, rows: Tensor) -> Tensor:
-        """Codes ``(n, L)`` of contiguous ``rows`` on the device, not more than fit at once."""
-        if len(rows) <= self._sizes[rows.dtype][-1]:
-            return self._graph(0, len(rows), rows.dtype).encode(rows)
-        self._n_rows.fill_(len(rows))
-        codes, levels = self.queue(rows, self._n_rows)
-        return codes if levels is None else self.resolve(rows, codes, levels)
-
     def _most_rows(self, dtype: torch.dtype) -> int:
         """Rows of a large piece from the host."""
         size = self.input_dim * dtype.itemsize
         return max(1, min(self._rows_at_once // STAGES, self._piece_bytes // size))
 
     def _graph_rows(self, dtype: torch.dtype) -> list[int]:
-        """Numbers of rows that there is a graph for."""
+        """Numbers of rows that there is a graph for: few, those of pieces, and larger ones."""
         most = self._most_rows(dtype)
-        return sorted({*_GRAPH_ROWS, *(-(-most // share) for share in (1, 2, _RAMP))})
+        sizes = {*_GRAPH_ROWS, self._rows_at_once}
+        share = 1
+        while share <= _RAMP:
+            sizes.add(-(-most // share))
+            share *= 2
+        share = 2
+        while self._rows_at_once // share > most:
+            sizes.add(self._rows_at_once // share)
+            share *= 2
+        return sorted(sizes)
+
+    def _part(self, n: int, dtype: torch.dtype) -> int:
+        """How many of ``n`` rows on the device to do next."""
+        sizes = self._sizes[dtype]
+        at = bisect_left(sizes, n)
+        if n <= _GRAPH_ROWS[-1] or (at < len(sizes) and n >= _FULL * sizes[at]):
+            return n
+        return sizes[at - 1]
 
     def _stage(self, i: int) -> Stage:
         while len(self._stages) <= i:
-            # a batch of the largest graph fits, in any type
+            # a batch of the largest of few rows fits, in any type
             size = max(self._piece_bytes, 8 * self.input_dim * _GRAPH_ROWS[-1])
             self._stages.append(Stage(size, self.input_dim, self._device))
         return self._stages[i]
 
     def _graph(self, i: int, n: int, dtype: torch.dtype) -> _Graph:
-        """Graph for ``n`` rows or some more at the beginning of a stage's memory."""
+        """Graph for ``n`` rows or some more, that runs in a stage."""
         sizes = self._sizes[dtype]
         size = sizes[bisect_left(sizes, n)]
         graph = self._graphs.get((i, size, dtype))
@@ -329,122 +420,190 @@ class GpuEncoder:
             self._graphs[i, size, dtype] = graph
         return graph
 
-    def queue(self, rows: Tensor, n_rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Queue everything for contiguous ``rows`` (n, D); the host does not wait.
+    def _host_graph(self, n: int, dtype: torch.dtype) -> _HostGraph:
+        """Graph for ``n`` rows or some more on the host, up to the largest of few."""
+        size = _GRAPH_ROWS[bisect_left(_GRAPH_ROWS, n)]
+        graph = self._host_graphs.get((size, dtype))
+        if graph is None:
+            graph = _HostGraph(self, self._stage(0), size, dtype)
+            self._host_graphs[size, dtype] = graph
+        return graph
 
-        Only the first ``n_rows`` of them, int32 (1,), are counted; the others are padding. Returns
-        codes ``(n, L)``. Of a model with a network they are int32 and come with levels, int32
-        ``(n,)``: the rest is left to `resolve`.
-        """
+    def queue(self, rows: Rows) -> Queued:
+        """Queue everything for ``rows``; the host does not wait."""
         if self._network is None:
-            codes, _ = self.launch(rows, n_rows)
-            return codes.to(self.code_dtype), None
-        features, offsets = self._network.fast(rows.double())
+            codes, _ = self.launch(rows)
+            return Queued(codes)
+        wide = torch.empty(rows.n, rows.dim, dtype=torch.float64, device=self._device)
+        widen(rows, wide)
+        features, offsets = self._network.fast(wide)
         offsets = torch.where(features.isfinite().all(dim=1), offsets, torch.inf)
-        return self.launch(features.nan_to_num(0.0, 0.0, 0.0), n_rows, offsets)
+        of_features = Rows.of(features.nan_to_num(0.0, 0.0, 0.0))
+        of_features.call[1].copy_(rows.call[1])
+        codes, levels = self.launch(of_features, offsets)
+        return Queued(codes, levels, wide)
 
-    def resolve(self, rows: Tensor, codes: Tensor, levels: Tensor) -> Tensor:
-        """Codes ``(n, L)``, by the reference arithmetic where ``levels`` ask for it; waits."""
-        left = (levels == kernels.REFERENCE.value).nonzero()[:, 0]
-        if len(left):
-            codes[left] = self._reference.codes(rows[left]).int()
-        return codes.to(self.code_dtype)
+    def resolve(self, rows: Tensor, codes: Tensor, left: Tensor) -> Tensor:
+        """Codes ``(n, L)``, by the reference arithmetic for the rows numbered ``left``."""
+        wide = codes.int()
+        wide[left] = self._reference.codes(rows[left]).int()
+        return wide.to(self.code_dtype)
 
-    def launch(
-        self, rows: Tensor, n_rows: Tensor, offsets: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Queue all kernels for contiguous ``rows`` (n, E); the host does not wait.
+    def launch(self, rows: Rows, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queue all kernels for ``rows`` (n, E); the host does not wait.
 
         ``offsets`` float64 (n,) says how far each row may be from the exact one; with it, codes of
-        rows at level `gpu_kernels.REFERENCE` mean nothing. Returns codes int32 ``(n, L)`` and
-        levels int32 ``(n,)``.
+        rows at level `gpu_kernels.REFERENCE` mean nothing. Returns codes ``(n, L)`` and levels
+        int32 ``(n,)``; those of padding mean nothing.
         """
-        plan, tables, n = self._plan, self._tables, len(rows)
-        codes = torch.empty(n, plan.n_layers, dtype=torch.int32, device=self._device)
-        levels = torch.empty(n, dtype=torch.int32, device=self._device)
+        plan, tables, n = self._plan, self._tables, rows.n
+        empty = partial(torch.empty, device=self._device)
+        codes = empty(n, plan.n_layers, dtype=self.code_dtype)
+        levels = empty(n, dtype=torch.int32)
+        work = Work.of(n, self._device)
         if not self._within_range:
-            codes.zero_()
             levels.fill_(kernels.REFERENCE.value)
+            work.progress[1].copy_(rows.call[1])
+            torch.arange(n, out=work.undecided)
         else:
-            padded = tables.columns.shape[1]
-            rounded = torch.empty(n, padded, dtype=torch.float16, device=self._device)
-            facts = torch.empty(n, 4, dtype=torch.float64, device=self._device)
-            waiting = torch.zeros(1 + n, dtype=torch.int32, device=self._device)
+            rounded = empty(n, tables.columns.shape[1], dtype=torch.float16)
+            facts = empty(n, 4, dtype=torch.float64)
             if offsets is not None:
                 facts[:, 3] = offsets
             round_rows(rows, rounded, facts)
             products = _product(rounded, tables.columns)
-            chain = {"codes": codes, "levels": levels, "waiting": waiting}
-            prove(products, facts, tables, **chain, has_offset=offsets is not None)
-            decide(rows, products, facts, tables, **chain, has_offset=offsets is not None)
-        finish(
-            rows,
-            levels,
-            tables,
-            codes=codes,
-            counts=self._counts,
-            n_rows=n_rows,
-            resolve=offsets is None,
-        )
+            for step in (prove, decide):
+                step(
+                    rows,
+                    products,
+                    facts,
+                    tables,
+                    codes=codes,
+                    levels=levels,
+                    work=work,
+                    has_offset=offsets is not None,
+                )
+        finish(rows, tables, codes=codes, counts=self._counts, work=work, resolve=offsets is None)
         return codes, levels
 
 
+@dataclass(frozen=True, eq=False)
+class Queued:
+    """What comes of a batch: codes ``(n, L)``, those of padding without a meaning.
+
+    Of a model with a network codes at level `gpu_kernels.REFERENCE` mean nothing either:
+    `GpuEncoder.resolve` makes them. ``levels`` is int32 ``(n,)``, ``wide`` float64 ``(n, D)``, the
+    rows.
+    """
+
+    codes: Tensor
+    levels: Tensor | None = None
+    wide: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Numbers of rows that one kernel leaves to the next.
+
+    Attributes
+    ----------
+    progress : Tensor
+        int32 ``(3,)``: how many ``waiting`` and ``undecided`` have, and how many float64 decided.
+    waiting, undecided : Tensor
+        int32 ``(n,)``.
+    """
+
+    progress: Tensor
+    waiting: Tensor
+    undecided: Tensor
+
+    @classmethod
+    def of(cls, n: int, device: torch.device) -> Work:
+        """Room for ``n`` rows, and none there yet."""
+        return cls(
+            torch.zeros(3, dtype=torch.int32, device=device),
+            torch.empty(n, dtype=torch.int32, device=device),
+            torch.empty(n, dtype=torch.int32, device=device),
+        )
+
+
 class _Graph:
-    """All that is queued for the first rows of a stage, as one call."""
+    """All that is queued for a batch in a stage, as one call."""
 
     def __init__(self, encoder: GpuEncoder, stage: Stage, n: int, dtype: torch.dtype) -> None:
         self._encoder, self._stage = encoder, stage
-        self._rows = stage.rows(n, dtype)
-        self._host_codes: Tensor | None = None
-        # what runs meanwhile counts nothing
-        stage.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stage.stream):
-            stage.n_rows.fill_(0)
-            encoder.queue(self._rows, stage.n_rows)  # compiles, which a capture must not
-        self._graph = torch.cuda.CUDAGraph()
-        # Graphs of a stage run one after another, and may use the same memory. Those of two stages
-        # run side by side; the library, too, has working memory for each stream of its own.
-        with torch.cuda.graph(
-            self._graph,
-            pool=stage.graph_memory,
-            stream=stage.stream,
-            capture_error_mode="thread_local",
-        ):
-            self._codes, self._levels = encoder.queue(self._rows, stage.n_rows)
-        torch.cuda.current_stream().wait_stream(stage.stream)
+        rows = Rows(stage.call, n, encoder.input_dim, dtype)
+        stage.wait_for_room()
+        # what runs meanwhile has no rows, reads nothing and counts nothing
+        stage.point(stage.address, 0)
+        self._graph, self._queued = stage.recorded(lambda: encoder.queue(rows))
+        stage.release()
 
-    def replay(self, n: int) -> Tensor:
-        """Codes of the first ``n`` rows; the next replay in this stage overwrites them."""
-        self._stage.n_rows.fill_(n)
+    def replay(self, address: int, n: int) -> Tensor:
+        """Codes of the ``n`` rows at ``address``; the next replay in this stage overwrites them.
+
+        Only of a model with a network the host waits, to see what is left to the reference.
+        """
+        self._stage.point(address, n)
         self._graph.replay()
-        codes = self._codes[:n]
-        if self._levels is None:
+        queued = self._queued
+        codes = queued.codes[:n]
+        if queued.levels is None or queued.wide is None:
             return codes
-        return self._encoder.resolve(self._rows[:n], codes, self._levels[:n])
+        left = (queued.levels[:n] == kernels.REFERENCE.value).nonzero()[:, 0]
+        return self._encoder.resolve(queued.wide, codes, left) if len(left) else codes
+
+
+class _HostGraph:
+    """The same for a few rows on the host, whose codes are to be there, too.
+
+    The kernels read pinned rows where they are, over the bus: a copy of its own would have to be
+    queued, and waited for. Where the rows are and how many comes to the device within the graph.
+    """
+
+    def __init__(self, encoder: GpuEncoder, stage: Stage, n: int, dtype: torch.dtype) -> None:
+        self._encoder, self._stage = encoder, stage
+        self._rows = torch.empty(n, encoder.input_dim, dtype=dtype, pin_memory=True)
+        self._call = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+        self._numbers = self._call.numpy()
+        self._numbers[0] = self._rows.data_ptr()
+        self._codes = torch.empty(n, encoder.n_layers, dtype=encoder.code_dtype, pin_memory=True)
+        self._levels = torch.zeros(n, dtype=torch.int32, pin_memory=True)
+        call = torch.zeros(2, dtype=torch.int64, device=stage.call.device)
+        rows = Rows(call, n, encoder.input_dim, dtype)
+
+        def all_of_it() -> Queued:
+            call.copy_(self._call, non_blocking=True)
+            queued = encoder.queue(rows)
+            self._codes.copy_(queued.codes, non_blocking=True)
+            if queued.levels is not None:
+                self._levels.copy_(queued.levels, non_blocking=True)
+            return queued
+
+        stage.wait_for_room()
+        self._graph, self._queued = stage.recorded(all_of_it)
+        stage.release()
 
     def encode(self, rows: Tensor) -> Tensor:
-        """Codes of a few ``rows`` on the device; all of it is queued."""
-        codes = self._encode(rows).clone()
-        self._stage.release()
-        return codes
-
-    def encode_from_host(self, rows: Tensor) -> Tensor:
-        """Codes, on the host, of a few ``rows`` there."""
-        if not rows.is_pinned():
-            rows = self._stage.pinned(rows)
-        found = self._encode(rows)
-        if self._host_codes is None:
-            self._host_codes = torch.empty(
-                len(self._rows), found.shape[1], dtype=found.dtype, pin_memory=True
-            )
-        codes = self._host_codes[: len(rows)].copy_(found, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
-        return codes.clone()
-
-    def _encode(self, rows: Tensor) -> Tensor:
+        """Codes, on the host, of ``rows`` there."""
+        n = len(rows)
+        if rows.is_pinned() and rows.is_contiguous() and rows.data_ptr() % _ADDRESSES == 0:
+            self._numbers[:] = rows.data_ptr(), n
+        else:
+            self._rows[:n].copy_(rows)
+            self._numbers[:] = self._rows.data_ptr(), n
         self._stage.wait_for_room()
-        self._rows[: len(rows)].copy_(rows, non_blocking=True)
-        return self.replay(len(rows))
+        self._graph.replay()
+        self._stage.release()
+        torch.cuda.current_stream().synchronize()
+        codes = self._codes[:n].clone()
+        if self._queued.levels is None or self._queued.wide is None:
+            return codes
+        left = (self._levels[:n] == kernels.REFERENCE.value).nonzero()[:, 0]
+        if not len(left):
+            return codes
+        wide = self._queued.wide
+        return self._encoder.resolve(wide, codes.to(wide.device), left.to(wide.device)).cpu()
 
 
 def _product(rows: Tensor, columns: Tensor) -> Tensor:
@@ -452,16 +611,29 @@ def _product(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.mm(rows, columns.T, out_dtype=torch.float32)
 
 
-def round_rows(rows: Tensor, rounded: Tensor, facts: Tensor) -> None:
+def widen(rows: Rows, wide: Tensor) -> None:
+    """Launch `gpu_kernels.widen`."""
+    block = triton.next_power_of_2(rows.dim)
+    kernels.widen[(rows.n,)](
+        rows.call,
+        wide,
+        DTYPE=_TRITON_TYPES[rows.dtype],
+        DIM=rows.dim,
+        BLOCK=block,
+        num_warps=_warps(block, 512),
+    )
+
+
+def round_rows(rows: Rows, rounded: Tensor, facts: Tensor) -> None:
     """Launch `gpu_kernels.round_rows`."""
-    dim, padded = rows.shape[1], rounded.shape[1]
+    padded = rounded.shape[1]
     block = triton.next_power_of_2(padded)
-    kernels.round_rows[(len(rows),)](
-        rows,
+    kernels.round_rows[(rows.n,)](
+        rows.call,
         rounded,
         facts,
-        rows.stride(0),
-        DIM=dim,
+        DTYPE=_TRITON_TYPES[rows.dtype],
+        DIM=rows.dim,
         PADDED=padded,
         BLOCK=block,
         num_warps=_warps(block, 512),
@@ -469,114 +641,117 @@ def round_rows(rows: Tensor, rounded: Tensor, facts: Tensor) -> None:
 
 
 def prove(
+    rows: Rows,
     products: Tensor,
     facts: Tensor,
     tables: Tables,
     *,
     codes: Tensor,
     levels: Tensor,
-    waiting: Tensor,
+    work: Work,
     has_offset: bool,
 ) -> None:
     """Launch `gpu_kernels.prove`."""
     plan = tables.plan
     block_width = triton.next_power_of_2(tables.widest)
-    pair = block_width <= _PROVED_PAIR
-    rows = max(2 if pair else 1, _PROVED_SCORES // block_width)
-    kernels.prove[(triton.cdiv(len(products), rows),)](
+    kernels.prove[(rows.n,)](
+        rows.call,
         products,
         facts,
         tables.codes,
         tables.half_norms,
+        tables.margins,
+        tables.rates,
         tables.grams,
         tables.offsets,
         tables.gram_offsets,
-        plan.lengths,
-        tables.spreads,
         plan.longest,
         tables.steps,
         codes,
         levels,
-        waiting,
-        len(products),
+        work.progress,
+        work.waiting,
+        work.undecided,
         products.stride(0),
         DIM=plan.dim,
         LAYERS=plan.n_layers,
         NORMALIZE=plan.normalize,
         HAS_OFFSET=has_offset,
-        BLOCK_LAYERS=triton.next_power_of_2(plan.n_layers),
+        ALIGNMENT=tables.alignment,
         BLOCK_WIDTH=block_width,
-        ROWS=rows,
-        num_warps=_warps(rows * block_width, 2048 if pair else 1024),
+        num_warps=_warps(block_width, 2048),
     )
 
 
 def decide(
-    rows: Tensor,
+    rows: Rows,
     products: Tensor,
     facts: Tensor,
     tables: Tables,
     *,
     codes: Tensor,
     levels: Tensor,
-    waiting: Tensor,
+    work: Work,
     has_offset: bool,
 ) -> None:
     """Launch `gpu_kernels.decide`."""
     plan = tables.plan
     block_dim = triton.next_power_of_2(plan.dim)
     block_width = triton.next_power_of_2(tables.widest)
-    kernels.decide[(min(len(rows), _DECIDERS),)](
-        rows,
+    kernels.decide[(min(rows.n, _DECIDERS),)](
+        rows.call,
         products,
         facts,
         plan.centroids,
         tables.codes,
         tables.half_norms,
+        tables.margins,
+        tables.rates,
         tables.grams,
         tables.offsets,
         tables.gram_offsets,
-        plan.lengths,
-        tables.spreads,
         plan.longest,
         tables.steps,
         codes,
         levels,
-        waiting,
-        rows.stride(0),
+        work.progress,
+        work.waiting,
+        work.undecided,
         products.stride(0),
+        DTYPE=_TRITON_TYPES[rows.dtype],
         DIM=plan.dim,
         LAYERS=plan.n_layers,
         NORMALIZE=plan.normalize,
         HAS_OFFSET=has_offset,
+        ALIGNMENT=tables.alignment,
         BLOCK_LAYERS=triton.next_power_of_2(plan.n_layers),
         BLOCK_WIDTH=block_width,
         BLOCK_DIM=block_dim,
-        num_warps=max(_warps(block_width, 512), _warps(block_dim, 2048)),
+        num_warps=max(_warps(block_width, 1024), _warps(block_dim, 2048)),
     )
 
 
 def finish(
-    rows: Tensor,
-    levels: Tensor,
+    rows: Rows,
     tables: Tables,
     *,
     codes: Tensor,
     counts: Tensor,
-    n_rows: Tensor,
+    work: Work,
     resolve: bool,
 ) -> None:
     """Launch `gpu_kernels.finish`."""
     plan = tables.plan
-    programs = triton.cdiv(len(rows), _FINISH_ROWS)
+    programs = max(1, min(rows.n, _FINISHERS, _FINISH_BYTES // (8 * plan.dim))) if resolve else 1
     scratch = torch.empty(
-        programs if resolve else 0, plan.dim, dtype=torch.float64, device=rows.device
+        programs if resolve else 0, plan.dim, dtype=torch.float64, device=codes.device
     )
     block_dim = triton.next_power_of_2(plan.dim)
     block_width = triton.next_power_of_2(tables.widest)
     kernels.finish[(programs,)](
-        rows,
-        levels,
+        rows.call,
+        work.progress,
+        work.undecided,
         tables.codebooks,
         tables.offsets,
         tables.codes,
@@ -584,15 +759,13 @@ def finish(
         scratch,
         codes,
         counts,
-        n_rows,
-        rows.stride(0),
+        DTYPE=_TRITON_TYPES[rows.dtype],
         DIM=plan.dim,
         LAYERS=plan.n_layers,
         NORMALIZE=plan.normalize,
         RESOLVE=resolve,
         BLOCK_WIDTH=block_width,
         BLOCK_DIM=block_dim,
-        ROWS=_FINISH_ROWS,
         num_warps=_warps(max(block_width, block_dim), 512),
         enable_fp_fusion=False,
     )

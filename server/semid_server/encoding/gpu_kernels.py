@@ -9,7 +9,7 @@ host in between. Each has a twin in `gpu_twins`.
 # Arguments of a kernel are pointers and numbers that Triton gives their types; those in capitals
 # are compiled in. A kernel is one function, since what it calls would be inlined anyway.
 # ruff: noqa: ANN001, ANN201, ANN202, C901, N803, PLR0912, PLR0915, PLR0917
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
 
 from __future__ import annotations
 
@@ -33,27 +33,54 @@ SHORTEST_RESIDUAL = tl.constexpr(plan.SHORTEST_RESIDUAL)
 # those of a size that matters are not subnormal there.
 _EXPONENT = tl.constexpr(9)
 
+# So many numbers, each less than twice as large, add up in int32.
+_WIDEST_INT32 = tl.constexpr(1 << 14)
+
+# 1 - sqrt(1 - z) <= 0.5133 z for 0 <= z <= LOOSEST = 0.1: it is convex, and smaller at both ends.
+_ROOT = tl.constexpr(0.5133)
+
+
+@triton.jit
+def _row_of(call, row, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
+    """Where a row of ``WIDTH`` numbers begins; ``call`` is that of `gpu.Rows`.
+
+    So a graph that was recorded once runs on rows that lie anywhere.
+    """
+    first = tl.load(call).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(first, 16) + row * WIDTH
+
+
+@triton.jit
+def widen(call, wide, DTYPE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows as float64 (n, DIM), zeros where there is padding; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    feature = tl.arange(0, BLOCK)
+    inside = feature < DIM
+    real = inside & (row < tl.load(call + 1))
+    x = tl.load(_row_of(call, row, DTYPE, DIM) + feature, mask=real, other=0.0)
+    tl.store(wide + row * DIM + feature, x.to(tl.float64), mask=inside)
+
 
 @triton.jit
 def round_rows(
-    rows,
+    call,
     rounded,
     facts,
-    row_stride,
+    DTYPE: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Round a row to float16, scaled; its length, step and rounding error go to ``facts``.
 
-    One program a row. ``rows`` (n, DIM) of any of the four types; ``rounded`` float16 (n, PADDED),
-    zeros from DIM on; ``facts`` float64 (n, 4), as `cpu_kernels.round_rows` writes them; the
-    fourth column is left alone.
+    One program a row, of ``DTYPE``, any of the four types; padding is taken for zeros.
+    ``rounded`` float16 (n, PADDED), zeros from DIM on; ``facts`` float64 (n, 4), as
+    `cpu_kernels.round_rows` writes them; the fourth column is left alone.
     """
     row = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, BLOCK)
-    inside = feature < DIM
-    x = tl.load(rows + row * row_stride + feature, mask=inside, other=0.0)
+    inside = (feature < DIM) & (row < tl.load(call + 1))
+    x = tl.load(_row_of(call, row, DTYPE, DIM) + feature, mask=inside, other=0.0)
     wide = x.to(tl.float64)
     length = tl.sqrt(tl.sum(wide * wide, 0))
     fits = (length >= LEAST_LENGTH) & (length <= GREATEST_LENGTH)
@@ -79,49 +106,55 @@ def _pick(values, index, which):
 
 @triton.jit
 def prove(
+    call,
     products,
     facts,
     codes_of_columns,
     half_norms,
+    margins,
+    rates,
     grams,
     offsets,
     gram_offsets,
-    lengths,
-    spreads,
     longest_of_layers,
     steps,
     codes,
     levels,
+    progress,
     waiting,
-    n,
+    undecided,
     product_stride,
     DIM: tl.constexpr,
     LAYERS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
-    BLOCK_LAYERS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    """Codes of the rows whose every layer the products prove; one program for ``ROWS`` rows.
+    """Codes of the rows whose every layer the products prove; one program a row.
 
     The chain of `decide` without its float64 part, and in float32 throughout: every thread computes
-    the bounds of its rows. The arguments are those of `gpu.Tables`. The numbers of the rows that
-    it does not prove are added to ``waiting`` int32 (1 + n), whose first entry counts them.
+    the bounds of its rows. The arguments are those of `gpu.Tables`. Numbers of rows that it does
+    not prove are added to ``waiting`` int32 (n,), of those out of range to ``undecided``; how many
+    there are is counted in ``progress`` int32 (3,), first and second entry. Padding is left alone.
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < n
-    index = tl.arange(0, BLOCK_LAYERS)[None, :]
+    row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(call + 1):
+        return
     column = tl.arange(0, BLOCK_WIDTH)
+    # the sum of these over the hits is below twice the width if there is one hit, and names it
+    number = column + BLOCK_WIDTH
+    if BLOCK_WIDTH > _WIDEST_INT32:
+        number = number.to(tl.int64)
 
-    exact_length = tl.load(facts + 4 * row, mask=inside, other=1.0)
-    step = tl.load(facts + 4 * row + 1, mask=inside, other=1.0).to(tl.float32)
-    rounding = tl.load(facts + 4 * row + 2, mask=inside, other=0.0).to(tl.float32)
+    exact_length = tl.load(facts + 4 * row)
+    step = tl.load(facts + 4 * row + 1).to(tl.float32)
+    rounding = tl.load(facts + 4 * row + 2).to(tl.float32)
     in_range = (exact_length >= LEAST_LENGTH) & (exact_length <= GREATEST_LENGTH)
     length = tl.where(in_range, exact_length, 1.0).to(tl.float32)
     offset = length * 0.0
     if HAS_OFFSET:
-        exact_offset = tl.load(facts + 4 * row + 3, mask=inside, other=0.0)
+        exact_offset = tl.load(facts + 4 * row + 3)
         in_range = in_range & (exact_offset <= 0.01 * exact_length)
         offset = tl.where(in_range, exact_offset, 0.0).to(tl.float32)
     proved = in_range
@@ -139,137 +172,142 @@ def prove(
         mass = length
         drift = offset
         error = offset
-    weights = tl.zeros([ROWS, BLOCK_LAYERS], tl.float32)
-    chosen = tl.zeros([ROWS, BLOCK_LAYERS], tl.int32)
+    # what the layers so far left: beta, and the column that each took
+    weights = ()
+    chosen = ()
+    for _ in tl.static_range(LAYERS):
+        weights = weights + (one * 0.0,)  # noqa: RUF005 - tuples of Triton
+        chosen = chosen + (row * 0,)  # noqa: RUF005
 
     for layer in range(LAYERS):
-        start = tl.load(offsets + layer)
-        width = tl.load(offsets + layer + 1) - start
+        start = tl.multiple_of(tl.load(offsets + layer), ALIGNMENT)
+        width = tl.multiple_of(tl.load(offsets + layer + 1), ALIGNMENT) - start
         longest = tl.load(longest_of_layers + layer).to(tl.float32)
         layer_step = tl.load(steps + layer).to(tl.float32)
-        gram_start = tl.load(gram_offsets + layer)
+        rate = tl.load(rates + layer).to(tl.float32)
+        gram_start = tl.multiple_of(tl.load(gram_offsets + layer), ALIGNMENT)
         reach = size + longest
         exact_bound = 1.01 * (g * reach * reach + (2.0 * reach + error) * error)
-        slope = 1.002 * (alpha * rounding + drift + (mass + longest) * (4 * layer + 24) * UNIT32)
-        lift = 1.002 * alpha * length
+        slope = 1.002 * (
+            alpha * (rounding + length * rate)
+            + drift
+            + (mass + longest) * ((4 * layer + 24) * UNIT32)
+        )
         factor = alpha * (step * layer_step)
-        real = (column < width)[None, :]
+        real = column < width
         entry = start + column
 
         # v_k -+ eps_k for all centroids of the layer
-        half_norm = tl.load(half_norms + entry, mask=column < width, other=0.0)[None, :]
-        centroid_length = tl.load(lengths + entry, mask=column < width, other=0.0)[None, :]
-        spread = tl.load(spreads + entry, mask=column < width, other=0.0)[None, :]
-        slack = slope[:, None] * centroid_length
-        slack += lift[:, None] * spread
-        inner = tl.load(
-            products + row[:, None] * product_stride + entry[None, :],
-            mask=inside[:, None] & real,
-            other=0.0,
-        )
-        scores = half_norm - factor[:, None] * inner
-        for earlier in range(layer):
-            weight = tl.sum(tl.where(index == earlier, weights, 0.0), 1)
-            taken = tl.sum(tl.where(index == earlier, chosen, 0), 1).to(tl.int64)
-            gram = tl.load(
-                grams + (gram_start + taken * width)[:, None] + column[None, :],
-                mask=inside[:, None] & real,
-                other=0.0,
-            )
-            scores += weight[:, None] * gram
-        least = tl.min(tl.where(real, scores + slack, float("inf")), 1)
-        cut = least + exact_bound
-        hits = real & (scores - slack <= cut[:, None])
-        best = tl.min(tl.where(hits, column[None, :], BLOCK_WIDTH - 1), 1)
+        inner = tl.load(products + row * product_stride + entry, mask=real, other=0.0)
+        scores = tl.load(half_norms + entry, mask=real, other=0.0) - factor * inner
+        slack = slope * tl.load(margins + entry, mask=real, other=0.0)
+        for earlier in tl.static_range(LAYERS - 1):
+            if earlier < layer:
+                taken = gram_start + chosen[earlier] * width
+                gram = tl.load(grams + taken + column, mask=real, other=0.0)
+                scores += weights[earlier] * gram
+        least = tl.min(tl.where(real, scores + slack, float("inf")), 0)
+        hits = real & (scores - slack <= least + exact_bound)
+        found = tl.sum(tl.where(hits, number, 0), 0)
+        single = (found >= BLOCK_WIDTH) & (found < 2 * BLOCK_WIDTH)
+        best = tl.where(single, found - BLOCK_WIDTH, 0).to(tl.int32)
         useful = (slope < GREATEST_LENGTH) & (mass < GREATEST_LENGTH)
-        proved = proved & useful & (tl.sum(hits.to(tl.int32), 1) == 1)
+        proved = proved & useful & single
+        winner = start + best
+        tl.store(codes + row * LAYERS + layer, tl.load(codes_of_columns + winner))
 
-        last = layer == LAYERS - 1
-        norm = one
-        slip = one
-        least_norm = one
+        inverse = one
         if NORMALIZE:
             # the length of what this layer leaves, if the score tells it well enough
-            won = column[None, :] == best[:, None]
-            score = tl.sum(tl.where(won, scores, 0.0), 1)
-            unsure = 2.01 * tl.sum(tl.where(won, slack, 0.0), 1)
+            score = tl.load(half_norms + winner)
+            score -= factor * tl.load(products + row * product_stride + winner)
+            for earlier in tl.static_range(LAYERS - 1):
+                if earlier < layer:
+                    taken = gram_start + chosen[earlier] * width
+                    score += weights[earlier] * tl.load(grams + taken + best)
+            unsure = 2.01 * slope * tl.load(margins + winner)
             square = 1.0 + 2.0 * score
-            enough = unsure <= square * LOOSEST
+            enough = (unsure <= square * LOOSEST) & (
+                square > 2.0 * SHORTEST_RESIDUAL * SHORTEST_RESIDUAL
+            )
+            last = layer == LAYERS - 1
+            proved = proved & (last | enough)
             square = tl.where(enough, square, 1.0)
             share = tl.where(enough, unsure, 0.0) / square
-            norm = tl.sqrt_rn(square)
-            slip = share / (1.0 + tl.sqrt_rn(1.0 - share)) + one * (4.0 * UNIT32)
-            least_norm = norm * tl.sqrt_rn(1.0 - share) * 0.999
-            proved = proved & (last | (enough & (least_norm > SHORTEST_RESIDUAL)))
-
-        winner = start + best
-        chosen = tl.where(index == layer, winner[:, None], chosen)
-        tl.store(
-            codes + row * LAYERS + layer,
-            tl.load(codes_of_columns + winner, mask=inside, other=0),
-            mask=inside,
-        )
-        weights = tl.where(index == layer, 1.0, weights)
-        if NORMALIZE:
-            weights = tl.div_rn(weights, tl.broadcast_to(norm[:, None], [ROWS, BLOCK_LAYERS]))
-            alpha = tl.div_rn(alpha, norm)
-            mass = (mass + longest) / norm
-            drift = drift / norm + slip
-            error = (2.0 * error + norm * 3.0 * UNIT64) / least_norm + g
+            inverse = tl.rsqrt(square)
+            alpha = alpha * inverse
+            mass = (mass + longest) * inverse
+            drift = drift * inverse + _ROOT * share + 8.0 * UNIT32
+            error = 2.12 * inverse * error + (g + 3.4 * UNIT64)
         else:
             mass = mass + longest
             error = error + (mass + error) * 2.0 * UNIT64
             size = size + longest
+        next_weights = ()
+        next_chosen = ()
+        for earlier in tl.static_range(LAYERS):
+            is_new = layer == earlier
+            weight = tl.where(is_new, inverse, weights[earlier] * inverse)
+            next_weights = next_weights + (weight,)  # noqa: RUF005
+            took = tl.where(is_new, winner.to(tl.int64), chosen[earlier])
+            next_chosen = next_chosen + (took,)  # noqa: RUF005
+        weights = next_weights
+        chosen = next_chosen
 
-    tl.store(levels + row, tl.where(in_range, FAST, REFERENCE), mask=inside)
-    left = (inside & in_range & (proved == 0)).to(tl.int32)
-    count = tl.sum(left, 0)
-    if count > 0:
-        place = tl.atomic_add(waiting, count) + tl.cumsum(left, 0)
-        tl.store(waiting + place, row.to(tl.int32), mask=left > 0)
+    tl.store(levels + row, tl.where(in_range, FAST, REFERENCE))
+    if in_range == 0:
+        tl.store(undecided + tl.atomic_add(progress + 1, 1), row.to(tl.int32))
+    elif proved == 0:
+        tl.store(waiting + tl.atomic_add(progress, 1), row.to(tl.int32))
 
 
 @triton.jit
 def decide(
-    rows,
+    call,
     products,
     facts,
     centroids,
     codes_of_columns,
     half_norms,
+    margins,
+    rates,
     grams,
     offsets,
     gram_offsets,
-    lengths,
-    spreads,
     longest_of_layers,
     steps,
     codes,
     levels,
+    progress,
     waiting,
-    row_stride,
+    undecided,
     product_stride,
+    DTYPE: tl.constexpr,
     DIM: tl.constexpr,
     LAYERS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_LAYERS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
     """Codes int32 (n, LAYERS) of the rows that ``waiting`` names, from products and float64.
 
-    The arithmetic of `cpu_kernels.decide`; the arguments are those of `gpu.Tables`. The programs
-    share the rows among them, one at a time.
+    The arithmetic of `cpu_kernels.decide`; the arguments are those of `gpu.Tables`, and those of
+    `round_rows` and `prove`. The programs share the rows among them, one at a time. Rows that it
+    leaves to the reference are added to ``undecided``; ``progress[2]`` counts those that float64
+    decided.
     """
     feature = tl.arange(0, BLOCK_DIM)
     inside = feature < DIM
     index = tl.arange(0, BLOCK_LAYERS)
     column = tl.arange(0, BLOCK_WIDTH)
     turn = tl.program_id(0)
-    total = tl.load(waiting)
+    total = tl.load(progress)
+    by_float64 = 0
     while turn < total:
-        row = tl.load(waiting + 1 + turn).to(tl.int64)
+        row = tl.load(waiting + turn).to(tl.int64)
         turn += tl.num_programs(0)
         length = tl.load(facts + 4 * row)
         step = tl.load(facts + 4 * row + 1)
@@ -300,28 +338,27 @@ def decide(
 
         for layer in range(LAYERS):
             if alive:
-                start = tl.load(offsets + layer)
-                width = tl.load(offsets + layer + 1) - start
+                start = tl.multiple_of(tl.load(offsets + layer), ALIGNMENT)
+                width = tl.multiple_of(tl.load(offsets + layer + 1), ALIGNMENT) - start
                 longest = tl.load(longest_of_layers + layer)
                 layer_step = tl.load(steps + layer)
-                gram_start = tl.load(gram_offsets + layer)
+                rate = tl.load(rates + layer)
+                gram_start = tl.multiple_of(tl.load(gram_offsets + layer), ALIGNMENT)
                 reach = size + longest
                 exact_bound = 1.01 * (g * reach * reach + (2.0 * reach + error) * error)
                 slope = 1.002 * (
-                    alpha * rounding
+                    alpha * (rounding + length * rate)
                     + drift
                     + mass * (4 * layer + 8) * UNIT64
                     + (mass + longest) * (layer + 12) * UNIT32
                 )
-                lift = 1.002 * alpha * length
                 factor = (alpha * step * layer_step).to(tl.float32)
                 real = column < width
                 entry = start + column
 
                 # v_k -+ eps_k for all centroids of the layer
                 half_norm = tl.load(half_norms + entry, mask=real, other=0.0)
-                slack = slope.to(tl.float32) * tl.load(lengths + entry, mask=real, other=0.0)
-                slack += lift.to(tl.float32) * tl.load(spreads + entry, mask=real, other=0.0)
+                slack = slope.to(tl.float32) * tl.load(margins + entry, mask=real, other=0.0)
                 inner = tl.load(products + row * product_stride + entry, mask=real, other=0.0)
                 scores = half_norm - factor * inner
                 for earlier in range(layer):
@@ -356,7 +393,8 @@ def decide(
                 if known == 0:
                     # from the residual itself, in float64
                     level = level * 0 + FLOAT64
-                    x = tl.load(rows + row * row_stride + feature, mask=inside, other=0.0)
+                    first = _row_of(call, row, DTYPE, DIM)
+                    x = tl.load(first + feature, mask=inside, other=0.0)
                     residual = x.to(tl.float64)
                     if NORMALIZE:
                         residual = residual * (1.0 / length)
@@ -411,12 +449,18 @@ def decide(
                         error = error + (mass + error) * 2.0 * UNIT64
                         size = size + longest
         tl.store(levels + row, level)
+        by_float64 += (level == FLOAT64).to(tl.int32)
+        if level == REFERENCE:
+            tl.store(undecided + tl.atomic_add(progress + 1, 1), row.to(tl.int32))
+    if by_float64 > 0:
+        tl.atomic_add(progress + 2, by_float64)
 
 
 @triton.jit
 def finish(
-    rows,
-    levels,
+    call,
+    progress,
+    undecided,
     codebooks,
     offsets,
     codes_of_columns,
@@ -424,31 +468,29 @@ def finish(
     scratch,
     codes,
     counts,
-    n_rows,
-    row_stride,
+    DTYPE: tl.constexpr,
     DIM: tl.constexpr,
     LAYERS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RESOLVE: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """Count the rows of each level, and run the reference arithmetic on those that need it.
 
-    One program for ``ROWS`` rows. ``codebooks`` is float32 ``(DIM, N)``; ``scratch`` float64
-    ``(programs, DIM)``; ``counts`` int64 (3,); ``n_rows`` int32 (1,): rows from there on are
-    padding. ``constants`` float64 (1,) holds the least divisor, 1e-12. The kernel must be
-    compiled without fusion of products and sums: the order and the roundings are the definition.
+    The programs share the rows that ``undecided`` names, one at a time. ``codebooks`` is float32
+    ``(DIM, N)``; ``scratch`` float64 ``(programs, DIM)``; ``counts`` int64 (3,). ``constants``
+    float64 (1,) holds the least divisor, 1e-12. The kernel must be compiled without fusion of
+    products and sums: the order and the roundings are the definition.
     """
     program = tl.program_id(0).to(tl.int64)
-    n = tl.load(n_rows)
-    mine = program * ROWS + tl.arange(0, ROWS)
-    level = tl.load(levels + mine, mask=mine < n, other=-1)
-    tl.atomic_add(counts, tl.sum((level == FAST).to(tl.int64), 0))
-    tl.atomic_add(counts + 1, tl.sum((level == FLOAT64).to(tl.int64), 0))
-    undecided = tl.sum((level == REFERENCE).to(tl.int64), 0)
-    tl.atomic_add(counts + 2, undecided)
+    n_left = tl.load(progress + 1)
+    if program == 0:
+        by_float64 = tl.load(progress + 2).to(tl.int64)
+        beyond = n_left.to(tl.int64)
+        tl.atomic_add(counts, tl.load(call + 1) - by_float64 - beyond)
+        tl.atomic_add(counts + 1, by_float64)
+        tl.atomic_add(counts + 2, beyond)
     if RESOLVE:
         feature = tl.arange(0, BLOCK_DIM)
         inside = feature < DIM
@@ -456,12 +498,12 @@ def finish(
         residual = scratch + program * DIM
         least_divisor = tl.load(constants)
         total_columns = tl.load(offsets + LAYERS)
-        waiting = level == REFERENCE
-        while undecided > 0:
-            row = tl.min(tl.where(waiting, mine, 9223372036854775807), 0)
-            waiting = waiting & (mine != row)
-            undecided -= 1
-            x = tl.load(rows + row * row_stride + feature, mask=inside, other=0.0)
+        turn = tl.program_id(0)
+        while turn < n_left:
+            row = tl.load(undecided + turn).to(tl.int64)
+            turn += tl.num_programs(0)
+            first_of_row = _row_of(call, row, DTYPE, DIM)
+            x = tl.load(first_of_row + feature, mask=inside, other=0.0)
             tl.store(residual + feature, x.to(tl.float64), mask=inside)
             tl.debug_barrier()
             for layer in range(LAYERS):

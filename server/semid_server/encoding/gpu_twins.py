@@ -62,9 +62,9 @@ def prove(products: Tensor, facts: Tensor, tables: Tables) -> tuple[Tensor, Tens
         longest = plan.longest[layer]
         reach = size + longest
         exact_bound = 1.01 * (g * reach**2 + (2 * reach + error) * error)
-        slope = 1.002 * (alpha * rounding + drift + (mass + longest) * (4 * layer + 24) * UNIT32)
-        slack = slope[:, None] * plan.lengths[start:stop]
-        slack = slack + (1.002 * alpha * length)[:, None] * tables.spreads[start:stop]
+        slope = alpha * (rounding + length * tables.rates[layer]) + drift
+        slope = 1.002 * (slope + (mass + longest) * (4 * layer + 24) * UNIT32)
+        slack = slope[:, None] * tables.margins[start:stop]
         factor = alpha * step * tables.steps[layer]
         scores = tables.half_norms[start:stop] - factor[:, None] * products[:, start:stop]
         for weight, column in zip(weights, chosen, strict=True):
@@ -79,17 +79,16 @@ def prove(products: Tensor, facts: Tensor, tables: Tables) -> tuple[Tensor, Tens
         if plan.normalize:
             square = 1 + 2 * scores.gather(1, best[:, None])[:, 0]
             unsure = 2.01 * slack.gather(1, best[:, None])[:, 0]
-            enough = unsure <= LOOSEST * square
+            enough = (unsure <= LOOSEST * square) & (square > 2 * SHORTEST_RESIDUAL**2)
             square = torch.where(enough, square, 1.0)
             share = torch.where(enough, unsure, 0.0) / square
             norm = square.sqrt()
-            least_norm = norm * (1 - share).sqrt() * 0.999
             if layer < plan.n_layers - 1:
-                proved = proved & enough & (least_norm > SHORTEST_RESIDUAL)
+                proved = proved & enough
             weights = [weight / norm for weight in weights]
             alpha, mass = alpha / norm, (mass + longest) / norm
-            drift = drift / norm + share / (1 + (1 - share).sqrt()) + 4 * UNIT32
-            error = (2 * error + 3 * UNIT64 * norm) / least_norm + g
+            drift = drift / norm + share / (1 + (1 - share).sqrt()) + 8 * UNIT32
+            error = 2.12 * error / norm + 3.4 * UNIT64 + g
         else:
             mass, size = mass + longest, size + longest
             error = error + 2 * UNIT64 * (mass + error)

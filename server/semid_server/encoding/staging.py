@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+T = TypeVar("T")
 
 STAGES = 3
 """Pieces on the device at once: one is computed while the next two are on their way."""
@@ -73,10 +75,10 @@ class Stage:
     ----------
     stream : torch.cuda.Stream
         What is computed for its rows runs there.
-    n_rows : Tensor
-        int32 ``(1,)``, how many rows there are.
-    graph_memory : tuple of int
-        Handle of the memory that graphs for its rows share.
+    call : Tensor
+        int64 ``(2,)``: where the rows are that are worked on, and how many; see `point`.
+    address : int
+        Where rows that are sent are.
     """
 
     def __init__(self, size: int, dim: int, device: torch.device) -> None:
@@ -85,11 +87,35 @@ class Stage:
         # numbers, whatever was there before: a graph runs on more rows than were sent
         self._memory = torch.zeros(size, dtype=torch.uint8, device=device)
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
-        self.n_rows = torch.zeros(1, dtype=torch.int32, device=device)
-        self.graph_memory: Any = torch.cuda.graph_pool_handle()
+        self.call = torch.zeros(2, dtype=torch.int64, device=device)
+        self._call = [0, 0]
+        self.address = self._memory.data_ptr()
+        self._graph_memory: Any = torch.cuda.graph_pool_handle()
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
         self._used = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
         self.release()  # of the zeros
+
+    def point(self, address: int, n: int) -> None:
+        """What is queued from now on works on the ``n`` rows at ``address``."""
+        for place, number in enumerate((address, n)):
+            if self._call[place] != number:
+                self.call[place].fill_(number)
+                self._call[place] = number
+
+    def recorded(self, queue: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """A graph of all that ``queue()`` queues, and what it returned; it is called twice."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            queue()  # compiles, which a capture must not
+        graph = torch.cuda.CUDAGraph()
+        # Graphs of a stage run one after another, and may use the same memory. Those of two stages
+        # run side by side; the library, too, has working memory for each stream of its own.
+        with torch.cuda.graph(
+            graph, pool=self._graph_memory, stream=self.stream, capture_error_mode="thread_local"
+        ):
+            result = queue()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return graph, result
 
     def rows(self, n: int, dtype: torch.dtype) -> Tensor:
         """Place on the device of the first ``n`` rows (n, D)."""
