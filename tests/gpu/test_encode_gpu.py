@@ -125,6 +125,38 @@ def test_batches_follow_one_another_without_waiting_though_their_rows_are_gone()
         assert torch.equal(few_codes.cpu(), want[:7])
 
 
+@pytest.mark.parametrize("network", [False, True])
+def test_graphs_write_to_no_memory_but_their_own(network):
+    if network:
+        model, spec = cases.random_network_model(48, (32,), 16, [30, 70])
+    else:
+        model, spec = cases.random_model(48, [30, 70])
+    encoder = GpuEncoder(model, spec, device=GPU, piece_bytes=1 << 16)
+    rows = torch.randn(3000, 48)
+    sizes = (1, 2, 20, 65, 200, 3000)
+
+    def use():
+        for n in sizes:
+            encoder.encode(rows[:n])
+            encoder.encode(rows[:n].to(GPU))
+
+    use()
+    # of all sizes, so that some get what is free wherever the encoder was at work
+    others = [
+        torch.full((size,), 7, dtype=torch.int64, device=GPU)
+        for size in (2, 3, 64, 1000, 1 << 14, 1 << 18)
+        for _ in range(300)
+    ]
+    hosts = [torch.full((size,), 7, pin_memory=True) for size in (2, 64, 1000) for _ in range(100)]
+    use()
+    torch.cuda.synchronize()
+    assert all(bool((tensor == 7).all()) for tensor in [*others, *hosts])
+    want = ReferenceEncoder(model, spec, device=CPU).encode(rows)
+    for n in sizes:
+        assert torch.equal(encoder.encode(rows[:n]), want[:n])
+        assert torch.equal(encoder.encode(rows[:n].to(GPU)).cpu(), want[:n])
+
+
 def other(model, spec, rows):
     return ReferenceEncoder(model, spec, device=CPU).encode(rows.half())
 

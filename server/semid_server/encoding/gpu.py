@@ -570,11 +570,12 @@ class _HostGraph:
         self._codes = torch.empty(n, encoder.n_layers, dtype=encoder.code_dtype, pin_memory=True)
         self._levels = torch.zeros(n, dtype=torch.int32, pin_memory=True)
         call = torch.zeros(2, dtype=torch.int64, device=stage.call.device)
-        rows = Rows(call, n, encoder.input_dim, dtype)
+        # kept: the graph writes and reads there
+        self._there = Rows(call, n, encoder.input_dim, dtype)
 
         def all_of_it() -> Queued:
             call.copy_(self._call, non_blocking=True)
-            queued = encoder.queue(rows)
+            queued = encoder.queue(self._there)
             self._codes.copy_(queued.codes, non_blocking=True)
             if queued.levels is not None:
                 self._levels.copy_(queued.levels, non_blocking=True)
