@@ -10,6 +10,7 @@ import torch
 from semid_server.encoding.cpu import CpuEncoder
 from semid_server.encoding.plan import gram_bytes
 from semid_server.encoding.reference import ReferenceEncoder
+from semid_server.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +47,11 @@ def make_encoder(
         Compute by the definition itself: the same codes, hundreds of times slower. So it is,
         too, for a model whose Gram tables do not fit or whose rows or codebooks are too wide
         for the GPU's kernels.
+
+    Raises
+    ------
+    ConfigurationError
+        The device cannot be used; the message says why.
     """
     if reference or gram_bytes(spec.codebook_widths) > _memory(device) // _GRAM_SHARE:
         return ReferenceEncoder(model, spec, device=device, threads=threads)
@@ -56,7 +62,28 @@ def make_encoder(
 
     if not gpu.fits(spec):
         return ReferenceEncoder(model, spec, device=device, threads=threads)
+    check_launcher()
     return gpu.GpuEncoder(model, spec, device=device)
+
+
+def check_launcher() -> None:
+    """Have Triton load what it launches kernels with; it has a C compiler make that at first use.
+
+    Raises
+    ------
+    ConfigurationError
+        There is neither.
+    """
+    import triton  # noqa: PLC0415 - comes with torch for CUDA
+
+    try:
+        _ = triton.runtime.driver.active
+    except Exception as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        raise ConfigurationError(
+            f"Triton cannot launch kernels here ({type(error).__name__}: {text}); `semid doctor` "
+            "says what to do"
+        ) from error
 
 
 def _memory(device: torch.device) -> int:

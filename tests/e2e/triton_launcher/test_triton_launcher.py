@@ -129,6 +129,32 @@ def test_without_it_a_compiler_would_be_called(place, tmp_path):
     assert _load(place.environment, tmp_path) == ""
 
 
+UNABLE = """
+from triton.backends.nvidia.driver import CudaDriver
+from semid_server.encoding import factory
+
+CudaDriver.is_active = staticmethod(lambda: True)  # torch here may be one for CPUs
+try:
+    factory.check_launcher()
+except factory.ConfigurationError as error:
+    print(error)
+"""
+
+
+def test_who_has_neither_launcher_nor_compiler_is_told_so(place, tmp_path):
+    def told(environment):
+        settings = environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+        return _run(sys.executable, "-c", UNABLE, env=settings)
+
+    assert told(place.environment) == ""
+    lacking = {
+        name: value for name, value in place.environment.items() if name != "TRITON_CACHE_MANAGER"
+    }
+    sentence = told(lacking)
+    assert "Failed to find C compiler" in sentence
+    assert sentence.endswith("`semid doctor` says what to do\n")
+
+
 def test_it_is_not_taken_for_that_of_another_triton(place, tmp_path):
     site = shutil.copytree(place.folder / "site", tmp_path / "site")
     (module,) = site.glob("*/*/*.so")
