@@ -21,9 +21,10 @@ import sys
 import time
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
+from dockerfile import DOCKER, RUNTIME, STAGES, settings
 
 from semid_client import Client
 from semid_server.cli.serve import serve as serve_command
@@ -32,46 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-DOCKER = ROOT / "docker"
 USER = 10001
-
-
-class Stage(NamedTuple):
-    """One ``FROM`` and what follows it: comments dropped, continued lines joined."""
-
-    base: str
-    steps: list[tuple[str, str]]
-
-    def all(self, instruction: str) -> list[str]:
-        return [rest for name, rest in self.steps if name == instruction]
-
-    def the(self, instruction: str) -> str:
-        (rest,) = self.all(instruction)
-        return rest
-
-
-def _stages() -> dict[str, Stage]:
-    text = re.sub(r"^#.*\n", "", (DOCKER / "Dockerfile").read_text(), flags=re.MULTILINE)
-    found: dict[str, Stage] = {}
-    for line in re.sub(r"\\\n\s*", "", text).splitlines():
-        instruction, _, rest = line.strip().partition(" ")
-        if instruction == "FROM":
-            base, _, name = rest.partition(" AS ")
-            current = found[name] = Stage(base, [])
-        elif instruction:
-            current.steps.append((instruction, rest.strip()))
-    return found
-
-
-STAGES = _stages()
-RUNTIME = STAGES["runtime"]
-
-
-def _settings(stage: Stage, path: str) -> dict[str, str]:
-    pairs = [pair for line in stage.all("ENV") for pair in line.split()]
-    return {
-        name: value.replace("$PATH", path) for name, value in (pair.split("=", 1) for pair in pairs)
-    }
 
 
 # --- as written -----------------------------------------------------------------------------
@@ -113,13 +75,13 @@ def test_it_runs_as_nobody_special_and_takes_signals_itself():
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_each_target_names_its_device_so_that_a_missing_one_is_an_error(target):
-    assert _settings(STAGES[target], "")["SEMID_SERVE_DEVICE"] == target
+    assert settings(STAGES[target], "")["SEMID_SERVE_DEVICE"] == target
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_setting_of_the_server_is_one_of_its_flags(stage):
     known = {option.envvar for option in serve_command.params}
-    named = {name for name in _settings(STAGES[stage], "") if name.startswith("SEMID_")}
+    named = {name for name in settings(STAGES[stage], "") if name.startswith("SEMID_")}
     assert named <= known
 
 
@@ -265,8 +227,8 @@ def test_all_steps_run_in_an_empty_place(image):
 
 
 SETTINGS = (
-    _settings(RUNTIME, OUTSIDE)
-    | _settings(STAGES["cpu"], OUTSIDE)
+    settings(RUNTIME, OUTSIDE)
+    | settings(STAGES["cpu"], OUTSIDE)
     # Where the image's Python stands by itself, this one's library has to be pointed out.
     | {"LD_LIBRARY_PATH": "/usr/local/lib"}
     # The checkpoint is mounted where a folder can be made, and ports are those that are free.
@@ -319,7 +281,7 @@ def _check(image, target: str) -> subprocess.CompletedProcess[str]:
     options, _, words = RUNTIME.the("HEALTHCHECK").partition("CMD ")
     assert "--interval=" in options
     *command, own = json.loads(words)
-    assert own == f"127.0.0.1:{_settings(RUNTIME, '')['SEMID_SERVE_ADMIN_PORT']}"
+    assert own == f"127.0.0.1:{settings(RUNTIME, '')['SEMID_SERVE_ADMIN_PORT']}"
     return subprocess.run(
         # The limit of a probe is short; what else this machine does must not decide the test.
         image.contained([*command, target, "--timeout", "100"]),
