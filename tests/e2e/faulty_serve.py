@@ -33,6 +33,10 @@ BUG = 1004.0
 LOST = 1005.0
 """An error after which it does nothing more."""
 
+ASSERTED, ASTRAY = 1006.0, 1007.0
+"""On a GPU alone: a kernel whose assertion fails, one that writes where there is no memory. What
+comes of it, and when, is CUDA's and torch's affair."""
+
 GATE = "SEMID_TEST_GATE"
 
 IN_LOOP = "SEMID_TEST_IN_LOOP"
@@ -67,6 +71,10 @@ class FaultyEncoder:
             FaultyEncoder.lost = True
         if FaultyEncoder.lost:
             raise RuntimeError("CUDA error: an illegal memory access was encountered at 0xSECRET")
+        if ASSERTED in orders or ASTRAY in orders:
+            import poison  # noqa: PLC0415 - needs Triton, as torch for CUDA brings it
+
+            poison.fail_assertion() if ASSERTED in orders else poison.write_astray()
         return self._encoder.encode(rows, *arguments, **named)
 
 
