@@ -96,28 +96,34 @@ def add(left, right, total, factor, WIDTH: tl.constexpr):  # noqa: N803 - Triton
     tl.store(total + place, factor * numbers)
 
 
-def encode(tables: gpu.Tables, rows: torch.Tensor, *, network: bool) -> None:
-    """Launch what `GpuEncoder.launch` does for a batch; ``network``: as for a model with one."""
-    n, layers = len(rows), tables.plan.n_layers
+def encode(tables: gpu.Tables, given: torch.Tensor, *, network: bool) -> None:
+    """Launch what `GpuEncoder.queue` does for a batch; ``network``: as for a model with one."""
+    n, layers = len(given), tables.plan.n_layers
+    rows = gpu.Rows.of(given)
+    if network:
+        wide = torch.zeros(n, rows.dim, dtype=torch.float64)
+        gpu.widen(rows, wide)
+        rows = gpu.Rows.of(wide)  # what the network makes of them is as wide
     rounded = torch.empty(n, tables.columns.shape[1], dtype=torch.float16)
     facts = torch.zeros(n, 4, dtype=torch.float64)
     levels = torch.zeros(n, dtype=torch.int32)
-    codes = torch.zeros(n, layers, dtype=torch.int32)
-    waiting = torch.zeros(1 + n, dtype=torch.int32)
+    codes = torch.zeros(n, layers, dtype=torch.uint8)
+    work = gpu.Work.of(n, CPU)
     gpu.round_rows(rows, rounded, facts)
     products = torch.zeros(n, tables.plan.offsets[-1])
-    chain = {"codes": codes, "levels": levels, "waiting": waiting}
-    gpu.prove(products, facts, tables, **chain, has_offset=network)
-    gpu.decide(rows, products, facts, tables, **chain, has_offset=network)
-    gpu.finish(
-        rows,
-        levels,
-        tables,
-        codes=codes,
-        counts=torch.zeros(3, dtype=torch.int64),
-        n_rows=torch.tensor([n], dtype=torch.int32),
-        resolve=not network,
-    )
+    for step in (gpu.prove, gpu.decide):
+        step(
+            rows,
+            products,
+            facts,
+            tables,
+            codes=codes,
+            levels=levels,
+            work=work,
+            has_offset=network,
+        )
+    counts = torch.zeros(3, dtype=torch.int64)
+    gpu.finish(rows, tables, codes=codes, counts=counts, work=work, resolve=not network)
 
 
 def main() -> None:
@@ -130,11 +136,10 @@ def main() -> None:
 
     names |= note_launches(gpu.kernels, expected)
     for normalize in (True, False):
-        # the second as behind a network, whose features are float64
         network = not normalize
         model, spec = cases.random_model(20, [33, 5], normalize=normalize)
         tables = gpu.Tables.of(Plan.of(spec, model.state_dict(), CPU))
-        for dtype in [torch.float64] if network else ROW_DTYPES:
+        for dtype in ROW_DTYPES:
             for n in (1, 50):
                 encode(tables, torch.ones(n, spec.input_dim, dtype=dtype), network=network)
     assert {"add", *names} == {launch["name"] for launch in expected}, "one is not launched above"
