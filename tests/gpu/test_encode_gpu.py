@@ -96,20 +96,22 @@ def test_rows_may_begin_at_any_address_in_either_memory(dtype):
     assert torch.equal(encoder.encode(pinned.T.contiguous().T[:70]), want[:70])
 
 
-def test_a_batch_that_fits_no_graph_is_divided_and_gets_the_same_codes():
+def test_a_batch_that_fits_no_graph_is_divided_or_padded_and_gets_the_same_codes():
     model, spec = cases.random_model(31, [300, 70])
     encoder = GpuEncoder(model, spec, device=GPU, piece_bytes=1 << 17)
     rows = torch.cat(
-        [cases.near_ties(model, spec, 100, dtype=torch.float32), torch.randn(9000, 31)]
+        [cases.near_ties(model, spec, 100, dtype=torch.float32), torch.randn(60_000, 31)]
     )
     want = ReferenceEncoder(model, spec, device=CPU).encode(rows)
-    sizes = encoder._sizes[torch.float32]
-    divided = [n for n in range(300, 9300, 61) if encoder._part(n, torch.float32) < n]
-    assert len(divided) > 10
-    for n in [*divided, *sizes[3:8]]:
+    few = [n for n in range(300, 9300, 487) if encoder._part(n, torch.float32) == n]
+    many = [n for n in range(17_000, 60_000, 4873) if encoder._part(n, torch.float32) < n]
+    assert len(few) > 10
+    assert len(many) > 3
+    for n in [*few, *many, *encoder._sizes[torch.float32][:10]]:
         # other memory each time, that of the last batch among it
         assert torch.equal(encoder.encode(rows[:n].to(GPU)).cpu(), want[:n])
-    assert encoder.counts().rows == sum(divided) + sum(min(n, len(rows)) for n in sizes[3:8])
+    done = [*few, *many, *(min(n, len(rows)) for n in encoder._sizes[torch.float32][:10])]
+    assert encoder.counts().rows == sum(done)
 
 
 def test_batches_follow_one_another_without_waiting_though_their_rows_are_gone():

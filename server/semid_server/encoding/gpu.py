@@ -48,9 +48,10 @@ _GRAPH_ROWS = (1, 16, 64, 256)
 """Batches up to the last are padded to one of these. All that is queued for a batch is replayed as
 a CUDA graph: one by one, kernels take the host longer to queue than the device to run."""
 
+_DIVIDED = 1 << 14
 _FULL = 0.75
-"""A batch is padded to the size of a graph if it has at least this share of its rows; else it is
-divided."""
+"""A batch on the device of more rows than this is divided unless it has at least this share of the
+rows of the next graph: padding costs their product, and dividing the latency of a second part."""
 
 _PROBED_ROWS = 4096
 """A large batch, for the check of the product when an encoder is made."""
@@ -382,24 +383,24 @@ class GpuEncoder:
         return max(1, min(self._rows_at_once // STAGES, self._piece_bytes // size))
 
     def _graph_rows(self, dtype: torch.dtype) -> list[int]:
-        """Numbers of rows that there is a graph for: few, those of pieces, and larger ones."""
+        """Numbers of rows that there is a graph for: few, those of pieces, and some between."""
         most = self._most_rows(dtype)
         sizes = {*_GRAPH_ROWS, self._rows_at_once}
         share = 1
         while share <= _RAMP:
             sizes.add(-(-most // share))
             share *= 2
-        share = 2
-        while self._rows_at_once // share > most:
-            sizes.add(self._rows_at_once // share)
-            share *= 2
+        size = 4 * _GRAPH_ROWS[-1]
+        while size < self._rows_at_once:
+            sizes.add(size)
+            size *= 4 if size < _DIVIDED else 2
         return sorted(sizes)
 
     def _part(self, n: int, dtype: torch.dtype) -> int:
         """How many of ``n`` rows on the device to do next."""
         sizes = self._sizes[dtype]
         at = bisect_left(sizes, n)
-        if n <= _GRAPH_ROWS[-1] or (at < len(sizes) and n >= _FULL * sizes[at]):
+        if n <= min(_DIVIDED, sizes[-1]) or (at < len(sizes) and n >= _FULL * sizes[at]):
             return n
         return sizes[at - 1]
 
