@@ -266,7 +266,7 @@ def test_the_doctor_finds_nothing_wrong_with_the_gpu(image, movies, tmp_path):
     assert found == {
         "driver": ["OK"],
         "gpu code": ["OK"],
-        **dict.fromkeys(memory, ["OK"]),
+        **{check: ["OK"] for check in memory},
         "gpu kernels": ["OK"],
         "self-test cuda:0": ["OK"] * 2,  # a model of its own, and the checkpoint
     }
