@@ -3,16 +3,20 @@
     python tests/bench/files.py [--only encode|digits|spill|sparse] [--device cpu|cuda]
 
 encode    a file, from the disk and from the page cache, beside what bounds it: reading the disk
-          (past the page cache, by O_DIRECT), reading the page cache, both by one thread and by
-          several, copying in memory, on a GPU the copy from pinned memory, the bare product; and
-          beside its parts, the encoder alone and the pipeline with an encoder that takes no time.
-          All take turns in one run. The original's arithmetic is measured on a few rows, and
-          multiplied.
+          (past the page cache, by O_DIRECT), reading the page cache, copying in memory, each by one
+          thread and by several, on a GPU the copy from pinned memory, the bare product; and beside
+          its parts, the encoder alone and the pipeline with an encoder that takes no time. All
+          take turns in one run. The original's arithmetic is measured on a few rows, and
+          multiplied. For a GPU the file has to be large, for the work not to be over before its
+          memory is warm: --rows 4000000.
 digits    the extra digit of 10 million items, beside a loop over items (measured on a million,
           and multiplied) and pandas.
 spill     the extra digit of 100 million items, a tenth of which have one ID: memory, and what
           goes to the disk.
 sparse    peak memory of `semid encode` on a sparse file of 10 GB.
+
+Where semid is not installed, its packages (server, client, proto) are on PYTHONPATH, and with them
+a folder that holds the `.dist-info` of its wheel: the command finds its parts by entry points.
 """
 
 from __future__ import annotations
@@ -62,15 +66,28 @@ def save(folder: Path, codebooks: list[torch.Tensor], *, normalize: bool = True)
     return folder / "model"
 
 
-def median(ways: dict[str, Callable[[], float | None]], repeat: int) -> dict[str, float]:
-    """Median seconds of each way, all taking turns; a way may tell its seconds itself."""
+def turns(
+    ways: dict[str, Callable[[], float | None]], repeat: int, within: float = np.inf
+) -> dict[str, list[float]]:
+    """Seconds of each way, all taking turns; a way may tell its seconds itself.
+
+    No turn but the first begins after ``within`` seconds.
+    """
     found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeat):
+    first = time.perf_counter()
+    for turn in range(repeat):
+        if turn and time.perf_counter() - first > within:
+            break
         for name, way in ways.items():
             began = time.perf_counter()
             told = way()
             found[name].append(time.perf_counter() - began if told is None else told)
-    return {name: statistics.median(times) for name, times in found.items()}
+    return found
+
+
+def median(ways: dict[str, Callable[[], float | None]], repeat: int) -> dict[str, float]:
+    """Median seconds of each way."""
+    return {name: statistics.median(times) for name, times in turns(ways, repeat).items()}
 
 
 # --- encode ----------------------------------------------------------------------------------
@@ -114,6 +131,33 @@ def forget(path: Path) -> None:
         raise SystemExit(f"{path}: {kept:.0%} of it stay in the page cache")
 
 
+def keep(path: Path) -> None:
+    """Have the page cache hold a file, and make sure that it does."""
+    read(path)
+    kept = cached(path)
+    if kept < 0.99:
+        raise SystemExit(f"{path}: only {kept:.0%} of it stay in the page cache; use fewer --rows")
+
+
+def cached_time(path: Path, way: Callable[[Path], None]) -> float:
+    """Seconds of a way to read a file that the page cache holds."""
+    keep(path)
+    began = time.perf_counter()
+    way(path)
+    return time.perf_counter() - began
+
+
+def file_system(folder: Path) -> str:
+    """Type and options of the file system that a folder is on."""
+    with open("/proc/self/mounts") as mounts:  # noqa: PTH123 - the kernel's
+        found = [line.split()[1:4] for line in mounts]
+    place, kind, options = max(
+        (mount for mount in found if folder.resolve().is_relative_to(mount[0])),
+        key=lambda mount: len(mount[0]),
+    )
+    return f"{kind} at {place} ({options})"
+
+
 def cached(path: Path) -> float:
     """Which part of a file the page cache holds."""
     n_pages = -(-path.stat().st_size // mmap.PAGESIZE)
@@ -125,7 +169,7 @@ def cached(path: Path) -> float:
         del view
         if failed:
             raise OSError(ctypes.get_errno(), "mincore")
-        return sum(page & 1 for page in resident) / n_pages
+        return float((np.frombuffer(resident, np.uint8) & 1).mean())
 
 
 def semid_encode(path: Path, checkpoint: Path, device: str) -> dict:
@@ -149,6 +193,14 @@ def semid_encode(path: Path, checkpoint: Path, device: str) -> dict:
     return json.loads(told)
 
 
+def copy_at_once(target: np.ndarray, rows: np.ndarray) -> None:
+    """Copy rows by several threads, a part each."""
+    step = -(-len(rows) // READERS)
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(rows), step):
+            pool.submit(np.copyto, target[start : start + step], rows[start : start + step])
+
+
 def limits_of(
     path: Path, drawn: torch.Tensor, codebooks: list[torch.Tensor], device: torch.device, block: int
 ) -> dict[str, Callable[[], float | None]]:
@@ -159,27 +211,38 @@ def limits_of(
     copy = np.empty_like(rows)
 
     def product(left, right):
-        for start in range(0, len(rows), block):
+        for start in range(0, len(left), block):
             left[start : start + block] @ right
         ready(device)
 
     limits: dict[str, Callable[[], float | None]] = {
         "reading the disk": lambda: read(path, os.O_DIRECT),
-        "reading the page cache": lambda: read(path),
+        "reading the page cache": lambda: cached_time(path, read),
         f"reading the disk, {READERS} threads": lambda: read_at_once(path, os.O_DIRECT),
-        f"reading the page cache, {READERS} threads": lambda: read_at_once(path),
+        f"reading the page cache, {READERS} threads": lambda: cached_time(path, read_at_once),
         "copying in memory": lambda: np.copyto(copy, rows),
+        f"copying in memory, {READERS} threads": lambda: copy_at_once(copy, rows),
         "bare product, float32": lambda: product(on_device, stacked),
         "bare product, bfloat16": lambda: product(half, stacked_half),
     }
     if device.type == "cuda":
-        pinned, target = drawn.pin_memory(), torch.empty_like(on_device)
+        target = torch.empty_like(on_device)
 
         def transfer():
-            target.copy_(pinned, non_blocking=True)
+            target.copy_(drawn, non_blocking=True)
             ready(device)
 
         limits["pinned copy to the GPU"] = transfer
+    some = {
+        "float32": lambda: product(on_device[:block], stacked),
+        "bfloat16": lambda: product(half[:block], stacked_half),
+    }
+    some["bfloat16"]()
+    seconds = median(some, 5)
+    if seconds["bfloat16"] > seconds["float32"]:  # no limit, and on some processors minutes
+        del limits["bare product, bfloat16"]
+        times = seconds["bfloat16"] / seconds["float32"]
+        print(f"\nbare product, bfloat16: left out, {times:.1f} times as slow as float32 here")
     return limits
 
 
@@ -227,8 +290,12 @@ def ready(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def encode(folder: Path, n: int, dim: int, device: torch.device, repeat: int) -> dict[str, float]:
-    codebooks, drawn = arithmetic.clusters(dim, WIDTH, n, torch.device("cpu"))
+def encode(
+    folder: Path, n: int, dim: int, device: torch.device, *, repeat: int, within: float
+) -> dict[str, float]:
+    codebooks, drawn = arithmetic.clusters(dim, WIDTH, n, device)
+    # For a GPU page-locked: it is copied from there, and encoded from there where alone.
+    drawn = torch.empty(drawn.shape, pin_memory=device.type == "cuda").copy_(drawn)
     checkpoint = save(folder, codebooks)
     path = folder / "in.npy"
     rows = drawn.numpy()
@@ -236,36 +303,35 @@ def encode(folder: Path, n: int, dim: int, device: torch.device, repeat: int) ->
     engine = CheckpointEngine(str(checkpoint), device=str(device))
     block = engine.block_bytes // (4 * dim)
     limits = limits_of(path, drawn, codebooks, device, block)
-    stages = {}
+    stages, whole = {}, {}
 
     def alone():
-        for start in range(0, n, block):
-            engine.encode(rows[start : start + block])
+        engine.encode(rows)
 
     def command(*, cold):
-        forget(path) if cold else read(path)
+        forget(path) if cold else keep(path)
+        began = time.perf_counter()
         told = semid_encode(path, checkpoint, str(device))
-        stages[cold] = told["stage_seconds"]
+        whole[cold], stages[cold] = time.perf_counter() - began, told["stage_seconds"]
         return float(told["seconds"])
 
     def piped(*, cold):
-        forget(path) if cold else read(path)
+        forget(path) if cold else keep(path)
         return pipeline_alone(path, engine)
 
     alone()
     for limit in limits.values():
         limit()
-    found = median(
-        {
-            **limits,
-            "the encoder alone": alone,
-            "the pipeline alone, page cache": lambda: piped(cold=False),
-            "the pipeline alone, disk": lambda: piped(cold=True),
-            "semid encode, page cache": lambda: command(cold=False),
-            "semid encode, disk": lambda: command(cold=True),
-        },
-        repeat,
-    )
+    ways = {
+        **limits,
+        "the encoder alone": alone,
+        "the pipeline alone, page cache": lambda: piped(cold=False),
+        "the pipeline alone, disk": lambda: piped(cold=True),
+        "semid encode, page cache": lambda: command(cold=False),
+        "semid encode, disk": lambda: command(cold=True),
+    }
+    times = turns(ways, repeat, within)
+    found = {name: statistics.median(some) for name, some in times.items()}
     few = drawn[: 64 if device.type == "cpu" else 4096].to(device)
     layers = [codebook.to(device) for codebook in codebooks]
 
@@ -275,19 +341,25 @@ def encode(folder: Path, n: int, dim: int, device: torch.device, repeat: int) ->
 
     once = median({"original arithmetic": original}, repeat)
     found |= {name: value * n / len(few) for name, value in once.items()}
-    size = rows.nbytes
-    print(f"\nencode {n:,} x {dim} float32 ({size / 1e6:,.0f} MB), {device}, medians of {repeat}\n")
-    print("| what | rows/s | MB/s |\n| --- | ---: | ---: |")
+    size, done = rows.nbytes, len(times["the encoder alone"])
+    print(f"\nencode {n:,} x {dim} float32 ({size / 1e6:,.0f} MB), {device}, medians of {done}")
+    print(f"on {file_system(folder)}\n")
+    print("| what | rows/s | MB/s | from the page cache | from the disk |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    cached_, disk = (found[f"semid encode, {where}"] for where in ("page cache", "disk"))
     for name, value in sorted(found.items(), key=lambda item: item[1]):
-        print(f"| {name} | {n / value:,.0f} | {size / value / 1e6:,.0f} |")
-    print(f"\noriginal arithmetic: from {len(few)} rows")
+        of = f"{value / cached_:.2f} | {value / disk:.2f}"
+        print(f"| {name} | {n / value:,.0f} | {size / value / 1e6:,.0f} | {of} |")
+    print("\nThe last columns are what `semid encode` reaches of it, by a file from there.")
+    print(f"original arithmetic: from {len(few)} rows")
     for where in ("page cache", "disk"):
-        took, stage = found[f"semid encode, {where}"], stages[where == "disk"]
+        took, cold = found[f"semid encode, {where}"], where == "disk"
         slowest, ratio = slowest_of(found, limits, where)
         found[f"of the slowest limit, {where}"] = ratio
         print(
             f"from the {where}: {ratio:.2f} of the slowest limit, {slowest}; "
-            f"{found['the encoder alone'] / took:.2f} of the encoder alone; stages {stage}"
+            f"{found['the encoder alone'] / took:.2f} of the encoder alone; stages {stages[cold]}; "
+            f"its last run took {whole[cold]:.1f} s with its start"
         )
         slowest, ratio = slowest_of(found, limits, where, of="the pipeline alone", without="bare")
         found[f"pipeline of the slowest limit, {where}"] = ratio
@@ -460,6 +532,9 @@ def main() -> None:
     parser.add_argument("--sparse-bytes", type=float, default=10e9)
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument(
+        "--within", type=float, default=np.inf, help="encode: begin no turn after so many seconds"
+    )
     parser.add_argument("--folder", type=Path, help="a folder on the disk to measure")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
@@ -474,7 +549,12 @@ def main() -> None:
             folder = Path(name)
             figures[section] = {
                 "encode": lambda folder=folder: encode(
-                    folder, options.rows, options.dim, options.device, options.repeat
+                    folder,
+                    options.rows,
+                    options.dim,
+                    options.device,
+                    repeat=options.repeat,
+                    within=options.within,
                 ),
                 "digits": lambda folder=folder: digits(folder, options.items, options.repeat),
                 "spill": lambda folder=folder: spill(folder, options.spill_items),
