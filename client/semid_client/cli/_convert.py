@@ -391,6 +391,7 @@ class _Job:
                 compute=self.plan.compute,
                 on_bad_row=self.flags.on_bad_row,
                 report=report,
+                row_bytes=self.plan.width * self.plan.dtype.itemsize,
                 keep_ids=keep_ids,
                 stages=stages,
             ).run()

@@ -111,6 +111,8 @@ class Pipeline:
         them. The two latter list them in the work.
     report : callable
         Called with the number of rows that were done, after each block.
+    row_bytes : int
+        Bytes of a row that is computed: no more of them make a block than of the source's.
     keep_ids : callable, optional
         Given the ids of each block of a stream.
     stages : Stages
@@ -123,6 +125,7 @@ class Pipeline:
     compute: Callable[[NDArray[Any]], NDArray[Any]]
     on_bad_row: OnBadRow
     report: Callable[[int], None]
+    row_bytes: int = 0
     keep_ids: Callable[[Any], None] | None = None
     stages: Stages = field(default_factory=Stages)
     _waiting: deque[_Waiting] = field(default_factory=deque)
@@ -137,7 +140,7 @@ class Pipeline:
         SemidClientError
             If the engine cannot go on. After any error the engine is closed.
         """
-        row_bytes = max(self.source.width * self.source.dtype.itemsize, 1)
+        row_bytes = max(self.source.width * self.source.dtype.itemsize, self.row_bytes, 1)
         n_rows = max(1, self.engine.block_bytes // row_bytes)
         start = self.work.progress.rows_in
         pool = ThreadPoolExecutor(self.engine.threads, "semid-compute")
