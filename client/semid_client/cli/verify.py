@@ -161,7 +161,8 @@ class _Check:
     def codes_again(self, *, everything: bool, rows: int) -> None:
         """Encode rows again, and compare."""
         source = self.embeddings
-        block = max(1, self.engine.block_bytes // (source.width * source.dtype.itemsize))
+        n_bytes = self.engine.block_bytes * self.engine.threads  # nothing else keeps those busy
+        block = max(1, n_bytes // (source.width * source.dtype.itemsize))
         spans = list(_all_spans(self.n, block) if everything else _sample(self.n, rows, block))
         inputs, outputs = _Cursor(source, block), _Cursor(self.codes, block)
         with _bar("codes", sum(stop - start for start, stop in spans)) as bar:

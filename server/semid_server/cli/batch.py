@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -19,10 +20,11 @@ import torch
 from semid_client._errors import ConfigurationError, InvalidInputError
 from semid_client._model import Layer, Limits, ModelInfo
 from semid_client.files import FileError
-from semid_client.files.memory import pages
+from semid_client.files.memory import SLACK, pages
+from semid_server.encoding.rows import default_threads, spans
 from semid_server.errors import SemidError
 from semid_server.serving.allocator import keep_large_buffers
-from semid_server.serving.backend import TORCH_TYPES, Backend
+from semid_server.serving.backend import TORCH_TYPES, Backend, choose_device
 from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.types import DecodeKey
 
@@ -34,7 +36,15 @@ if TYPE_CHECKING:
 
 
 CPU_BLOCK_BYTES: Final = 4 << 20
-"""Some of them stay in the processor's cache between being read and being encoded."""
+LEAST_CPU_BLOCK_BYTES: Final = 1 << 20
+"""A few of them stay in the processor's cache between being read and being encoded."""
+
+CPU_BYTES: Final = 256 << 20
+"""Of blocks that are encoded side by side, on a machine of very many processors."""
+
+GPU_BLOCK_BYTES: Final = (16 << 20) - SLACK - mmap.PAGESIZE
+"""With what `CheckpointEngine.memory` adds, 16 MiB: torch rounds page-locked memory up to a power
+of two."""
 
 GPU_BLOCKS: Final = 2
 """Blocks on their way to a GPU at once: one is copied to where it can be fetched beside another."""
@@ -43,6 +53,10 @@ GPU_BLOCKS: Final = 2
 class CheckpointEngine:
     """A checkpoint on this machine: the very code that a server runs, without one.
 
+    A CPU works on as many blocks as it has processors, each by one thread. Were one block shared
+    among all of them, they would wait for one another several times in each, and all for the one
+    that a thread which reads the file has just kept waiting.
+
     Parameters
     ----------
     path : str
@@ -50,7 +64,7 @@ class CheckpointEngine:
     device : str
         ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
     threads : int, optional
-        CPU threads of the encoder; as many as there are processors by default.
+        CPU threads; as many as there are processors by default.
 
     Raises
     ------
@@ -59,23 +73,33 @@ class CheckpointEngine:
     """
 
     stage = "encoding"
-    block_bytes = 16 << 20
+    block_bytes = GPU_BLOCK_BYTES
 
     def __init__(self, path: str, *, device: str, threads: int | None = None) -> None:
         source = ModelSource(Path(path))
         keep_large_buffers()  # blocks are read into memory that earlier ones left
+        before = torch.get_num_threads()
         try:
-            config = ServeConfig(models=(source,), device=device, threads=threads)
+            on_cpu = choose_device(device).type == "cpu"
+            config = ServeConfig(models=(source,), device=device, threads=1 if on_cpu else threads)
             self._backend = Backend(source, config, on_verified=_nothing)
             self._backend.warm_up()
         except (SemidError, OSError) as error:
             raise ConfigurationError(str(error)) from error
+        finally:
+            torch.set_num_threads(before)  # of the caller's thread: ours are others
         served = self._served = self._backend.served
-        # A GPU fetches and encodes one block while the next are copied to where it can fetch them;
-        # a CPU is busy encoding.
-        self.threads = 1 if served.device == "cpu" else GPU_BLOCKS
-        if served.device == "cpu":
-            self.block_bytes = CPU_BLOCK_BYTES
+        # A GPU fetches and encodes one block while the next are copied to where it can fetch them.
+        self.threads = GPU_BLOCKS
+        self._workers: ThreadPoolExecutor | None = None
+        if on_cpu:
+            self.threads = threads or default_threads()
+            self._workers = ThreadPoolExecutor(
+                self.threads, "semid-block", initializer=torch.set_num_threads, initargs=(1,)
+            )
+            self.block_bytes = min(
+                CPU_BLOCK_BYTES, max(LEAST_CPU_BLOCK_BYTES, CPU_BYTES // self.threads)
+            )
         self._device = Lock()
         self._buffers: SimpleQueue[Buffers] = SimpleQueue()
         for _ in range(self.threads):
@@ -110,18 +134,28 @@ class CheckpointEngine:
         # torch has no tensors of memory that must not be written to.
         if rows.flags.carray and len(rows):
             tensor = torch.from_numpy(rows).view(TORCH_TYPES[name])
-            if self._served.device == "cpu" or tensor.is_pinned():
-                with self._device:
-                    return self._backend.encode_rows(tensor)
+            if self._workers is not None or tensor.is_pinned():
+                return self._encode_rows(tensor)
         buffers = self._buffers.get()
         try:
             filled, (error,) = self._backend.fill(name, [rows], buffers)
             if error is not None:
                 raise InvalidInputError(str(error)) from error
-            with self._device:
-                return self._backend.encode_rows(filled)
+            return self._encode_rows(filled)
         finally:
             self._buffers.put(buffers)
+
+    def _encode_rows(self, rows: torch.Tensor) -> NDArray[Any]:
+        """Codes (n, L) of rows (n, D) that the device can read where they are."""
+        if self._workers is None:
+            with self._device:
+                return self._backend.encode_rows(rows)
+        # A CPU's encoder has nothing that one call could spoil for another but the counts of what
+        # it did, which nobody asks for here.
+        size = max(1, self.block_bytes // max(1, rows[:1].nbytes))
+        pieces = [rows[start:stop] for start, stop in spans(len(rows), size)] or [rows]
+        parts = list(self._workers.map(self._backend.encode_rows, pieces))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def decode(self, codes: NDArray[Any], mode: Any) -> NDArray[Any]:
         """Reconstructions float32 (n, D) of codes (n, l)."""
@@ -139,14 +173,20 @@ class CheckpointEngine:
                 f"code {codes[row, layer]} of layer {layer} is out of range; "
                 f"the layer has {widths[layer]} centroids",
             )
-        with self._device:
-            (answer,) = self._backend.run(DecodeKey(self._served, codes.shape[1], mode), [codes])
+        key = DecodeKey(self._served, codes.shape[1], mode)
+        if self._workers is None:
+            with self._device:
+                (answer,) = self._backend.run(key, [codes])
+        else:
+            (answer,) = self._workers.submit(self._backend.run, key, [codes]).result()
         if isinstance(answer, SemidError):
             raise InvalidInputError(str(answer)) from answer
         return answer
 
     def close(self) -> None:
-        """Nothing is held but memory."""
+        """Let the threads end, when they have done what they are at."""
+        if self._workers is not None:
+            self._workers.shutdown(wait=False, cancel_futures=True)
 
 
 def _nothing(rows: int, wrong: int) -> None:

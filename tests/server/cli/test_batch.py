@@ -1,16 +1,23 @@
-"""A checkpoint as an engine of file commands: blocks overlap, and only one is on the device."""
+"""A checkpoint as an engine of file commands: blocks overlap; on a GPU only one is computed."""
 
 from __future__ import annotations
 
 import mmap
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 
 from semid_client import InvalidInputError
+from semid_client.cli.root import root
+from semid_client.files.memory import SLACK
+from semid_server.cli import batch
 from semid_server.cli.batch import CheckpointEngine
 
 
@@ -35,6 +42,17 @@ class WaitingBackend:
         return rows[:, :1]
 
 
+class Together:
+    """Encodes as soon as so many of its blocks are there to be encoded."""
+
+    def __init__(self, n):
+        self.all_there = threading.Barrier(n)
+
+    def encode_rows(self, rows):
+        self.all_there.wait(timeout=300)
+        return rows.numpy()[:, :1]
+
+
 def read_only(rows):
     """Rows as Arrow has them, which torch cannot read where they are: they are copied."""
     rows.flags.writeable = False
@@ -46,9 +64,21 @@ def engine(reference_set_named):
     return CheckpointEngine(str(reference_set_named("digits_rkmeans").checkpoint), device="cpu")
 
 
-def test_a_block_is_filled_while_another_is_on_the_device(engine):
+@pytest.fixture
+def checkpoint(reference_set_named):
+    return str(reference_set_named("digits_rkmeans").checkpoint)
+
+
+def as_for_a_gpu(engine):
+    engine._workers = None
+    engine._buffers = SimpleQueue()
+    for _ in range(batch.GPU_BLOCKS):
+        engine._buffers.put({})
+
+
+def test_a_block_is_filled_while_another_is_on_a_gpu(engine):
     backend = engine._backend = WaitingBackend()
-    engine._buffers.put({})  # a second one, as for a GPU
+    as_for_a_gpu(engine)
     answers = SimpleQueue()
     blocks = [read_only(np.full((2, 3), i, np.float32)) for i in range(3)]
     threads = [
@@ -69,6 +99,99 @@ def test_a_block_is_filled_while_another_is_on_the_device(engine):
         thread.join(timeout=300)
     assert found == [0, 1, 2]
     assert backend.most_on_device == 1
+
+
+def test_a_cpu_encodes_a_block_by_each_of_its_threads(checkpoint):
+    engine = CheckpointEngine(checkpoint, device="cpu", threads=3)
+    assert engine.threads == 3
+    engine._backend = Together(3)
+    with ThreadPoolExecutor(3) as pool:
+        rows = [np.full((2, 3), i, np.float32) for i in range(3)]
+        assert [codes[0, 0] for codes in pool.map(engine.encode, rows)] == [0, 1, 2]
+
+
+def test_a_large_block_is_encoded_in_parts_side_by_side(checkpoint, reference_set_named):
+    digits = reference_set_named("digits_rkmeans")
+    engine = CheckpointEngine(checkpoint, device="cpu", threads=3)
+    engine.block_bytes = digits.embeddings[:50].nbytes
+    np.testing.assert_array_equal(engine.encode(digits.embeddings), digits.codes)
+    engine._backend = Together(3)
+    codes = engine.encode(np.arange(150 * 64, dtype=np.float32).reshape(150, 64))
+    np.testing.assert_array_equal(codes[:, 0], np.arange(150) * 64)
+
+
+def test_blocks_that_are_encoded_side_by_side_have_the_codes_that_each_has_alone(
+    checkpoint, reference_set_named
+):
+    digits = reference_set_named("digits_rkmeans")
+    rng = np.random.default_rng(0)
+    # Rows between two others are hard: some are decided in float64, and by the reference.
+    pairs = digits.embeddings[rng.integers(0, len(digits.embeddings), (2, 4000))]
+    rows = np.concatenate([digits.embeddings, pairs.mean(axis=0), np.zeros((500, 64), np.float32)])
+    rng.shuffle(rows)
+    alone = CheckpointEngine(checkpoint, device="cpu", threads=1).encode(rows)
+    engine = CheckpointEngine(checkpoint, device="cpu", threads=8)
+    spans = [slice(a, a + size) for size in (7, 100, 1000) for a in range(0, len(rows), size)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for span, codes in zip(
+                spans, pool.map(lambda span: engine.encode(rows[span]), spans), strict=True
+            ):
+                np.testing.assert_array_equal(codes, alone[span])
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_each_thread_of_a_cpu_computes_alone_and_that_of_the_caller_as_before(checkpoint):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        engine = CheckpointEngine(checkpoint, device="cpu", threads=2)
+        assert torch.get_num_threads() == 2
+        assert engine._workers.submit(torch.get_num_threads).result() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_many_processors_have_smaller_blocks_and_no_more_than_so_many_bytes(
+    checkpoint, monkeypatch
+):
+    monkeypatch.setattr(batch, "CPU_BYTES", 12 << 20)
+    blocks = {n: CheckpointEngine(checkpoint, device="cpu", threads=n) for n in (1, 4, 64)}
+    assert {n: engine.block_bytes for n, engine in blocks.items()} == {
+        1: 4 << 20,
+        4: 3 << 20,
+        64: 1 << 20,
+    }
+
+
+def test_a_block_for_a_gpu_fits_in_a_power_of_two():
+    asked = batch.GPU_BLOCK_BYTES + SLACK + mmap.PAGESIZE
+    assert asked == 1 << (asked.bit_length() - 1)
+
+
+def test_vectors_are_decoded_by_no_more_bytes_than_rows_are_encoded(
+    checkpoint, reference_set_named, tmp_path, monkeypatch
+):
+    np.save(tmp_path / "codes.npy", np.tile(reference_set_named("digits_rkmeans").codes, (30, 1)))
+    sizes = []
+    decode = CheckpointEngine.decode
+
+    def decoded(engine, codes, mode):
+        vectors = decode(engine, codes, mode)
+        sizes.append(vectors.nbytes)
+        assert vectors.nbytes <= engine.block_bytes
+        return vectors
+
+    monkeypatch.setattr(CheckpointEngine, "decode", decoded)
+    flags = ["--checkpoint", checkpoint, "--device", "cpu"]
+    files = [str(tmp_path / "codes.npy"), "-o", str(tmp_path / "back.npy")]
+    done = CliRunner().invoke(root, ["decode", *files, *flags])
+    assert done.exit_code == 0, done.output
+    assert len(sizes) > 1
+    assert np.load(tmp_path / "back.npy").nbytes == sum(sizes)
 
 
 def test_a_block_that_is_refused_gives_its_buffer_back(engine, reference_set_named):
