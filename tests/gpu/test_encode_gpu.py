@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
 import encode_cases as cases
 import pytest
 import torch
 
 from semid_server.encoding import EncodeCounts, ReferenceEncoder, make_encoder, tensor_cores
-from semid_server.errors import ConfigurationError
+from semid_server.encoding.staging import RECORDING, Stage
+from semid_server.errors import ConfigurationError, InvalidInputError
 
 gpu = pytest.importorskip("semid_server.encoding.gpu", reason="needs Triton")
 GpuEncoder = gpu.GpuEncoder
@@ -157,6 +161,71 @@ def test_graphs_write_to_no_memory_but_their_own(network):
     for n in sizes:
         assert torch.equal(encoder.encode(rows[:n]), want[:n])
         assert torch.equal(encoder.encode(rows[:n].to(GPU)).cpu(), want[:n])
+
+
+def test_an_interrupt_while_a_graph_is_told_its_rows_is_not_remembered_as_done():
+    class Interrupted:
+        def __getitem__(self, place):
+            raise KeyboardInterrupt
+
+    stage = Stage(1 << 10, 8, GPU)
+    stage.point(64, 200)
+    call, stage.call = stage.call, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        stage.point(64, 5)
+    stage.call = call
+    call[1].fill_(5)  # as if it had come through
+    stage.point(64, 200)
+    assert call.tolist() == [64, 200]
+
+
+def test_no_two_living_encoders_have_a_stream_in_common():
+    first = [Stage(1 << 10, 8, GPU) for _ in range(10)]
+    for _ in range(40):
+        Stage(1 << 10, 8, GPU)
+    streams = [stage.stream.cuda_stream for stage in [*first, Stage(1 << 10, 8, GPU)]]
+    assert len(set(streams)) == 11
+
+
+def test_two_threads_may_use_new_encoders_while_the_device_is_asked_whether_it_works():
+    model, spec = cases.random_model(24, [40, 30])
+    rows = torch.randn(3000, 24)
+    want = ReferenceEncoder(model, spec, device=CPU).encode(rows)
+    there = rows.to(GPU)
+
+    def use(_):
+        encoder = GpuEncoder(model, spec, device=GPU, piece_bytes=1 << 16)
+        return [
+            encoder.encode(source[:n]).cpu() for n in (3000, 700, 20) for source in (rows, there)
+        ]
+
+    with ThreadPoolExecutor(3) as pool:
+        working = pool.submit(lambda: [works() for _ in range(200)])
+        found = list(pool.map(use, range(6)))
+        assert all(working.result())
+    for codes in itertools.chain.from_iterable(found):
+        assert torch.equal(codes, want[: len(codes)])
+
+
+def works():
+    with RECORDING:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    return True
+
+
+def test_rows_elsewhere_are_refused_and_those_with_a_gradient_are_read_alone():
+    model, spec = cases.random_model(24, [40, 30])
+    encoder = GpuEncoder(model, spec, device=GPU)
+    with pytest.raises(InvalidInputError, match="on meta; expected cpu or cuda:0"):
+        encoder.encode(torch.empty(3, 24, device="meta"))
+    rows = torch.randn(30, 24)
+    want = ReferenceEncoder(model, spec, device=CPU).encode(rows)
+    for source in (rows, rows.to(GPU)):
+        codes = encoder.encode(source.clone().requires_grad_())
+        assert not codes.requires_grad
+        assert torch.equal(codes.cpu(), want)
+    assert not any(graph._rows.requires_grad for graph in encoder._host_graphs.values())
 
 
 def other(model, spec, rows):

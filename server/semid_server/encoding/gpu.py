@@ -20,8 +20,8 @@ from semid_server.encoding.plan import Plan
 from semid_server.encoding.protocol import ROW_DTYPES, EncodeCounts, code_dtype_of
 from semid_server.encoding.reference import ReferenceEncoder
 from semid_server.encoding.rows import checked
-from semid_server.encoding.staging import STAGES, Stage, convey, pieces
-from semid_server.errors import ConfigurationError
+from semid_server.encoding.staging import STAGES, Stage, convey, own_stream, pieces
+from semid_server.errors import ConfigurationError, InvalidInputError
 from semid_server.model import NORM_EPS
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ WIDEST_CODEBOOK = 65536
 
 _PRODUCT_BYTES = 1 << 29
 _MOST_ROWS = 1 << 17
-"""Rows in flight: their products take at most so many bytes, and so many rows fill any GPU."""
+"""Rows at once: their products take at most so many bytes, and so many rows fill any GPU."""
 
 _PIECE_BYTES = 1 << 25
 _RAMP = 4
@@ -53,9 +53,6 @@ _FULL = 0.75
 """A batch on the device of more rows than this is divided unless it has at least this share of the
 rows of the next graph: padding costs their product, and dividing the latency of a second part."""
 
-_PROBED_ROWS = 4096
-"""A large batch, for the check of the product when an encoder is made."""
-
 _ALIGNMENT = 16
 """Rows of float16 are padded to a multiple of it, which the library's product likes."""
 
@@ -66,9 +63,6 @@ _FINISHERS = 1056
 _FINISH_BYTES = 1 << 26
 """Programs of `gpu_kernels.finish`: eight for each multiprocessor of a large GPU, as long as what
 they write down of their rows fits into so many bytes."""
-
-_ADDRESSES = 16
-"""Rows that the kernels read begin at multiples of it, so that they read 16 bytes at once."""
 
 _TRITON_TYPES = {
     torch.float16: tl.float16,
@@ -86,7 +80,8 @@ class Rows:
     ----------
     call : Tensor
         int64 ``(2,)`` on the device: the address of contiguous rows, a multiple of 16, in memory
-        that the device can read, and how many there are; the rest of ``n`` is padding, not read.
+        that the device can read (its own, or all of it pinned on a host that has one space of
+        addresses with it), and how many there are; the rest of ``n`` is padding, not read.
     n : int
         Rows that there is room for in what is queued.
     dim : int
@@ -115,7 +110,7 @@ class Rows:
 
 def aligned(rows: Tensor) -> Tensor:
     """``rows``, or a copy that begins where the kernels can read it."""
-    return rows.clone() if rows.data_ptr() % _ADDRESSES else rows
+    return rows.clone() if rows.data_ptr() % kernels.ADDRESSES.value else rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +137,7 @@ class Tables:
     margins : Tensor
         float32 ``(N,)``, ``m_k``: what the bound of a score grows with.
     rates : Tensor
-        float64 ``(L,)``, ``rho_l``: ``rates * margins`` is at least the error ``kappa_k`` of the
+        float64 ``(L,)``, ``t_l``: ``rates * margins`` is at least the error ``kappa_k`` of the
         product for a row of length 1.
     constants : Tensor
         float64 ``(1,)``, 1e-12.
@@ -224,8 +219,8 @@ class GpuEncoder:
 
     Everything stays on the device: rows that the certificate does not prove are decided there by
     float64 distances of their candidates, and the few that those cannot tell apart by the
-    reference arithmetic. Only a model with an encoder network asks the host, once a call, whether
-    there are such rows.
+    reference arithmetic. Only a model with an encoder network asks the host, once for each part of
+    a call, whether there are such rows. The first batch of a size records a graph, and waits.
 
     Parameters
     ----------
@@ -261,14 +256,14 @@ class GpuEncoder:
         self._plan = Plan.of(spec, state, device)
         self._within_range = self._plan.within_range
         self._tables = Tables.of(self._plan)
-        self._check_product()
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
         self._rows_at_once = max(1, min(_MOST_ROWS, _PRODUCT_BYTES // (4 * self._plan.offsets[-1])))
         self._graphs: dict[tuple[int, int, torch.dtype], _Graph] = {}
         self._host_graphs: dict[tuple[int, torch.dtype], _HostGraph] = {}
         self._sizes = {dtype: self._graph_rows(dtype) for dtype in ROW_DTYPES}
+        self._check_product()
         self._stages: list[Stage] = []
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
+        self._copies = own_stream(self, device)
 
     def _check_product(self) -> None:
         """Refuse a device whose tensor cores lose more than the certificate allows for."""
@@ -277,7 +272,7 @@ class GpuEncoder:
             loss = tensor_cores.worst_loss(
                 (columns.shape[0], columns.shape[1]),
                 self._plan.dim,
-                (*_GRAPH_ROWS, _PROBED_ROWS),
+                sorted({n for sizes in self._sizes.values() for n in sizes}),
                 device=self._device,
                 product=_product,
             )
@@ -311,12 +306,13 @@ class GpuEncoder:
         """Compile the kernels and record the graphs of rows from the host, for every type."""
         before = self._counts.clone()
         with torch.cuda.device(self._device):
-            for dtype in ROW_DTYPES:
+            # the largest first: the others find room in its memory
+            for dtype in sorted(ROW_DTYPES, key=self._most_rows, reverse=True):
                 most = self._most_rows(dtype)
-                for i, size in itertools.product(range(STAGES), self._sizes[dtype]):
+                for i, size in itertools.product(range(STAGES), reversed(self._sizes[dtype])):
                     if size <= most:
                         self._graph(i, size, dtype)
-                for size in _GRAPH_ROWS:
+                for size in reversed(_GRAPH_ROWS):
                     self._host_graph(size, dtype)
                 self.encode(torch.ones(1, self.input_dim, dtype=dtype))
                 self.encode(torch.ones(1, self.input_dim, dtype=dtype, device=self._device))
@@ -324,7 +320,11 @@ class GpuEncoder:
 
     def encode(self, rows: Tensor) -> Tensor:
         """Codes ``(n, L)`` of ``rows`` (n, D), on their device; see `Encoder.encode`."""
-        checked(rows, self.input_dim)
+        rows = checked(rows, self.input_dim).detach()
+        if rows.device.type != "cpu" and rows.device != self._counts.device:
+            raise InvalidInputError.at(
+                "embeddings", f"on {rows.device}; expected cpu or {self._counts.device}"
+            )
         if not len(rows):
             return torch.empty(0, self.n_layers, dtype=self.code_dtype, device=rows.device)
         with torch.cuda.device(self._device):
@@ -336,19 +336,19 @@ class GpuEncoder:
 
     def _encode_there(self, rows: Tensor) -> Tensor:
         """Rows on the device are read where they are; all of it is queued."""
-        rows = aligned(rows.contiguous())
+        rows = rows.contiguous()
         codes = torch.empty(len(rows), self.n_layers, dtype=self.code_dtype, device=self._device)
         stage = self._stage(0)
         stage.wait_for_room()
         start = 0
-        while start < len(rows):
-            part = rows[start : start + self._part(len(rows) - start, rows.dtype)]
-            if start:
-                part = aligned(part)
-            graph = self._graph(0, len(part), rows.dtype)
-            codes[start : start + len(part)] = graph.replay(part.data_ptr(), len(part))
-            start += len(part)
-        stage.release()
+        try:
+            while start < len(rows):
+                part = aligned(rows[start : start + self._part(len(rows) - start, rows.dtype)])
+                graph = self._graph(0, len(part), rows.dtype)
+                codes[start : start + len(part)] = graph.replay(part.data_ptr(), len(part))
+                start += len(part)
+        finally:
+            stage.release()
         return codes
 
     def _encode_from_host(self, rows: Tensor) -> Tensor:
@@ -365,16 +365,21 @@ class GpuEncoder:
             # a stream for each stage: the last rows of a piece are decided beside the next piece
             with torch.cuda.stream(stage.stream):
                 stage.wait_for_rows()
-                graph = self._graph(i % STAGES, stop - start, rows.dtype)
-                found = graph.replay(stage.address, stop - start)
-                codes[start:stop].copy_(found, non_blocking=True)
-                stage.release()
+                try:
+                    graph = self._graph(i % STAGES, stop - start, rows.dtype)
+                    found = graph.replay(stage.address, stop - start)
+                    codes[start:stop].copy_(found, non_blocking=True)
+                finally:
+                    stage.release()
 
         most = self._most_rows(rows.dtype)
         parts = pieces(len(rows), least=-(-most // _RAMP), most=most)
-        convey(parts, ahead=STAGES - 1, send=send, work=work)
-        for stage in self._stages:
-            stage.stream.synchronize()
+        try:
+            convey(parts, ahead=STAGES - 1, send=send, work=work)
+        finally:  # nothing reads the rows, or writes codes, that nobody has any more
+            self._copies.synchronize()
+            for stage in self._stages:
+                stage.stream.synchronize()
         return codes
 
     def _most_rows(self, dtype: torch.dtype) -> int:
@@ -386,10 +391,7 @@ class GpuEncoder:
         """Numbers of rows that there is a graph for: few, those of pieces, and some between."""
         most = self._most_rows(dtype)
         sizes = {*_GRAPH_ROWS, self._rows_at_once}
-        share = 1
-        while share <= _RAMP:
-            sizes.add(-(-most // share))
-            share *= 2
+        sizes |= {-(-most // share) for share in (1, 2, _RAMP)}
         size = 4 * _GRAPH_ROWS[-1]
         while size < self._rows_at_once:
             sizes.add(size)
@@ -589,15 +591,21 @@ class _HostGraph:
     def encode(self, rows: Tensor) -> Tensor:
         """Codes, on the host, of ``rows`` there."""
         n = len(rows)
-        if rows.is_pinned() and rows.is_contiguous() and rows.data_ptr() % _ADDRESSES == 0:
+        if (
+            rows.is_pinned()
+            and rows.is_contiguous()
+            and rows.data_ptr() % kernels.ADDRESSES.value == 0
+        ):
             self._numbers[:] = rows.data_ptr(), n
         else:
             self._rows[:n].copy_(rows)
             self._numbers[:] = self._rows.data_ptr(), n
         self._stage.wait_for_room()
-        self._graph.replay()
-        self._stage.release()
-        torch.cuda.current_stream().synchronize()
+        try:
+            self._graph.replay()
+        finally:  # it reads what the next call changes
+            self._stage.release()
+            torch.cuda.current_stream().synchronize()
         codes = self._codes[:n].clone()
         if self._queued.levels is None or self._queued.wide is None:
             return codes

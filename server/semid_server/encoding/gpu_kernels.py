@@ -33,6 +33,9 @@ SHORTEST_RESIDUAL = tl.constexpr(plan.SHORTEST_RESIDUAL)
 # those of a size that matters are not subnormal there.
 _EXPONENT = tl.constexpr(9)
 
+ADDRESSES = tl.constexpr(16)
+"""Rows begin at multiples of it, so that 16 bytes are read at once."""
+
 # So many numbers, each less than twice as large, add up in int32.
 _WIDEST_INT32 = tl.constexpr(1 << 14)
 
@@ -47,7 +50,7 @@ def _row_of(call, row, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
     So a graph that was recorded once runs on rows that lie anywhere.
     """
     first = tl.load(call).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(first, 16) + row * WIDTH
+    return tl.multiple_of(first, ADDRESSES) + row * WIDTH
 
 
 @triton.jit
@@ -134,7 +137,7 @@ def prove(
     """Codes of the rows whose every layer the products prove; one program a row.
 
     The chain of `decide` without its float64 part, and in float32 throughout: every thread computes
-    the bounds of its rows. The arguments are those of `gpu.Tables`. Numbers of rows that it does
+    the bounds of its row. The arguments are those of `gpu.Tables`. Numbers of rows that it does
     not prove are added to ``waiting`` int32 (n,), of those out of range to ``undecided``; how many
     there are is counted in ``progress`` int32 (3,), first and second entry. Padding is left alone.
     """
@@ -292,7 +295,7 @@ def decide(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Codes int32 (n, LAYERS) of the rows that ``waiting`` names, from products and float64.
+    """Codes (n, LAYERS) of the rows that ``waiting`` names, from products and float64.
 
     The arithmetic of `cpu_kernels.decide`; the arguments are those of `gpu.Tables`, and those of
     `round_rows` and `prove`. The programs share the rows among them, one at a time. Rows that it

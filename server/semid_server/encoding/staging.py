@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import defaultdict
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,6 +18,24 @@ T = TypeVar("T")
 
 STAGES = 3
 """Pieces on the device at once: one is computed while the next two are on their way."""
+
+RECORDING = Lock()
+"""Held while a graph is recorded, which CUDA and torch can do for one at a time only, and not while
+any thread synchronises the device or gives memory back to it."""
+
+_SPARE: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+
+
+def own_stream(owner: object, device: torch.device) -> torch.cuda.Stream:
+    """A stream that nothing else has until ``owner`` is gone.
+
+    torch deals out 32 of them again and again: after some reloads, two living encoders would have
+    the same one, and record graphs where the other runs its own.
+    """
+    spare = _SPARE[device]
+    stream = spare.pop() if spare else torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
+    weakref.finalize(owner, spare.append, stream)
+    return stream
 
 
 def pieces(total: int, *, least: int, most: int) -> list[tuple[int, int]]:
@@ -84,21 +105,21 @@ class Stage:
     def __init__(self, size: int, dim: int, device: torch.device) -> None:
         self._dim = dim
         self._host: Tensor | None = None
-        # numbers, whatever was there before: a graph runs on more rows than were sent
-        self._memory = torch.zeros(size, dtype=torch.uint8, device=device)
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
+        self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self.stream = own_stream(self, device)
         self.call = torch.zeros(2, dtype=torch.int64, device=device)
-        self._call = [0, 0]
+        self._call: list[int | None] = [0, 0]
         self.address = self._memory.data_ptr()
         self._graph_memory: Any = torch.cuda.graph_pool_handle()
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
         self._used = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
-        self.release()  # of the zeros
+        self.release()  # once there are zeros
 
     def point(self, address: int, n: int) -> None:
         """What is queued from now on works on the ``n`` rows at ``address``."""
         for place, number in enumerate((address, n)):
             if self._call[place] != number:
+                self._call[place] = None  # not known, should this be interrupted
                 self.call[place].fill_(number)
                 self._call[place] = number
 
@@ -110,16 +131,11 @@ class Stage:
         graph = torch.cuda.CUDAGraph()
         # Graphs of a stage run one after another, and may use the same memory. Those of two stages
         # run side by side; the library, too, has working memory for each stream of its own.
-        with torch.cuda.graph(
-            graph, pool=self._graph_memory, stream=self.stream, capture_error_mode="thread_local"
-        ):
+        memory = {"pool": self._graph_memory, "stream": self.stream}
+        with RECORDING, torch.cuda.graph(graph, **memory, capture_error_mode="thread_local"):
             result = queue()
         torch.cuda.current_stream().wait_stream(self.stream)
         return graph, result
-
-    def rows(self, n: int, dtype: torch.dtype) -> Tensor:
-        """Place on the device of the first ``n`` rows (n, D)."""
-        return self._view(self._memory, n, dtype)
 
     def pinned(self, rows: Tensor) -> Tensor:
         """Copy of ``rows`` in pinned memory, once the last piece there was sent."""
@@ -134,7 +150,7 @@ class Stage:
             rows = self.pinned(rows)
         stream.wait_event(self._used)
         with torch.cuda.stream(stream):
-            self.rows(len(rows), rows.dtype).copy_(rows, non_blocking=True)
+            self._view(self._memory, len(rows), rows.dtype).copy_(rows, non_blocking=True)
         self._arrived.record(stream)
 
     def wait_for_rows(self) -> None:

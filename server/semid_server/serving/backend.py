@@ -15,6 +15,7 @@ import torch
 
 from semid_server.checkpoint import load_checkpoint
 from semid_server.encoding import EncodeCounts, make_encoder
+from semid_server.encoding.staging import RECORDING
 from semid_server.errors import (
     ConfigurationError,
     DeviceError,
@@ -313,14 +314,16 @@ class Backend:
     def release_memory(self) -> None:
         """Give memory that nothing uses back to the device."""
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            with RECORDING:  # of a new version's graphs, which this would spoil
+                torch.cuda.empty_cache()
 
     def device_works(self) -> bool:
         """Whether the device still does what it is asked: some errors end that for the process."""
         if self._device.type != "cuda":
             return True
         try:
-            torch.cuda.synchronize(self._device)
+            with RECORDING:
+                torch.cuda.synchronize(self._device)
         except RuntimeError:
             return False
         return True
