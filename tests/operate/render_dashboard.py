@@ -18,32 +18,43 @@ from pathlib import Path
 
 import live
 import matplotlib as mpl
+import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.dates import DateFormatter
+from matplotlib.dates import SECONDLY, AutoDateLocator, DateFormatter
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 INK, FAINT = "#222222", "#888888"
 UNIT_HEIGHT, WIDTH = 0.42, 22.0
 WINDOW = "4s"
+STEP = 1
+"""Seconds from point to point."""
 BINARY = {"bytes": "", "binBps": "/s"}
+BINARY_NAMES = {1024**power: name for power, name in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))}
+SYMBOLS = 14
+"""Of a legend beside one another, in a column of the dashboard's grid."""
 
 
-def shown(value: float, unit: str) -> str:
-    """A number as Grafana writes it in a unit."""
+def binary_scale(value: float) -> int:
+    """Return the largest of 1, KiB, MiB, ... that is no more than a number of bytes."""
+    return 1024 ** min(4, int(math.log(value, 1024))) if value >= 1 else 1
+
+
+def shown(value: float, unit: str, scale: int | None = None) -> str:
+    """A number as Grafana writes it in a unit; bytes in their own, or in `scale` bytes."""
     if not math.isfinite(value):
         return "no data"
     if unit == "percentunit":
         return f"{100 * value:.3g} %"
     if unit == "s":
-        scale, name = next(
-            ((scale, name) for scale, name in ((1, "s"), (1e-3, "ms")) if value >= scale),
+        size, name = next(
+            ((size, name) for size, name in ((1, "s"), (1e-3, "ms")) if value >= size),
             (1e-6, "us"),
         )
-        return f"{value / scale:.3g} {name}" if value else "0 s"
+        return f"{value / size:.3g} {name}" if value else "0 s"
     if unit in BINARY:
-        steps = min(4, int(math.log(value, 1024))) if value >= 1 else 0
-        name = ("B", "KiB", "MiB", "GiB", "TiB")[steps]
-        return f"{value / 1024**steps:.4g} {name}{BINARY[unit]}"
+        scale = scale or binary_scale(value)
+        name = BINARY_NAMES[scale]
+        return f"{value / scale:.4g} {name}{BINARY[unit]}"
     words = {"reqps": " req/s", "ops": " ops/s"}
     number = f"{value / 1000:.3g} K" if value >= 10_000 else f"{value:.4g}"
     return number + words.get(unit, unit.removeprefix("suffix:") if ":" in unit else "")
@@ -53,8 +64,25 @@ class BinaryLocator(MaxNLocator):
     """A few ticks at round numbers of KiB, MiB, ..., as Grafana has them."""
 
     def tick_values(self, vmin: float, vmax: float):
-        scale = 1024 ** max(0, math.floor(math.log(max(vmax, 1), 1024)))
+        scale = binary_scale(vmax)
         return super().tick_values(vmin / scale, vmax / scale) * scale
+
+
+def write_ticks(axes, panel) -> None:
+    """Put ticks where Grafana has them, and write them in the panel's unit."""
+    defaults = panel["fieldConfig"]["defaults"]
+    unit = defaults["unit"]
+    if unit in BINARY:
+        axes.yaxis.set_major_locator(BinaryLocator(6))
+    elif defaults.get("decimals") == 0:
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    scale = binary_scale(axes.get_ylim()[1])  # one for all of an axis
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, unit, scale)))
+    axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S"))
+    moments = AutoDateLocator(minticks=2, maxticks=6 if panel["gridPos"]["w"] > 5 else 4)
+    moments.intervald[SECONDLY].append(60)  # so that a few do for a minute and a half
+    axes.xaxis.set_major_locator(moments)
+    axes.tick_params(labelsize=7, colors=INK)
 
 
 def legend(target, labels) -> str:
@@ -62,6 +90,12 @@ def legend(target, labels) -> str:
     for name, value in labels.items():
         text = text.replace(f"{{{{{name}}}}}", value if len(value) < 20 else f"{value[:10]}...")
     return text
+
+
+def legend_columns(names: list[str], width: int) -> int:
+    """Return how many names fit beside one another under a panel, each after a short line."""
+    widest = max(map(len, names)) + 8
+    return max(1, min(len(names), int(SYMBOLS * width / widest)))
 
 
 def draw_stat(axes, panel, prometheus) -> None:
@@ -82,54 +116,56 @@ def draw_stat(axes, panel, prometheus) -> None:
     )
 
 
-def draw_series(axes, series, *, stacked: bool) -> None:
+def draw_series(axes, times, series, *, stacked: bool) -> None:
+    """Draw each series of (name, values), broken where it has none."""
     if stacked:
-        stamps = sorted({stamp for _, values in series for stamp, _ in values})
-        tables = [dict(map(tuple, values)) for _, values in series]
         axes.stackplot(
-            [datetime.fromtimestamp(stamp) for stamp in stamps],  # noqa: DTZ006 - the reader's
-            [[float(table.get(stamp, 0)) for stamp in stamps] for table in tables],
+            times,
+            [np.nan_to_num(values) for _, values in series],
             labels=[name for name, _ in series],
             colors=[f"C{number}" for number in range(len(series))],
             alpha=0.6,
         )
         return
     for number, (name, values) in enumerate(series):
-        times = [datetime.fromtimestamp(stamp) for stamp, _ in values]  # noqa: DTZ006 - the reader's
         # Those behind are wider, so that one under another shows; none ends at the frame.
-        axes.plot(
-            times,
-            [float(value) for _, value in values],
-            linewidth=1 + 1.5 * (len(series) - 1 - number) / len(series),
-            label=name,
-            clip_on=False,
-            zorder=3,
-        )
+        width = 1 + 1.5 * (len(series) - 1 - number) / len(series)
+        style = {"color": f"C{number}", "clip_on": False, "zorder": 3}
+        axes.plot(times, values, label=name, linewidth=width, **style)
+        # A point between two gaps has no line.
+        there = np.isfinite(np.pad(values, 1, constant_values=np.nan))
+        alone = there[1:-1] & ~there[:-2] & ~there[2:]
+        axes.plot(times, np.where(alone, values, np.nan), ".", markersize=3, **style)
 
 
 def draw_lines(axes, panel, prometheus, begin: float, end: float) -> None:
     defaults = panel["fieldConfig"]["defaults"]
+    custom = defaults["custom"]
+    log = custom.get("scaleDistribution", {}).get("type") == "log"
+    stamps = np.arange(begin, end, STEP)
     series = []
     for target in panel["targets"]:
         query = live.filled(target["expr"], rate_interval=WINDOW, operation="encode")
-        found = prometheus.get("query_range", query=query, start=begin, end=end, step=1)["result"]
-        series += [(legend(target, one["metric"]), one["values"]) for one in found]
-    custom = defaults["custom"]
-    draw_series(axes, series, stacked=bool(custom.get("stacking")))
+        found = prometheus.get(
+            "query_range", query=query, start=stamps[0], end=stamps[-1], step=STEP
+        )
+        for one in found["result"]:
+            values = np.full(len(stamps), np.nan)
+            for stamp, value in one["values"]:
+                values[round((stamp - begin) / STEP)] = float(value)
+            values[~np.isfinite(values) | (log & (values <= 0))] = np.nan
+            series.append((legend(target, one["metric"]), values))
+    times = [datetime.fromtimestamp(stamp) for stamp in stamps]  # noqa: DTZ006 - the reader's
+    draw_series(axes, times, series, stacked=bool(custom.get("stacking")))
     for step in defaults.get("thresholds", {}).get("steps", ()):
         if step["value"] is not None:
             axes.axhline(step["value"], color="#c4162a", linewidth=0.8)
-    if custom.get("scaleDistribution", {}).get("type") == "log":
+    if log:
         axes.set_yscale("log")
     else:
         axes.set_ylim(top=max(1.05 * axes.get_ylim()[1], custom.get("axisSoftMax", -math.inf)))
     axes.set_ylim(bottom=defaults.get("min"), top=defaults.get("max"))
-    if defaults["unit"] in BINARY:
-        axes.yaxis.set_major_locator(BinaryLocator(6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, defaults["unit"])))
-    axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S"))
-    axes.xaxis.set_major_locator(MaxNLocator(4 if panel["gridPos"]["w"] > 5 else 2))
-    axes.tick_params(labelsize=7, colors=INK)
+    write_ticks(axes, panel)
     axes.grid(color="#dddddd", linewidth=0.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -137,7 +173,7 @@ def draw_lines(axes, panel, prometheus, begin: float, end: float) -> None:
         axes.legend(
             loc="upper center",
             bbox_to_anchor=(0.5, -0.1),
-            ncols=min(len(series), 2),
+            ncols=legend_columns([name for name, _ in series], panel["gridPos"]["w"]),
             fontsize=7,
             frameon=False,
         )

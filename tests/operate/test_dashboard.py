@@ -105,6 +105,22 @@ def test_every_panel_has_a_title_a_unit_and_names_for_its_lines(dashboard):
             assert all(target["legendFormat"] for target in panel["targets"]), panel["title"]
 
 
+def test_a_lone_point_is_drawn_and_a_gap_is_left_open(dashboard):
+    """One error in a day is one point between two gaps; without points nobody would see it."""
+    for panel in dashboard["panels"]:
+        if panel["type"] == "timeseries":
+            custom = panel["fieldConfig"]["defaults"]["custom"]
+            assert (custom["showPoints"], custom["spanNulls"]) == ("auto", False), panel["title"]
+
+
+def test_lines_of_unlike_size_share_no_linear_scale(dashboard):
+    """Rows that are not proved at once are few beside the others, and must be seen."""
+    (panel,) = (panel for panel in dashboard["panels"] if "semid_proved_rows_total" in str(panel))
+    custom = panel["fieldConfig"]["defaults"]["custom"]
+    assert custom["scaleDistribution"]["type"] == "log"
+    assert "stacking" not in custom
+
+
 def test_every_query_asks_the_source_that_is_chosen(dashboard):
     for panel in dashboard["panels"]:
         asked = [panel, *panel.get("targets", ())] if panel["type"] != "row" else []
