@@ -21,7 +21,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.dates import SECONDLY, AutoDateLocator, DateFormatter
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK, FAINT = "#222222", "#888888"
 UNIT_HEIGHT, WIDTH = 0.42, 22.0
@@ -76,13 +76,18 @@ def write_ticks(axes, panel) -> None:
         axes.yaxis.set_major_locator(BinaryLocator(6))
     elif defaults.get("decimals") == 0:
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    scale = binary_scale(axes.get_ylim()[1])  # one for all of an axis
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, unit, scale)))
+    low, high = axes.get_ylim()
+    scale = binary_scale(high)  # one for all of an axis
+    written = FuncFormatter(lambda value, _: shown(value, unit, scale))
+    axes.yaxis.set_major_formatter(written)
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter(written if high < 100 * low else NullFormatter())
     axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S"))
     moments = AutoDateLocator(minticks=2, maxticks=6 if panel["gridPos"]["w"] > 5 else 4)
     moments.intervald[SECONDLY].append(60)  # so that a few do for a minute and a half
     axes.xaxis.set_major_locator(moments)
-    axes.tick_params(labelsize=7, colors=INK)
+    axes.tick_params(which="both", labelsize=7, colors=INK)
 
 
 def legend(target, labels) -> str:
