@@ -64,6 +64,8 @@ def test_builder_and_image_have_the_same_python():
 def test_the_packages_are_pinned():
     (install,) = [step for step in STAGES["builder"].all("RUN") if "pip install" in step]
     assert "-c docker/constraints.txt '.[server,tracing]'" in install
+    for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"):
+        assert f" {name}=docker/constraints.txt " in install, "so is what builds the wheel"
 
 
 def test_it_runs_as_nobody_special_and_takes_signals_itself():
@@ -222,6 +224,11 @@ def test_all_steps_run_in_an_empty_place(image):
     assert (image.opt / "bin/semid").exists()
     assert f"semid:x:{USER}:{USER}:" in (image.etc / "passwd").read_text()
     packages = image.opt / "lib/python3.11/site-packages"
+    (wheel,) = packages.glob("semid-*.dist-info/WHEEL")
+    (hatchling,) = re.findall(
+        r"^hatchling==(.+)$", (DOCKER / "constraints.txt").read_text(), re.MULTILINE
+    )
+    assert f"\nGenerator: hatchling {hatchling}\n" in wheel.read_text()
     assert list(packages.glob("semid_triton_launcher/*/*.so"))
     assert list(packages.glob("opentelemetry/exporter/otlp/proto/grpc")), "for --tracing"
 
