@@ -155,7 +155,10 @@ def test_it_shows(dashboard, subject):
 
 
 def test_every_query_of_every_panel_returns_data(prometheus, dashboard):
-    """What a GPU's driver would say comes from a stand-in: see replica_with_device.py."""
+    """What a GPU's driver would say comes from a stand-in: see replica_with_device.py.
+
+    tests/gpu/test_operate_gpu.py scrapes the same metrics of a real one.
+    """
     queries = live.queries(dashboard, rate_interval=RATE_INTERVAL)
     assert prometheus.silent([expression for _, _, expression in queries]) == []
 

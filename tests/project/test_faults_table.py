@@ -33,12 +33,13 @@ def test_the_table_is_there():
 
 @pytest.mark.parametrize("row", _rows(), ids=lambda row: row[0])
 def test_what_shows_a_fault_is_a_test(row):
-    shown_by = re.fullmatch(r"`([\w/]+\.py)::(test_\w+)`( \(slow\))?", row[-1])
-    assert shown_by, f"no file::test in {row[-1]!r}"
-    file, name, slow = shown_by.groups()
-    tests = _tests_in(ROOT / "tests" / file)
-    assert name in tests, f"{file} has no {name}"
-    assert tests[name] == bool(slow), f"{name} is{' not' if slow else ''} slow"
+    for test in row[-1].split(", "):
+        shown_by = re.fullmatch(r"`([\w/]+\.py)::(test_\w+)`( \(slow\))?", test)
+        assert shown_by, f"no file::test in {test!r}"
+        file, name, slow = shown_by.groups()
+        tests = _tests_in(ROOT / "tests" / file)
+        assert name in tests, f"{file} has no {name}"
+        assert tests[name] == bool(slow), f"{name} is{' not' if slow else ''} slow"
 
 
 def test_each_row_says_what_happens():

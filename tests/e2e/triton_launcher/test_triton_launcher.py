@@ -4,6 +4,7 @@ The GPU is a stand-in, libcuda.c: it takes kernels for a device like an H100, an
 it is told to launch. All else is real: the builder's script, Triton and its assembler, the settings
 of docker/Dockerfile. PATH is empty. Triton's launcher is one module for kernels of any arguments;
 were there one for each again, or one more, launching what semid launches would fail here.
+tests/gpu/test_operate_gpu.py has a real GPU launch them, and looks at the codes.
 """
 
 from __future__ import annotations

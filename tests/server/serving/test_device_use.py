@@ -1,4 +1,7 @@
-"""Memory and utilisation of a GPU, with a stand-in for its driver."""
+"""Memory and utilisation of a GPU, with a stand-in for its driver.
+
+tests/gpu/test_operate_gpu.py asks a real one.
+"""
 
 from __future__ import annotations
 
