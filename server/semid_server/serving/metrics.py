@@ -20,7 +20,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from semid_server.serving.tally import Tallies
+from semid_server.serving.tally import Counts, Tallies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from semid_server.serving.batcher import QueueState
     from semid_server.serving.device_use import DeviceUse
     from semid_server.serving.drift import LayerDrift
+    from semid_server.serving.tally import Count
     from semid_server.serving.types import ServedModel
 
 SECONDS = (
@@ -52,7 +53,7 @@ class MethodMetrics:
 
     Attributes
     ----------
-    started : prometheus_client.Counter
+    started : Count
         Of the calls that began.
     handling : Tally
         Of the seconds they took.
@@ -62,9 +63,9 @@ class MethodMetrics:
         self.started = metrics.started.labels(*call)
         self.handling = metrics.handling.labels(*call)
         self._handled, self._call = metrics.handled, call
-        self._by_code: dict[grpc.StatusCode, Counter] = {}
+        self._by_code: dict[grpc.StatusCode, Count] = {}
 
-    def handled(self, code: grpc.StatusCode) -> Counter:
+    def handled(self, code: grpc.StatusCode) -> Count:
         """Of the calls that ended with ``code``."""
         counter = self._by_code.get(code)
         if counter is None:
@@ -101,10 +102,10 @@ class Metrics:
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
 
-        self.started = Counter(
+        self.started = Counts(
             "grpc_server_started_total", "Calls that the server began.", CALL, registry=registry
         )
-        self.handled = Counter(
+        self.handled = Counts(
             "grpc_server_handled_total",
             "Calls that the server ended, by status code.",
             (*CALL, "grpc_code"),
@@ -117,7 +118,7 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        self.rows = Counter("semid_rows_total", "Rows answered.", ("operation",), registry=registry)
+        self.rows = Counts("semid_rows_total", "Rows answered.", ("operation",), registry=registry)
         self.batch_rows = Tallies(
             "semid_batch_rows", "Rows in a batch.", ("operation",), buckets=ROWS, registry=registry
         )
@@ -185,7 +186,7 @@ class Metrics:
             "Verified rows whose codes differed from the float64 reference. Must stay 0.",
             registry=registry,
         )
-        self.received_bytes = Counter(
+        self.received_bytes = Counts(
             "semid_received_bytes_total",
             "Bytes of embeddings in requests to encode, by the way in which they came.",
             ("transport",),
