@@ -66,9 +66,9 @@ T = TypeVar("T")
 MIN_RETRY_AFTER = 0.05
 MAX_RETRY_AFTER = 5.0
 
-QUICK: Final = 0.00025
-"""Seconds that a batch may take which the event loop runs itself: about what the way to the worker
-and back costs, and too little to be missed by the other calls."""
+QUICK: Final = 0.0005
+"""Seconds that a batch may take which the event loop runs itself: no more than what the way to the
+worker and back costs, and too little to be missed by the other calls."""
 
 QUICK_AT_MOST: Final = 4 * QUICK
 """Seconds that such a batch may take on average, whatever gets in its way."""
