@@ -73,10 +73,15 @@ class InstantEncoder:
     """All codes are 0, at once."""
 
     def __init__(self) -> None:
-        self._codes = torch.zeros((1 << 16, LAYERS), dtype=torch.uint8)
+        # Of each size of batch but once: to make them takes torch as long as to serve a request.
+        self._codes: dict[int, torch.Tensor] = {}
 
     def encode(self, rows):
-        return self._codes[: len(rows)]
+        count = rows.shape[0]
+        codes = self._codes.get(count)
+        if codes is None:
+            codes = self._codes[count] = torch.zeros((count, LAYERS), dtype=torch.uint8)
+        return codes
 
     def warm_up(self):
         pass
