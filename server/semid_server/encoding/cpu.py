@@ -67,6 +67,8 @@ class CpuEncoder:
     certificate does not prove are decided by float64 distances of their candidates, and the few
     that those cannot tell apart by `ReferenceEncoder`.
 
+    Calls of several threads may overlap: they share nothing but the counts, which may miss some.
+
     Parameters
     ----------
     model : nn.Module

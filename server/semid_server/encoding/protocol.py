@@ -68,7 +68,7 @@ class Encoder(Protocol):
         """Codes ``(n, L)`` of finite ``rows`` (n, D), on the device that the rows are on.
 
         ``rows`` are float16, bfloat16, float32 or float64, on the host or on the encoder's own
-        device, ``n >= 0``. One call at a time.
+        device, ``n >= 0``. One call at a time, unless the encoder allows more.
 
         Raises
         ------

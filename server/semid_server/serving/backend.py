@@ -422,7 +422,7 @@ class Backend:
         return answers
 
     def encode_rows(self, rows: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
-        """Codes (n, L) of finite rows (n, D) in memory; one call at a time."""
+        """Codes (n, L) of finite rows (n, D) in memory; on a GPU, one call at a time."""
         return self._encoder.encode(rows).cpu().numpy().astype(self._code_type, copy=False)
 
     def fill(
