@@ -1,4 +1,4 @@
-"""The benchmark of serving runs, and says what it must."""
+"""The benchmark of serving runs, and says what it must: a minute, by `pytest -m slow tests/bench`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).with_name("serving.py")
 
 
+@pytest.mark.slow
 def test_the_quick_run_measures_every_section(tmp_path):
     figures = tmp_path / "figures.json"
     done = subprocess.run(
