@@ -1,4 +1,4 @@
-"""The benchmark of serving runs, and says what it must: a minute, by `pytest -m slow tests/bench`."""
+"""The benchmark of serving runs, and says what it must (`pytest -m slow tests/bench`: a minute)."""
 
 from __future__ import annotations
 
