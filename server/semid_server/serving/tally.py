@@ -10,17 +10,42 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from prometheus_client import CollectorRegistry
     from prometheus_client.core import Metric
+
+
+T = TypeVar("T")
+
+
+class _Family(Collector, Generic[T]):
+    """What is counted under one name, once for each combination of its labels' values."""
+
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        labels: Sequence[str],
+        *,
+        new: Callable[[], T],
+        registry: CollectorRegistry,
+    ) -> None:
+        self._name, self._documentation, self._labels = name, documentation, labels
+        self._new = new
+        self._members: dict[tuple[str, ...], T] = {}
+        registry.register(self)
+
+    def labels(self, *values: str) -> T:
+        """Return the member of these values, which is there from now on."""
+        return self._members.setdefault(values, self._new())
 
 
 class Count:
@@ -36,7 +61,7 @@ class Count:
         self.value += amount
 
 
-class Counts(Collector):
+class Counts(_Family[Count]):
     """A family of counters, one for each combination of its labels' values.
 
     Parameters
@@ -50,25 +75,14 @@ class Counts(Collector):
     """
 
     def __init__(
-        self,
-        name: str,
-        documentation: str,
-        labels: Sequence[str],
-        *,
-        registry: CollectorRegistry,
+        self, name: str, documentation: str, labels: Sequence[str], *, registry: CollectorRegistry
     ) -> None:
-        self._name, self._documentation, self._labels = name, documentation, labels
-        self._counts: dict[tuple[str, ...], Count] = {}
-        registry.register(self)
-
-    def labels(self, *values: str) -> Count:
-        """Return the counter of these values, which is there from now on."""
-        return self._counts.setdefault(values, Count())
+        super().__init__(name, documentation, labels, new=Count, registry=registry)
 
     def collect(self) -> Iterable[Metric]:
         """Yield the family."""
         family = CounterMetricFamily(self._name, self._documentation, labels=self._labels)
-        for values, count in list(self._counts.items()):
+        for values, count in list(self._members.items()):
             family.add_metric(values, count.value)
         yield family
 
@@ -90,7 +104,7 @@ class Tally:
         self.total += value
 
 
-class Tallies(Collector):
+class Tallies(_Family[Tally]):
     """A family of histograms, one for each combination of its labels' values.
 
     Parameters
@@ -114,20 +128,13 @@ class Tallies(Collector):
         buckets: Sequence[float],
         registry: CollectorRegistry,
     ) -> None:
-        self._name, self._documentation, self._labels = name, documentation, labels
-        self._buckets = buckets
         self._named = [*map(floatToGoString, buckets), "+Inf"]
-        self._tallies: dict[tuple[str, ...], Tally] = {}
-        registry.register(self)
-
-    def labels(self, *values: str) -> Tally:
-        """Return the histogram of these values, which is there from now on."""
-        return self._tallies.setdefault(values, Tally(self._buckets))
+        super().__init__(name, documentation, labels, new=lambda: Tally(buckets), registry=registry)
 
     def collect(self) -> Iterable[Metric]:
         """Yield the family."""
         family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
-        for values, tally in list(self._tallies.items()):
+        for values, tally in list(self._members.items()):
             counts = [float(count) for count in accumulate(tally.counts)]
             buckets = list(zip(self._named, counts, strict=True))
             family.add_metric(values, buckets, tally.total)
