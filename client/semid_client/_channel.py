@@ -193,6 +193,10 @@ class Settings:
             # before the next one of a rolling restart goes.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 1_000),
+            # Connections of its own. gRPC would share those of all clients of a process, and with
+            # them the wait after a refusal: a client made when the server is up would fail, since
+            # another one had asked too early.
+            ("grpc.use_local_subchannel_pool", 1),
             # How long an address may take to accept a connection; gRPC's own is 20 s.
             ("grpc.min_reconnect_backoff_ms", 5_000),
             # When a connection is lost the name is asked for again, but no more often than this.

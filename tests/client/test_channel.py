@@ -3,6 +3,7 @@
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 
 import grpc
@@ -267,6 +268,21 @@ def test_a_target_that_never_answered_is_told_from_a_slow_one(make_server, conne
 
 
 # Several servers behind one target.
+
+
+def test_a_new_client_does_not_wait_because_another_one_was_refused(
+    make_server, connect, monkeypatch
+):
+    monkeypatch.setitem(SERVICE_CONFIG, "methodConfig", [])  # no retries: the first answer counts
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        port = nobody.getsockname()[1]
+        early = connect(f"127.0.0.1:{port}")
+        refused_until = time.monotonic() + 2  # from then on it asks about once a second
+        while time.monotonic() < refused_until:
+            with pytest.raises(UnavailableError):
+                early.model()
+    assert connect(make_server(port=port)).model().name == "fake"
 
 
 @pytest.fixture
