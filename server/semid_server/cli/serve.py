@@ -5,7 +5,6 @@ from __future__ import annotations
 import semid_server.cli.quiet_threads  # noqa: F401 - before whatever imports torch
 
 # isort: split
-import asyncio
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+import uvloop
 
 from semid_server.cli import errors_as_sentences
 from semid_server.cli.checkpoint_options import override_options
@@ -435,7 +435,7 @@ def serve(
             else:
                 await Server(config, announce=_announce).run()
 
-        asyncio.run(run())
+        uvloop.run(run())
 
 
 def _announce(line: str) -> None:

@@ -14,7 +14,8 @@ So a large caller delays small ones by no more than a turn, and small ones never
 
 **Short turns.** Handing work to a thread and back costs more than a small batch itself. Where
 the runner allows it (`Runner.quick`), and only while the worker rests, the event loop runs batches
-that are known to take less than `QUICK` seconds itself, once it has read all that had arrived.
+that are known to take less than `QUICK` seconds itself, once it has read all that had arrived; and
+a request that finds nothing queued it may run at once (`Batcher.answer_now`).
 
 The life of a request::
 
@@ -268,7 +269,8 @@ class Batcher(Generic[Key, Payload, Answer]):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits, self._observer, self._clock = limits, observer, clock
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()  # entered as it is: the condition adds calls of Python's
+        self._changed = threading.Condition(self._lock)
         # Each in the order of turns; the keys in the order in which they were served.
         self._queues: dict[Key, list[_Entry[Key, Payload, Answer]]] = {}
         self._paces: dict[Hashable, Pace] = {}
@@ -348,6 +350,58 @@ class Batcher(Generic[Key, Payload, Answer]):
         """
         return self._admit(key, payload, rows, nbytes, deadline, patient=False)
 
+    def answer_now(self, key: Key, payload: Payload, *, rows: int, nbytes: int) -> Answer | None:
+        """Answer a request at once, if it is known to be short and nobody else has work here.
+
+        For the event loop's thread alone, which runs it. Queueing costs as much as a short batch.
+
+        Parameters
+        ----------
+        key, payload, rows, nbytes : object
+            As in `admit`.
+
+        Returns
+        -------
+        object
+            The answer; None if the request must be admitted instead.
+
+        Raises
+        ------
+        SemidError
+            What the runner has to say of it in place of an answer.
+        """
+        self._check_size(rows, nbytes)
+        with self._lock:
+            # The worker rests until it is notified, which only this thread does: nobody else runs.
+            if (
+                not self._runner.quick
+                or not self._resting
+                or self._stopped
+                or self._requests
+                or self._quick_due
+            ):
+                return None
+            pace = self._pace(key)
+            if not self._is_quick(pace, rows):
+                return None
+        assert self._loop is not None  # noqa: S101 - the runner was made
+        entry: _Entry[Key, Payload, Answer] = _Entry(
+            key,
+            payload,
+            rows=rows,
+            nbytes=nbytes,
+            deadline=None,
+            admitted=self._clock(),
+            pace=pace,
+            ticket=0,
+            future=self._loop.create_future(),
+            mark=self._observer.admitted(key, rows),
+        )
+        batch: _Batch[Key, Payload, Answer] = _Batch()
+        batch.add(entry, rows)
+        self._run(batch, self._answer)
+        return entry.future.result()
+
     async def admit_when_room(
         self, key: Key, payload: Payload, *, rows: int, nbytes: int, deadline: float | None
     ) -> asyncio.Future[Answer]:
@@ -357,7 +411,7 @@ class Batcher(Generic[Key, Payload, Answer]):
         """
         my_turn = not self._waiting_for_room
         while True:
-            with self._changed:
+            with self._lock:
                 stopped, room = self._stopped, self._has_room(nbytes)
             if stopped or (room and my_turn):
                 future = self._admit(key, payload, rows, nbytes, deadline, patient=True)
@@ -414,7 +468,7 @@ class Batcher(Generic[Key, Payload, Answer]):
     @property
     def queue(self) -> QueueState:
         """How full the queue is now."""
-        with self._changed:
+        with self._lock:
             return QueueState(self._requests, self._rows, self._nbytes)
 
     def _admit(
@@ -427,14 +481,9 @@ class Batcher(Generic[Key, Payload, Answer]):
         *,
         patient: bool,
     ) -> asyncio.Future[Answer]:
-        limits = self._limits
-        if rows > limits.max_batch_rows or nbytes > limits.max_batch_bytes:
-            raise ValueError(
-                f"a request of {rows} rows and {nbytes} bytes exceeds a batch of "
-                f"{limits.max_batch_rows} rows and {limits.max_batch_bytes} bytes"
-            )
+        self._check_size(rows, nbytes)
         assert self._loop is not None, "start() comes first"  # noqa: S101 - a bug of ours
-        with self._changed:
+        with self._lock:
             if self._stopped:
                 raise NotServingError("the server has shut down")
             if not self._has_room(nbytes):
@@ -469,6 +518,14 @@ class Batcher(Generic[Key, Payload, Answer]):
         )
         return entry.future
 
+    def _check_size(self, rows: int, nbytes: int) -> None:
+        limits = self._limits
+        if rows > limits.max_batch_rows or nbytes > limits.max_batch_bytes:
+            raise ValueError(
+                f"a request of {rows} rows and {nbytes} bytes exceeds a batch of "
+                f"{limits.max_batch_rows} rows and {limits.max_batch_bytes} bytes"
+            )
+
     def _refuse_if_hopeless(
         self, entry: _Entry[Key, Payload, Answer], deadline: float, now: float
     ) -> None:
@@ -499,30 +556,27 @@ class Batcher(Generic[Key, Payload, Answer]):
     def _rouse(self, pace: Pace) -> None:
         """Have the work that waits be done: by the loop itself if it is short, else the worker."""
         assert self._loop is not None, "start() comes first"  # noqa: S101 - a bug of ours
-        if self._runner.quick and self._is_quick(pace):
+        if self._runner.quick and self._is_quick(pace, self._rows):
             self._quick_due = True
             self._loop.call_soon(self._run_quickly)
         else:
             self._resting = False
             self._changed.notify()
 
-    def _is_quick(self, pace: Pace) -> bool:
+    def _is_quick(self, pace: Pace, rows: int) -> bool:
         # The worker waits for the interpreter's lock: by the average alone, batches that went there
         # once would seem to belong there.
-        return (
-            pace.known
-            and pace.shortest(self._rows) <= QUICK
-            and pace.predict(self._rows) <= QUICK_AT_MOST
-        )
+        average, shortest = pace.times(rows)
+        return 0 < shortest <= QUICK and average <= QUICK_AT_MOST
 
     def _run_quickly(self) -> None:
         """Run what has come since this was called for, unless it has become much."""
-        with self._changed:
+        with self._lock:
             self._quick_due = False
             if not self._queues or not self._resting:
                 return
             (queue, *others) = self._queues.values()
-            if others or not self._is_quick(queue[0].pace):
+            if others or not self._is_quick(queue[0].pace, self._rows):
                 self._resting = False
                 self._changed.notify()
                 return
@@ -534,7 +588,7 @@ class Batcher(Generic[Key, Payload, Answer]):
         # The worker rests until it is notified, which only this thread does: nobody else runs.
         if batch.parts:
             self._run(batch, self._answer)
-        with self._changed:
+        with self._lock:
             if self._queues and self._resting and not self._quick_due:
                 self._rouse(next(iter(self._queues.values()))[0].pace)
 

@@ -112,7 +112,10 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         method = self._methods.get(handler_call_details.method)
         if method is None:
             return None
-        error = self._unknown(method, handler_call_details) or method.refusal()
+        error = None
+        if self._tokens is not None:
+            error = self._unknown(self._tokens, method, handler_call_details)
+        error = error or method.refusal()
         if error is None and (self._max_calls is None or self._in_progress < self._max_calls):
             return method.handler
         return self._refusing(method, error or self._too_many())
@@ -159,9 +162,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         async def answer(message: bytes, context: Context) -> bytes:
             with _Call(self, name, metrics, context) as call:
                 try:
-                    call.check()
-                    response = await behaviour(_read(read, message), context)
-                    written: bytes = write(response)
+                    self.check(name)
+                    written: bytes = write(await behaviour(_read(read, message), context))
                 except Exception as error:  # noqa: BLE001 - told apart there
                     await call.fail(error)
             return written
@@ -176,7 +178,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         async def answer(message: bytes, context: Context) -> AsyncIterator[Any]:
             with _Call(self, name, metrics, context) as call:
                 try:
-                    call.check()
+                    self.check(name)
                     async for response in behaviour(_read(read, message), context):
                         yield response
                 except Exception as error:  # noqa: BLE001 - told apart there
@@ -194,7 +196,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         async def answer(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
             with _Call(self, name, metrics, context) as call:
                 try:
-                    call.check()
+                    self.check(name)
                     async for response in behaviour(_Requests(messages, read), context):
                         yield response
                 except Exception as error:  # noqa: BLE001 - told apart there
@@ -226,8 +228,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
     def begin(self) -> None:
         """Count a call that begins."""
         self._calls += 1
+        if not self._in_progress:
+            self._idle.clear()
         self._in_progress += 1
-        self._idle.clear()
 
     def end(self) -> None:
         """Count one that has ended."""
@@ -235,14 +238,14 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         if not self._in_progress:
             self._idle.set()
 
-    def _unknown(self, method: _Method, details: grpc.HandlerCallDetails) -> SemidError | None:
+    def _unknown(
+        self, tokens: TokenFile, method: _Method, details: grpc.HandlerCallDetails
+    ) -> SemidError | None:
         """Return what a caller is refused with who may not call this method, if so."""
-        if self._tokens is None:
-            return None
         metadata: Any = details.invocation_metadata  # the stubs have those of another class
         sent = dict(metadata or ()).get("authorization")  # of several the last, as in `peers`
         try:
-            self._tokens.check(sent if isinstance(sent, str) else None, method.name)
+            tokens.check(sent if isinstance(sent, str) else None, method.name)
         except SemidError as error:
             return error
         return None
@@ -311,13 +314,9 @@ class _Call:
         self._counted = False
         self._started = time.perf_counter()
 
-    def check(self) -> None:
-        """Raise unless this call may be made now."""
-        self._calls.check(self._method)
-
     def __enter__(self) -> Self:
         self._calls.begin()
-        self._metrics.started.inc()
+        self._metrics.started.value += 1
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
@@ -347,6 +346,8 @@ class _Call:
     def _count(self, seconds: float) -> None:
         self._counted = True
         self._metrics.handling.observe(seconds)
-        self._metrics.handled(self._code).inc()
+        # Hashing a member of an enum is a call of Python's.
+        ok = self._code is grpc.StatusCode.OK
+        (self._metrics.ok if ok else self._metrics.handled(self._code)).value += 1
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s: %s after %.1f ms", self._method, self._code.name, 1e3 * seconds)

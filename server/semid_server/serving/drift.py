@@ -30,8 +30,9 @@ WINDOW_ROWS = 1 << 17
 SAMPLED_ROWS = 8
 """Rows of one batch whose error is taken, at most: few enough for torch to wake no other thread."""
 
-SAMPLED_SHARE = 1 / 128
-"""Share of all rows whose error is taken: in float64, and from memory that nothing else reads."""
+SAMPLED_SHARE = 1 / 512
+"""Share of all rows whose error is taken, 256 of a window: in float64, by code that nothing else
+keeps in the caches."""
 
 _PARTS = 16
 

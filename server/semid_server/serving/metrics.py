@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import grpc
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -25,7 +26,6 @@ from semid_server.serving.tally import Counts, Tallies
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
-    import grpc
     from prometheus_client.core import Metric
 
     from semid_server.serving.batcher import QueueState
@@ -57,6 +57,8 @@ class MethodMetrics:
         Of the calls that began.
     handling : Tally
         Of the seconds they took.
+    ok : Count
+        Of the calls that ended well.
     """
 
     def __init__(self, metrics: Metrics, call: tuple[str, str, str]) -> None:
@@ -64,6 +66,7 @@ class MethodMetrics:
         self.handling = metrics.handling.labels(*call)
         self._handled, self._call = metrics.handled, call
         self._by_code: dict[grpc.StatusCode, Count] = {}
+        self.ok = self.handled(grpc.StatusCode.OK)
 
     def handled(self, code: grpc.StatusCode) -> Count:
         """Of the calls that ended with ``code``."""
@@ -263,7 +266,7 @@ class Metrics:
         if failed:
             batches.failed_batches.inc()
         else:
-            batches.rows.inc(rows)
+            batches.rows.value += rows
         batches.batch_rows.observe(rows)
         batches.batch_requests.observe(len(marks))
         batches.device_seconds.observe(seconds)
@@ -303,7 +306,7 @@ class Metrics:
 
     def received(self, transport: str, nbytes: int) -> None:
         """Count embeddings that came."""
-        self._received[transport].inc(nbytes)
+        self._received[transport].value += nbytes
 
     def watch_shared_memory(self, nbytes: Callable[[], int], segments: Callable[[], int]) -> None:
         """Have the gauges of shared memory read these at every scrape."""

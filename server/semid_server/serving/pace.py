@@ -57,7 +57,7 @@ class Pace:
             expected = min(size.seconds, OUTLIER * seconds)
             size.seconds = expected + SMOOTHING * (min(seconds, OUTLIER * expected) - expected)
             size.shortest = min(seconds, FORGETTING * size.shortest)
-        self._best = max(size.rows / size.seconds for size in self._sizes.values())
+        self._best = max([size.rows / size.seconds for size in self._sizes.values()])
 
     @property
     def known(self) -> bool:
@@ -73,27 +73,26 @@ class Pace:
 
     def predict(self, rows: int) -> float:
         """Seconds that a batch of ``rows`` is expected to take; 0 if nothing is known."""
-        size, times = self._nearest(rows)
-        return times * size.seconds if size else 0.0
+        return self.times(rows)[0]
 
-    def shortest(self, rows: int) -> float:
-        """Seconds that a batch of ``rows`` takes when nothing else gets in its way.
+    def times(self, rows: int) -> tuple[float, float]:
+        """Seconds that a batch of ``rows`` is expected to take, and those that it itself takes.
 
-        The shortest of the last few dozen: what a busy machine adds to the others is not its own.
+        The latter are the shortest of the last few dozen: what a busy machine adds to the others is
+        not their own. Both are 0 if nothing is known.
         """
-        size, times = self._nearest(rows)
-        return times * size.shortest if size else 0.0
-
-    def _nearest(self, rows: int) -> tuple[_Size | None, float]:
-        """Return the size to tell a batch by, and how many of those it is."""
         sizes = self._sizes
         bits = rows.bit_length()
-        if bits in sizes:
-            return sizes[bits], 1.0
-        if larger := [known for known in sizes if known > bits]:
-            return sizes[min(larger)], 1.0
-        largest = sizes[max(sizes)] if sizes else None
-        return largest, rows / largest.rows if largest else 0.0
+        size = sizes.get(bits)
+        if size is None:
+            if not sizes:
+                return 0.0, 0.0
+            larger = [known for known in sizes if known > bits]
+            size = sizes[min(larger) if larger else max(sizes)]
+            if not larger:
+                times = rows / size.rows
+                return times * size.seconds, times * size.shortest
+        return size.seconds, size.shortest
 
     def rows_within(self, seconds: float) -> int:
         """Rows, at least one, of a batch that takes about ``seconds``.

@@ -28,6 +28,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+import uvloop
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -262,7 +263,7 @@ class _Child:
         self.serving: asyncio.Future[str] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._asked: list[asyncio.Future[None]] = []
-        self._loop.add_reader(self._connection.fileno(), self._listen)
+        _call_when_readable(self._loop, self._connection, self._listen)
 
     @property
     def status(self) -> int | None:
@@ -362,6 +363,15 @@ def _identity(sample: Any) -> tuple[Any, ...]:
     return sample.name, *sorted(sample.labels.items())
 
 
+def _call_when_readable(
+    loop: asyncio.AbstractEventLoop, connection: Connection, listen: Callable[[], None]
+) -> None:
+    """Have the loop call ``listen`` whenever a message has come, or the other end has closed."""
+    loop.add_reader(connection.fileno(), listen)
+    # libuv has made it non-blocking, and a `Connection` would fail amid a message.
+    os.set_blocking(connection.fileno(), True)
+
+
 def _serve(config: ServeConfig, prepare: Callable[[], None], connection: Connection) -> None:
     """Be a child: the target of its process."""
     os.setpgid(0, 0)  # Ctrl-C is the parent's to hear; it passes it on
@@ -385,13 +395,13 @@ def _serve(config: ServeConfig, prepare: Callable[[], None], connection: Connect
                 asyncio.get_running_loop().remove_reader(connection.fileno())
                 server.request_stop()
 
-        asyncio.get_running_loop().add_reader(connection.fileno(), listen)
+        _call_when_readable(asyncio.get_running_loop(), connection, listen)
         await server.run()
         with contextlib.suppress(OSError):
             send_metrics()  # the last figures: counters do not go back when a process ends
 
     try:
-        asyncio.run(run())
+        uvloop.run(run())
     except (SemidError, OSError) as error:
         with contextlib.suppress(OSError):
             connection.send(("failed", str(error)))

@@ -119,12 +119,12 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
     async def Encode(self, request: ReceivedEncode, context: Context) -> bytes:
         """Codes of each embedding."""
         asked = await self._read_encode(request, self._catalogue)
-        return await self._written(asked, self._admit(asked, context))
+        return await self._answered(asked, context)
 
     async def Decode(self, request: pb.DecodeRequest, context: Context) -> bytes:
         """Reconstruction behind each semantic ID."""
         asked = await self._read_decode(request, self._catalogue)
-        return await self._written(asked, self._admit(asked, context))
+        return await self._answered(asked, context)
 
     async def EncodeStream(
         self, request_iterator: AsyncIterator[ReceivedEncode], context: Context
@@ -237,24 +237,30 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
 
     async def _written(self, asked: _Asked, answer: asyncio.Future[npt.NDArray[Any]]) -> bytes:
         """Wait for the answer to a request, and write it in the form in which it was asked."""
-        array = await answer
+        return await self._write(asked, await answer)
+
+    async def _write(self, asked: _Asked, array: npt.NDArray[Any]) -> bytes:
         model, form = asked.key.model, asked.form
         if form == "rows":
             return await asyncio.to_thread(asked.write, array, model, form)
         return asked.write(array, model, form)
 
-    def _admit(self, asked: _Asked, context: Context) -> asyncio.Future[npt.NDArray[Any]]:
-        """Admit a request, or refuse it at once."""
+    async def _answered(self, asked: _Asked, context: Context) -> bytes:
+        """Have a request answered, at once if that is a short matter; or refuse it at once."""
         key, payload, nbytes = asked.key, asked.payload, asked.nbytes
-        caller, deadline = self._caller(context), self._deadline(context)
+        caller = self._caller(context)
         self._take(key, caller, nbytes)
         if isinstance(payload, SharedRows):
             payload.need()
         let_go = self._let_go(payload, caller, nbytes)
+        rows = len(payload)
+        answer: asyncio.Future[npt.NDArray[Any]] | npt.NDArray[Any] | None
         try:
-            future = self._batcher.admit(
-                key, payload, rows=len(payload), nbytes=nbytes, deadline=deadline
-            )
+            answer = self._batcher.answer_now(key, payload, rows=rows, nbytes=nbytes)
+            if answer is None:
+                answer = self._batcher.admit(
+                    key, payload, rows=rows, nbytes=nbytes, deadline=self._deadline(context)
+                )
         except BaseException:
             let_go()
             raise
@@ -262,9 +268,12 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         # fill the memory with answers that nobody reads. gRPC tells when that is so.
         if isinstance(key, DecodeKey):
             context.add_done_callback(let_go)  # type: ignore[arg-type]  # the stubs know no function
+        elif isinstance(answer, asyncio.Future):
+            answer.add_done_callback(let_go)
         else:
-            future.add_done_callback(let_go)
-        return future
+            let_go()
+        array = await answer if isinstance(answer, asyncio.Future) else answer
+        return await self._write(asked, array)
 
     async def _admit_when_room(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -65,8 +65,10 @@ class ServedModel:
     backend: Any = field(default=None, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class EncodeKey:
+# Tuples: every request makes a key and looks it up, which Python does for tuples by itself.
+
+
+class EncodeKey(NamedTuple):
     """Encode requests share a batch when they ask one model and their numbers are of one type."""
 
     model: ServedModel
@@ -74,8 +76,7 @@ class EncodeKey:
     operation: Literal["encode"] = "encode"
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeKey:
+class DecodeKey(NamedTuple):
     """Decode requests share a batch when model, codes a row and mode are the same."""
 
     model: ServedModel

@@ -835,6 +835,77 @@ async def test_what_fails_in_the_loop_fails_alone(quick):
     assert await good == [0, 1, 2]
 
 
+def answer_now(batcher, rows, *, key="k"):
+    return batcher.answer_now(key, rows, rows=len(rows), nbytes=len(rows))
+
+
+async def test_a_short_request_that_finds_nothing_queued_is_answered_at_once(quick, observer):
+    batcher, rows = quick
+    rows.batches.clear()
+    rows.threads.clear()
+    observer.runs.clear()
+    assert answer_now(batcher, range(3)) == [0, 1, 2]
+    assert rows.sizes == [[3]]
+    assert rows.threads == [threading.get_ident()]
+    assert [(key, count, waits) for key, count, waits, *_ in observer.runs] == [("k", 3, (0.0,))]
+    assert observer.marks[-1] == (observer.admissions,)
+    assert batcher.queue == QueueState(0, 0, 0)
+    assert batcher.running is None
+    assert await ask(batcher, range(2)) == [0, 1]
+
+
+async def test_what_cannot_be_answered_at_once_is_left_to_be_admitted(quick, make_turns):
+    batcher, rows = quick
+    rows.batches.clear()
+    assert answer_now(batcher, range(60)) is None  # not short
+    assert answer_now(batcher, range(1), key="other") is None  # of which nothing is known
+    waiting = ask(batcher, range(1))
+    assert answer_now(batcher, range(1)) is None  # another one was first
+    assert rows.batches == []
+    assert await waiting == [0]
+    with pytest.raises(ValueError, match="101 rows and 101 bytes exceeds a batch of 100 rows"):
+        answer_now(batcher, range(101))
+    batcher.stop()
+    assert answer_now(batcher, range(1)) is None
+    slow, _ = await make_turns(quick=False)
+    assert answer_now(slow, range(1)) is None
+
+
+async def test_nothing_is_answered_at_once_while_the_worker_works(quick):
+    batcher, rows = quick
+    rows.may_run.clear()
+    long = await hold_long(batcher, rows)
+    assert answer_now(batcher, range(1)) is None
+    rows.may_run.set()
+    assert await long == list(range(60))
+
+
+async def hold_long(batcher, rows):
+    while rows.began.acquire(blocking=False):
+        pass
+    long = ask(batcher, range(60))
+    await asyncio.to_thread(rows.began.acquire)
+    return long
+
+
+async def test_what_fails_at_once_is_told_and_the_next_is_answered(quick, monkeypatch):
+    batcher, rows = quick
+    rows.bad.add(7)
+    with pytest.raises(InvalidInputError, match="row 7"):
+        answer_now(batcher, range(8))
+    with monkeypatch.context() as broken:
+        broken.setattr(rows, "run", lambda _key, _payloads: 1 / 0)
+        with pytest.raises(DeviceError, match="while it computed this batch"):
+            answer_now(batcher, range(3))
+    assert answer_now(batcher, range(3)) == [0, 1, 2]
+
+
+def is_answered_now(batcher, key, count):
+    answer = answer_now(batcher, range(count), key=key)
+    assert answer is None or answer == list(range(count))
+    return answer is not None
+
+
 ASKED = st.lists(
     st.tuples(st.sampled_from("xyz"), st.integers(0, 60), st.booleans(), st.integers(0, 3)),
     max_size=40,
@@ -863,6 +934,8 @@ def test_whatever_is_asked_each_gets_its_own_answer_and_nothing_is_left(
         await batcher.start(lambda: rows)
         futures = {}
         for key, count, leaves, pauses in asked:
+            if not leaves and count != 60 and is_answered_now(batcher, key, count):
+                continue
             try:
                 future = batcher.admit(key, range(count), rows=count, nbytes=count, deadline=None)
             except OverloadedError:

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
+from semid_server.serving import batcher
 from semid_server.serving.servicer import STREAM_WINDOW
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -163,7 +164,7 @@ async def test_who_pings_as_often_as_is_allowed_stays(run_server, ready, connect
         answers += frame.kind == PING and frame.flags & ACK
 
 
-def request(rows):
+def request_of(rows):
     data = np.ones((rows, 4), "f4")
     tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=data.shape, data=data.tobytes())
     return pb.EncodeRequest(tensor=tensor)
@@ -173,16 +174,16 @@ async def test_a_caller_with_too_much_in_work_is_refused_and_its_streams_wait(
     serve_runner, device, toy_codes
 ):
     service = await serve_runner(device, max_peer_bytes=100)
-    running = service.stub.Encode(request(5))
+    running = service.stub.Encode(request_of(5))
     await asyncio.to_thread(device.began.get, timeout=30)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await service.stub.Encode(request(2))
+        await service.stub.Encode(request_of(2))
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "80 bytes of this caller are in work" in caught.value.details()
     assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "100"
 
     async def messages():
-        yield pb.EncodeStreamRequest(request=request(2))
+        yield pb.EncodeStreamRequest(request=request_of(2))
 
     stream = service.stub.EncodeStream(messages())
     answer = asyncio.create_task(stream.read())
@@ -220,7 +221,23 @@ ANSWER_BYTES = 16
 """Of a row that the toy model decodes: four numbers."""
 
 
-async def test_an_answer_to_decode_counts_until_its_call_has_ended(toy):
+@pytest.fixture(params=["queued", "at once"])
+async def either_way(request, toy, toy_runner, monkeypatch):
+    """The toy model, whose requests are queued, or answered at once."""
+    if request.param == "at once":
+        monkeypatch.setattr(batcher, "QUICK", math.inf)
+        monkeypatch.setattr(batcher, "QUICK_AT_MOST", math.inf)
+        await toy.stub.Encode(request_of(1))
+        await toy.stub.Decode(decode_request(1))
+        while not toy.batcher._resting:
+            await asyncio.sleep(0)
+        toy_runner.quick = True
+        monkeypatch.delattr(toy.batcher.__class__, "admit")
+    return toy
+
+
+async def test_an_answer_to_decode_counts_until_its_call_has_ended(either_way):
+    toy = either_way
     peers, call = toy.servicer._peers, Call()
     await toy.servicer.Decode(decode_request(5), call)
     assert peers.of(CALLER) == 5 * ANSWER_BYTES
@@ -262,22 +279,24 @@ async def test_who_leaves_a_decode_stream_without_reading_it_holds_nothing(toy):
     assert peers.of(CALLER) == 0
 
 
-async def test_an_answer_to_encode_is_counted_no_longer_than_it_takes(toy):
-    await toy.stub.Encode(request(5))
+async def test_an_answer_to_encode_is_counted_no_longer_than_it_takes(either_way):
+    toy = either_way
+    answer = await toy.stub.Encode(request_of(5))
+    assert list(answer.tensor.shape) == [5, 3]
     assert toy.servicer._peers._bytes == {}
 
 
 async def test_what_a_caller_had_in_work_is_given_back_when_it_leaves(serve_runner, device):
     service = await serve_runner(device, max_peer_bytes=100)
-    running = service.stub.Encode(request(1))
+    running = service.stub.Encode(request_of(1))
     await asyncio.to_thread(device.began.get, timeout=30)
-    queued = service.stub.Encode(request(5))
+    queued = service.stub.Encode(request_of(5))
     while not service.batcher.queue.requests:
         await asyncio.sleep(0)
     queued.cancel()
     while service.batcher.queue.requests:
         await asyncio.sleep(0)
-    again = service.stub.Encode(request(5))
+    again = service.stub.Encode(request_of(5))
     for rows in (1, 5):
         device.outcomes.put(lambda payloads, rows=rows: [np.zeros((rows, 3), np.uint16)])
     await running

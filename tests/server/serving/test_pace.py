@@ -38,13 +38,13 @@ def test_work_is_told_at_the_best_rate_there_was():
 
 def test_the_shortest_time_is_that_of_batches_that_nothing_got_in_the_way_of():
     pace = paced(*[(8, 0.001), (8, 0.03)] * 20)
-    assert 0.001 <= pace.shortest(8) < 0.0011 < pace.predict(8)
+    assert 0.001 <= pace.times(8)[1] < 0.0011 < pace.predict(8)
     # Unless no batch has taken so little for long.
     for _ in range(100):
         pace.observe(8, 0.03)
-    assert pace.shortest(8) == pytest.approx(0.03)
-    assert pace.shortest(1) == pace.shortest(8)
-    assert Pace().shortest(8) == 0
+    assert pace.times(8)[1] == pytest.approx(0.03)
+    assert pace.times(1)[1] == pace.times(8)[1]
+    assert Pace().times(8) == (0, 0)
 
 
 def test_a_new_speed_is_learned():
