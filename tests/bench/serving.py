@@ -346,6 +346,7 @@ class Bench:
         """What serves the made checkpoint, the limit first."""
         found = [
             self.echo,
+            self._servers.enter_context(beside("plain", "plain")),
             self._servers.enter_context(beside("instant", "instant", self.made)),
             self._semid("semid", self.made),
             *self._beside("unbatched", self.made),
@@ -414,13 +415,17 @@ class Bench:
         """Bytes of embeddings answered a second, by the size of a message."""
         title(f"Encode, MB/s of embeddings, {DIM} x 256 x 3, closed loop of one client process")
         print(
-            "echo: asyncio grpcio, the same messages, no work. instant: semid, its device taking\n"
-            f"no time. semid: {self._encodes}.\n"
+            "echo: asyncio grpcio on uvloop, as semid, the same messages, no work; plain: the\n"
+            "same on Python's own event loop. instant: semid, its device taking no time.\n"
+            f"semid: {self._encodes}.\n"
             "unbatched: a thread pool around predict_step. triton: semid's encoder behind pytriton."
         )
         names = [server.name for server in self.on_made]
         print("\n     size    in flight    " + "".join(f"{name:>11}" for name in names), end="")
-        print("   instant/echo  semid/echo" + ("  semid/triton" * bool(self.triton_python)))
+        print(
+            "   instant/echo  instant/plain  semid/echo"
+            + ("  semid/triton" * bool(self.triton_python))
+        )
         for size in self.plan.sizes:
             for in_flight in self.plan.in_flight:
                 self._throughput_of(self.on_made, size, in_flight)
@@ -443,7 +448,8 @@ class Bench:
             self.keep(f"mb_per_s.{name}.{size}.{in_flight}", rate)
         line = f"  {size // KIB:6} K {in_flight:10}       "
         line += "".join(f"{rate:11.0f}" for rate in found.values())
-        line += f"{found['instant'] / found['echo']:13.2f}{found['semid'] / found['echo']:12.2f}"
+        line += f"{found['instant'] / found['echo']:13.2f}{found['instant'] / found['plain']:15.2f}"
+        line += f"{found['semid'] / found['echo']:12.2f}"
         if "triton" in found:
             line += f"{found['semid'] / found['triton']:14.2f}"
         print(line)

@@ -1,7 +1,10 @@
 """Servers to compare semid with, each in a process of its own: ``serving_servers.py KIND ...``.
 
 ``echo``
-    The limit: asyncio grpcio with semid's options, the same messages, and no work between them.
+    The limit: grpcio's asyncio server on semid's event loop and with its options, the same
+    messages, and no work between them.
+``plain``
+    The same on the event loop that Python brings, as most servers run.
 ``instant CHECKPOINT``
     semid's own serving around a device that takes no time: the copy into the batch is made, the
     numbers are checked, and every code is 0. What it loses against ``echo`` is what serving costs.
@@ -29,6 +32,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import torch
+import uvloop
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
@@ -162,14 +166,16 @@ async def collector() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["echo", "instant", "unbatched", "collector"])
+    parser.add_argument("kind", choices=["echo", "plain", "instant", "unbatched", "collector"])
     parser.add_argument("checkpoint", type=Path, nargs="?")
     arguments = parser.parse_args()
     match arguments.kind:
         case "echo":
+            uvloop.run(echo())
+        case "plain":
             asyncio.run(echo())
         case "instant":
-            asyncio.run(instant(arguments.checkpoint))
+            uvloop.run(instant(arguments.checkpoint))
         case "unbatched":
             unbatched(arguments.checkpoint)
         case "collector":

@@ -27,6 +27,7 @@ def measured(tmp_path, *flags):
     return json.loads(figures.read_text())
 
 
+@pytest.mark.slow  # it says whether the benchmark runs, not whether semid does
 def test_a_quick_run_measures_every_section(tmp_path):
     found = measured(
         tmp_path,

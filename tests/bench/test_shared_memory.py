@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).with_name("shared_memory.py")
 
 
+@pytest.mark.slow  # it says whether the benchmark runs, not whether semid does
 def test_the_quick_run_measures_every_way(tmp_path):
     figures = tmp_path / "figures.json"
     done = subprocess.run(

@@ -102,6 +102,8 @@ def checkout(root, tmp_path_factory) -> Path:
 def _environment() -> dict[str, str]:
     """That of a shell in which the environment of the tests is activated."""
     kept = {n: v for n, v in os.environ.items() if not n.startswith(("SEMID_", "PYTHON"))}
+    # What is installed is compiled when it is imported: most of it never.
+    kept["PIP_NO_COMPILE"] = "1"
     return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
