@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import sys
@@ -23,6 +24,11 @@ logger = logging.getLogger(__name__)
 
 SCRAPE_PATIENCE: Final = 10.0
 """Seconds that a scraper may take to ask, and to read each piece of the answer."""
+
+MAX_SCRAPES: Final = 256
+"""Scrapes at one moment: many times as many as there are scrapers, and threads do not run out."""
+
+BUSY: Final = b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 
 
 def bracketed(host: str) -> str:
@@ -109,10 +115,40 @@ def _bind(address: Address, *, shared: bool) -> socket.socket:
 
 
 class _MetricsServer(ThreadingMixIn, WSGIServer):
-    """A thread for each scrape: one that is slow holds up no other, nor the end of the process."""
+    """A thread for each scrape: one that is slow holds up no other, nor the end of the process.
+
+    Of `MAX_SCRAPES` at most: beyond them, connections are answered 503 and closed.
+    """
 
     daemon_threads = True
     request_queue_size = 128
+
+    def __init__(self, *arguments: Any) -> None:
+        self._free = threading.Semaphore(MAX_SCRAPES)
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for a connection, if there may be one more."""
+        if not self._free.acquire(blocking=False):
+            logger.warning(
+                "a scrape by %s is refused: %d are under way", client_address[0], MAX_SCRAPES
+            )
+            with contextlib.suppress(OSError):
+                request.sendall(BUSY)
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a connection, and make room for another."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, request: object, client_address: Any) -> None:  # noqa: ARG002 - inherited
         """Say that a scrape failed: the scraper was too slow, or left."""

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
+CERTIFICATE_NAMES: Final = ("x509_common_name", "x509_subject_alternative_name")
+"""What gRPC tells of the names in a verified certificate."""
+
 RETRY_AFTER: Final = 0.1
 """Seconds after which a caller that had too much in work may try again."""
 
@@ -33,8 +36,11 @@ def caller_of(context: Context, *, certificates: bool, tokens: bool) -> str:
         Whether callers show certificates that were verified, and tokens that were checked.
     """
     if certificates:
-        for name in context.auth_context().get("x509_common_name", ()):
-            return f"certificate {name.decode(errors='replace')}"
+        # All of its names: what tells the parts of a fleet apart is often not the common one.
+        shown = context.auth_context()
+        names = [name for kind in CERTIFICATE_NAMES for name in shown.get(kind, ())]
+        if names:
+            return f"certificate {b', '.join(names).decode(errors='replace')}"
     if tokens:
         # The one that was checked, of several the last, and without the scheme, which has 64
         # spellings: nobody is several callers by what is sent beside a token.

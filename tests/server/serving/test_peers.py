@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc
+import grpc.aio
 import pytest
+import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +60,39 @@ def test_a_caller_is_the_name_in_its_certificate_where_those_are_verified():
     context = Context(names=[b"recommender"], authorization="Bearer one")
     assert name(context, certificates=True, tokens=True) == "certificate recommender"
     assert name(context) == "ipv4:10.0.0.7"
+
+
+async def test_certificates_of_one_common_name_are_told_apart_by_their_other_names():
+    authority = trustme.CA()
+    server_certificate = authority.issue_cert("localhost")
+    callers = []
+
+    async def note(_request, context):
+        callers.append(name(context, certificates=True))
+        return b""
+
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(note)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("s", {"m": handler}),))
+    roots = authority.cert_pem.bytes()
+    chain = b"".join(pem.bytes() for pem in server_certificate.cert_chain_pems)
+    credentials = grpc.ssl_server_credentials(
+        [(server_certificate.private_key_pem.bytes(), chain)], roots, require_client_auth=True
+    )
+    port = server.add_secure_port("localhost:0", credentials)
+    await server.start()
+    for other in ("a.example", "b.example", "a.example"):
+        own = authority.issue_cert(other, common_name="recommender")
+        credentials = grpc.ssl_channel_credentials(
+            roots, own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes()
+        )
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.secure_channel(f"localhost:{port}", credentials, options) as channel:
+            await channel.unary_unary("/s/m")(b"")
+    await server.stop(None)
+    first, second, again = callers
+    assert first == again != second
+    assert first == "certificate recommender, a.example"
 
 
 def test_a_caller_may_have_so_many_bytes_in_work_and_others_as_many():
