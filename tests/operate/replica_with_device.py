@@ -8,11 +8,12 @@ made up, from this process: its memory, and how busy it is.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 import time
 from pathlib import Path
+
+import uvloop
 
 from semid_server.serving.backend import Backend
 from semid_server.serving.config import ModelSource, ServeConfig
@@ -55,7 +56,7 @@ def main() -> None:
     def announce(line: str) -> None:
         print(f"semid: {line}", flush=True)
 
-    asyncio.run(Server(config, announce=announce, make_backend=BackendWithDevice).run())
+    uvloop.run(Server(config, announce=announce, make_backend=BackendWithDevice).run())
 
 
 if __name__ == "__main__":

@@ -237,8 +237,9 @@ def _default(name: str) -> dict[str, Any]:
     type=click.IntRange(1),
     **_default("max_peer_bytes"),
     help="Bytes that one caller may have in work, reconstructions that it has not taken yet "
-    "included: by the name in its certificate, else its token, else its address. More are refused, "
-    "streams wait. Raise it where all callers share a proxy.",
+    "included: by the names in its certificate (the common one and the alternative ones), else its "
+    "token, else its address. More are refused, streams wait. Raise it where all callers share a "
+    "proxy.",
 )
 @_option(
     "--max-concurrent-rpcs",

@@ -115,9 +115,9 @@ def _bind(address: Address, *, shared: bool) -> socket.socket:
 
 
 class _MetricsServer(ThreadingMixIn, WSGIServer):
-    """A thread for each scrape: one that is slow holds up no other, nor the end of the process.
+    """A thread for each scrape: a slow one holds up neither others nor the end of the process.
 
-    Of `MAX_SCRAPES` at most: beyond them, connections are answered 503 and closed.
+    `MAX_SCRAPES` of them at most: beyond, connections are answered 503 and closed.
     """
 
     daemon_threads = True
@@ -130,7 +130,7 @@ class _MetricsServer(ThreadingMixIn, WSGIServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, if there may be one more."""
         if not self._free.acquire(blocking=False):
-            logger.warning(
+            logger.info(
                 "a scrape by %s is refused: %d are under way", client_address[0], MAX_SCRAPES
             )
             with contextlib.suppress(OSError):

@@ -14,10 +14,11 @@ So a large caller delays small ones by no more than a turn, and small ones never
 
 **Short turns.** Handing work to a thread and back costs more than a small batch itself. Where
 the runner allows it (`Runner.quick`), and only while the worker rests, the event loop runs batches
-that are known to take less than `QUICK` seconds itself, once it has read all that had arrived; and
-a request that finds nothing queued it may run at once (`Batcher.answer_now`).
+that are known to take less than `QUICK` seconds itself, once it has read all that had arrived.
+A short request that finds nothing queued it may run at once, alone (`Batcher.answer_now`): it is
+never queued, and what shares no batch is no more than what a batch of its own takes in any case.
 
-The life of a request::
+The life of a request that is queued::
 
     admit() ── no room, or no time ──> OverloadedError
       │
@@ -27,7 +28,8 @@ The life of a request::
       ▼
     TAKEN, in parts if it is large ──> the answer, or an error, sets the future
 
-Everything that the loop and the worker share is guarded by one condition variable.
+What the loop and the worker share is guarded by one lock, but for what only the one who runs a
+batch writes: which batch that is, and until when.
 """
 
 from __future__ import annotations
@@ -115,7 +117,7 @@ class Runner(ABC, Generic[Key, Payload, Answer]):
         return key
 
     def after(self) -> None:
-        """Do what may wait until the answers of the batch are on their way."""
+        """Do what may wait until the answers of the batch are set."""
 
 
 RunnerT = TypeVar("RunnerT", bound=Runner[Any, Any, Any])
@@ -354,6 +356,8 @@ class Batcher(Generic[Key, Payload, Answer]):
         """Answer a request at once, if it is known to be short and nobody else has work here.
 
         For the event loop's thread alone, which runs it. Queueing costs as much as a short batch.
+        No deadline is looked at: what is ahead of none is tried whatever its deadline, as in
+        `admit`.
 
         Parameters
         ----------
@@ -369,6 +373,8 @@ class Batcher(Generic[Key, Payload, Answer]):
         ------
         SemidError
             What the runner has to say of it in place of an answer.
+        ValueError
+            It is larger than a batch: as in `admit`, a bug.
         """
         self._check_size(rows, nbytes)
         with self._lock:

@@ -1,6 +1,6 @@
 """Who calls, and how many bytes of theirs are in work: no caller may have all of the queue.
 
-A caller is whoever its connection or its calls prove it to be: the name in its certificate, else
+A caller is whoever its connection or its calls prove it to be: the names in its certificate, else
 its token, else the address it calls from, whatever the port. Callers behind one proxy are one.
 """
 
@@ -38,9 +38,9 @@ def caller_of(context: Context, *, certificates: bool, tokens: bool) -> str:
     if certificates:
         # All of its names: what tells the parts of a fleet apart is often not the common one.
         shown = context.auth_context()
-        names = [name for kind in CERTIFICATE_NAMES for name in shown.get(kind, ())]
-        if names:
-            return f"certificate {b', '.join(names).decode(errors='replace')}"
+        names = [list(shown.get(kind, ())) for kind in CERTIFICATE_NAMES]
+        if any(names):
+            return f"certificate {names}"  # as Python writes them: no two lists look the same
     if tokens:
         # The one that was checked, of several the last, and without the scheme, which has 64
         # spellings: nobody is several callers by what is sent beside a token.

@@ -900,6 +900,32 @@ async def test_what_fails_at_once_is_told_and_the_next_is_answered(quick, monkey
     assert answer_now(batcher, range(3)) == [0, 1, 2]
 
 
+async def test_a_device_that_is_lost_at_once_is_told_of_and_nothing_more_is_answered(
+    quick, monkeypatch
+):
+    batcher, rows = quick
+
+    def lose(_key, _payloads):
+        raise DeviceLostError("gone")
+
+    monkeypatch.setattr(rows, "run", lose)
+    with pytest.raises(DeviceLostError, match="gone"):
+        answer_now(batcher, range(3))
+    assert answer_now(batcher, range(3)) is None
+    with pytest.raises(NotServingError):
+        ask(batcher, range(3))
+    assert str(await batcher.lost()) == "gone"
+    assert batcher.running is None
+
+
+async def learn(batcher, keys):
+    """Have the speed of keys be known, and the worker at rest."""
+    for key in keys:
+        await ask(batcher, range(1), key=key)
+    while not batcher._resting:
+        await asyncio.sleep(0)
+
+
 def is_answered_now(batcher, key, count):
     answer = answer_now(batcher, range(count), key=key)
     assert answer is None or answer == list(range(count))
@@ -932,6 +958,7 @@ def test_whatever_is_asked_each_gets_its_own_answer_and_nothing_is_left(
         rows.quick = is_quick
         rows.may_run.set()
         await batcher.start(lambda: rows)
+        await learn(batcher, "xyz" if is_quick else "")
         futures = {}
         for key, count, leaves, pauses in asked:
             if not leaves and count != 60 and is_answered_now(batcher, key, count):

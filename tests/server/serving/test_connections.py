@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
+from semid_server.errors import InvalidInputError
 from semid_server.serving import batcher
 from semid_server.serving.servicer import STREAM_WINDOW
 
@@ -284,6 +285,21 @@ async def test_an_answer_to_encode_is_counted_no_longer_than_it_takes(either_way
     answer = await toy.stub.Encode(request_of(5))
     assert list(answer.tensor.shape) == [5, 3]
     assert toy.servicer._peers._bytes == {}
+
+
+async def test_a_request_that_is_refused_for_its_rows_is_counted_no_longer(either_way, toy_runner):
+    def refuse(_key, payloads):
+        return [InvalidInputError("row 0 is bad") for _ in payloads]
+
+    toy_runner.run = refuse
+    for call in (
+        either_way.stub.Encode(request_of(5)),
+        either_way.stub.Decode(decode_request(5)),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError, match="row 0 is bad"):
+            await call
+    while either_way.servicer._peers._bytes:  # the server hears a moment later that it is over
+        await asyncio.sleep(0)
 
 
 async def test_what_a_caller_had_in_work_is_given_back_when_it_leaves(serve_runner, device):

@@ -58,7 +58,7 @@ def test_nobody_is_several_callers_by_one_token():
 
 def test_a_caller_is_the_name_in_its_certificate_where_those_are_verified():
     context = Context(names=[b"recommender"], authorization="Bearer one")
-    assert name(context, certificates=True, tokens=True) == "certificate recommender"
+    assert name(context, certificates=True, tokens=True) == "certificate [[b'recommender'], []]"
     assert name(context) == "ipv4:10.0.0.7"
 
 
@@ -92,7 +92,7 @@ async def test_certificates_of_one_common_name_are_told_apart_by_their_other_nam
     await server.stop(None)
     first, second, again = callers
     assert first == again != second
-    assert first == "certificate recommender, a.example"
+    assert first == "certificate [[b'recommender'], [b'a.example']]"
 
 
 def test_a_caller_may_have_so_many_bytes_in_work_and_others_as_many():

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import multiprocessing
+import threading
+
 import pytest
+import uvloop
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from semid_server.serving.metrics import Metrics
-from semid_server.serving.processes import LEAST, SUMMED, merge
+from semid_server.serving.processes import LEAST, SUMMED, _call_when_readable, merge
 
 
 def families(make, *changes):
@@ -74,3 +79,25 @@ def test_merging_changes_no_family_of_a_process():
 def test_the_gauges_with_rules_of_their_own_exist():
     gauges = {family.name for family in Metrics().registry.collect() if family.type == "gauge"}
     assert gauges >= SUMMED | LEAST
+
+
+@pytest.mark.parametrize("run", [uvloop.run, asyncio.run])
+def test_a_message_that_comes_in_pieces_is_heard_whole(run):
+    ours, theirs = multiprocessing.Pipe()
+    long = "x" * (8 << 20)  # many times what a pipe holds
+
+    async def listen():
+        loop = asyncio.get_running_loop()
+        heard = loop.create_future()
+        _call_when_readable(loop, ours, lambda: heard.set_result(ours.recv()))
+        sender = threading.Thread(target=theirs.send, args=(long,))
+        sender.start()
+        try:
+            return await asyncio.wait_for(heard, 60)
+        finally:
+            loop.remove_reader(ours.fileno())
+            ours.close()
+            sender.join()
+            theirs.close()
+
+    assert run(listen()) == long
