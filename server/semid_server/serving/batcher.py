@@ -15,8 +15,8 @@ So a large caller delays small ones by no more than a turn, and small ones never
 **Short turns.** Handing work to a thread and back costs more than a small batch itself. Where
 the runner allows it (`Runner.quick`), and only while the worker rests, the event loop runs batches
 that are known to take less than `QUICK` seconds itself, once it has read all that had arrived.
-A short request that finds nothing queued it may run at once, alone (`Batcher.answer_now`): it is
-never queued, and what shares no batch is no more than what a batch of its own takes in any case.
+A short request that finds nothing queued it may run at once, alone (`Batcher.answer_now`): to wait
+for others that might share its batch would cost more than a short batch does.
 
 The life of a request that is queued::
 
