@@ -179,8 +179,8 @@ def prove(
     weights = ()
     chosen = ()
     for _ in tl.static_range(LAYERS):
-        weights = weights + (one * 0.0,)  # noqa: RUF005 - Triton's
-        chosen = chosen + (row * 0,)  # noqa: RUF005 - Triton's
+        weights = weights + (one * 0.0,)  # noqa: RUF005 - Triton unpacks none
+        chosen = chosen + (row * 0,)  # noqa: RUF005 - Triton unpacks none
 
     for layer in range(LAYERS):
         start = tl.multiple_of(tl.load(offsets + layer), ALIGNMENT)
@@ -251,9 +251,9 @@ def prove(
         for earlier in tl.static_range(LAYERS):
             is_new = layer == earlier
             weight = tl.where(is_new, inverse, weights[earlier] * inverse)
-            next_weights = next_weights + (weight,)  # noqa: RUF005 - Triton's
+            next_weights = next_weights + (weight,)  # noqa: RUF005 - Triton unpacks none
             took = tl.where(is_new, winner.to(tl.int64), chosen[earlier])
-            next_chosen = next_chosen + (took,)  # noqa: RUF005 - Triton's
+            next_chosen = next_chosen + (took,)  # noqa: RUF005 - Triton unpacks none
         weights = next_weights
         chosen = next_chosen
 

@@ -390,7 +390,6 @@ class Batcher(Generic[Key, Payload, Answer]):
             pace = self._pace(key)
             if not self._is_quick(pace, rows):
                 return None
-        assert self._loop is not None  # noqa: S101 - the runner was made
         entry: _Entry[Key, Payload, Answer] = _Entry(
             key,
             payload,
@@ -400,7 +399,7 @@ class Batcher(Generic[Key, Payload, Answer]):
             admitted=self._clock(),
             pace=pace,
             ticket=0,
-            future=self._loop.create_future(),
+            future=asyncio.get_running_loop().create_future(),
             mark=self._observer.admitted(key, rows),
         )
         batch: _Batch[Key, Payload, Answer] = _Batch()
