@@ -131,6 +131,47 @@ def test_batches_follow_one_another_without_waiting_though_their_rows_are_gone()
         assert torch.equal(few_codes.cpu(), want[:7])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("network", [False, True])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_blocks_that_are_begun_before_others_are_done_have_their_own_codes(dtype, network, pinned):
+    if network:
+        model, spec = cases.random_network_model(64, (128, 64), 32, [200, 70])
+    else:
+        model, spec = cases.random_model(64, [200, 70])
+    encoder = GpuEncoder(model, spec, device=GPU, piece_bytes=1 << 16)
+    reference = ReferenceEncoder(model, spec, device=CPU)
+    blocks, waits = [], []
+    before = encoder.counts().rows
+    for i in range(24):
+        # some of one piece, of many, and of so few rows that they are encoded at once
+        rows = torch.randn(3000 if i % 5 else 500 if i % 2 else 100, 64).to(dtype)
+        if i % 3 == 0:
+            rows[i, i], rows[2 * i, 0], rows[-1, 63] = torch.nan, torch.inf, -torch.inf
+        blocks.append(rows.pin_memory() if pinned else rows)
+        waits.append(encoder.begin(blocks[-1]))
+        if i % 7 == 0:  # beside what is under way
+            other_rows = torch.randn(700, 64).to(dtype)
+            want = reference.encode(other_rows)
+            assert torch.equal(encoder.encode(other_rows), want)
+            assert torch.equal(encoder.encode(other_rows.to(GPU)).cpu(), want)
+            before += 2 * len(want)
+        while len(waits) - i % 4 > 3:
+            check_screened(waits.pop(0)(), blocks.pop(0), reference)
+    for wait, rows in zip(waits, blocks, strict=True):
+        check_screened(wait(), rows, reference)
+    sizes = [3000 if i % 5 else 500 if i % 2 else 100 for i in range(24)]
+    assert encoder.counts().rows - before == sum(sizes)
+    assert not encoder.begin(torch.empty(0, 64))().codes.numel()
+
+
+def check_screened(found, rows, reference):
+    """Codes of finite rows are those of the reference, and the others are told."""
+    finite = rows.isfinite().all(dim=1)
+    assert torch.equal(found.finite, finite)
+    assert torch.equal(found.codes[finite], reference.encode(rows[finite]))
+
+
 @pytest.mark.parametrize("network", [False, True])
 def test_graphs_write_to_no_memory_but_their_own(network):
     if network:

@@ -36,6 +36,7 @@ class ServerEngine:
 
     stage = "server"
     block_bytes = 4 << 20
+    screens = False
 
     def __init__(self, *, in_flight: int, **connection: Any) -> None:
         self.threads = min(2, in_flight)

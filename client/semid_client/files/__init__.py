@@ -1,6 +1,6 @@
 """Files of embeddings and of codes: read in pieces, written whole or not at all."""
 
-from semid_client.files._errors import FileError
+from semid_client.files._errors import FileError, NotFiniteError
 from semid_client.files.npy import NpyReader
 from semid_client.files.outputs import Made, OnBadRow, Unique, check_output, make_output
 from semid_client.files.pipeline import Engine, Pipeline, Stages
@@ -15,6 +15,7 @@ __all__ = [
     "Engine",
     "FileError",
     "Made",
+    "NotFiniteError",
     "NpyReader",
     "OnBadRow",
     "Pipeline",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from semid_client._errors import SemidClientError
+from semid_client._errors import InvalidInputError, SemidClientError
 
 if TYPE_CHECKING:
     import os
@@ -24,3 +24,7 @@ class FileError(SemidClientError):
     def of(cls, path: str | os.PathLike[str], error: OSError) -> FileError:
         """Say what the system said of the path; raise the result ``from`` the error."""
         return cls(path, error.strerror or str(error))
+
+
+class NotFiniteError(InvalidInputError):
+    """Rows that were to be computed hold NaN or an infinity; which do was not told."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from semid_client._errors import InvalidInputError
-from semid_client.files._errors import FileError
-from semid_client.files.reading import AHEAD, ReadAhead
+from semid_client.files._errors import FileError, NotFiniteError
+from semid_client.files.reading import AHEAD, ReadAhead, checked
 from semid_client.files.rows import Block
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ class Engine(Protocol):
         How many blocks it can work on at once.
     block_bytes : int
         Bytes of rows that make a good block.
+    screens : bool
+        Whether `encode` looks for rows that are not finite, and refuses them by a
+        `NotFiniteError`; otherwise they have to be found before.
     """
 
     info: ModelInfo
@@ -54,12 +57,19 @@ class Engine(Protocol):
     stage: str
     threads: int
     block_bytes: int
+    screens: bool
 
     def memory(self, n_bytes: int) -> Memory:
         """At least so many bytes, from the beginning of a page, where rows are best read into."""
 
     def encode(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """Codes (n, L) of finite embeddings (n, D), which change after that."""
+        """Codes (n, L) of finite embeddings (n, D), which change after that.
+
+        Raises
+        ------
+        NotFiniteError
+            If some are not, and it looks for that.
+        """
 
     def decode(self, codes: NDArray[Any], mode: str) -> NDArray[Any]:
         """Reconstructions float32 (n, D) of codes (n, l)."""
@@ -144,11 +154,16 @@ class Pipeline:
         n_rows = max(1, self.engine.block_bytes // row_bytes)
         start = self.work.progress.rows_in
         pool = ThreadPoolExecutor(self.engine.threads, "semid-compute")
-        with ReadAhead(self.source, start, n_rows, self.engine.memory) as reads:
+        check = not self.engine.screens
+        with ReadAhead(self.source, start, n_rows, self.engine.memory, check=check) as reads:
             try:
                 for item in reads:
                     self._waiting.append(self._submit(item, pool, reads.threads))
-                    if len(self._waiting) > AHEAD * self.engine.threads:
+                    # What is done goes at once: its memory is of use to the next.
+                    while self._waiting and (
+                        self._waiting[0].future.done()
+                        or len(self._waiting) > AHEAD * self.engine.threads
+                    ):
                         reads.take_back(self._finish())
                 while self._waiting:
                     reads.take_back(self._finish())
@@ -167,22 +182,29 @@ class Pipeline:
         block = item.block
         self.stages.reading += item.seconds / readers
         self.stages.bytes_read += block.rows.nbytes
+        return _Waiting(block, item.memory, pool.submit(self._timed, block))
+
+    def _timed(self, block: Block) -> Computed:
+        began = time.perf_counter()
+        try:
+            answer = self._compute(block)
+        except NotFiniteError:  # seldom: only now they are looked for here
+            block = checked(block)
+            answer = self._compute(block)
+        return Computed(block, answer, time.perf_counter() - began)
+
+    def _compute(self, block: Block) -> NDArray[Any]:
         if block.bad and self.on_bad_row == "fail":
             row, problem = next(iter(block.bad.items()))
-            error = FileError(self.source.path, f"row {row}: {problem}")
-            return _Waiting(block, item.memory, pool.submit(_fail, error))
-        return _Waiting(block, item.memory, pool.submit(self._timed, _without_bad(block)))
-
-    def _timed(self, rows: NDArray[Any]) -> tuple[NDArray[Any], float]:
-        began = time.perf_counter()
-        return self.compute(rows), time.perf_counter() - began
+            raise FileError(self.source.path, f"row {row}: {problem}")
+        return self.compute(_without_bad(block))
 
     def _finish(self) -> Memory | None:
         """Write what the block gave that was submitted first; return the memory it was read to."""
-        done = self._waiting.popleft()
-        block = done.block
-        answer, seconds = done.answer(self.source.path)
-        self.stages.computing += seconds / self.engine.threads
+        waiting = self._waiting.popleft()
+        done = waiting.answer(self.source.path)
+        block, answer = done.block, done.answer
+        self.stages.computing += done.seconds / self.engine.threads
         began = time.perf_counter()
         if block.bad and self.on_bad_row == "skip":
             answer = np.delete(answer, _places(block), axis=0)
@@ -191,7 +213,16 @@ class Pipeline:
         self.work.append(len(block.rows), answer, block.bad)
         self.stages.writing += time.perf_counter() - began
         self.report(len(block.rows))
-        return done.memory
+        return waiting.memory
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A block with all that is bad in it, what it gave, and the seconds that took."""
+
+    block: Block
+    answer: NDArray[Any]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +231,9 @@ class _Waiting:
 
     block: Block
     memory: Memory | None
-    future: Future[tuple[NDArray[Any], float]]
+    future: Future[Computed]
 
-    def answer(self, path: str) -> tuple[NDArray[Any], float]:
+    def answer(self, path: str) -> Computed:
         """Wait for what was computed; a refusal is about a row of the source."""
         # In pieces: an interrupt that comes just before a lock is waited for is not seen meanwhile.
         while not self.future.done():
@@ -214,7 +245,7 @@ class _Waiting:
             raise FileError(path, place + error.problem) from error
 
 
-def _fail(error: BaseException) -> tuple[NDArray[Any], float]:
+def _fail(error: BaseException) -> Computed:
     raise error
 
 

@@ -461,7 +461,8 @@ class LocalRanges:
         self.file.close()
 
 
-_mincore: Final = ctypes.CDLL(None, use_errno=True).mincore
+# It waits for nothing, so that other threads need not be let on: they would be waited for, too.
+_mincore: Final = ctypes.PyDLL(None).mincore
 
 
 def _is_cached(file: IO[bytes], at: int, n_bytes: int) -> bool:

@@ -42,7 +42,8 @@ class ReadAhead:
 
     A matrix is read in several places at once, into memory that is used again when it is taken
     back; everything else from one block to the next, wherever its format puts them. Whether all
-    numbers are finite is seen in the same threads. Blocks come in the order of their rows.
+    numbers are finite is seen in the same threads, if it is to be. Blocks come in the order of
+    their rows.
 
     Parameters
     ----------
@@ -54,6 +55,8 @@ class ReadAhead:
         Rows of a block, at most.
     memory : callable
         Makes memory of at least so many bytes, from the beginning of a page.
+    check : bool
+        Whether to look for rows that are not finite.
 
     Attributes
     ----------
@@ -62,8 +65,15 @@ class ReadAhead:
     """
 
     def __init__(
-        self, source: Source, start: int, n_rows: int, memory: Callable[[int], Memory]
+        self,
+        source: Source,
+        start: int,
+        n_rows: int,
+        memory: Callable[[int], Memory],
+        *,
+        check: bool = True,
     ) -> None:
+        self._check = check
         self._source, self._memory = source, memory
         self._free: list[Memory] = []
         self._reads: Iterator[Callable[[], Read | None]]
@@ -89,8 +99,9 @@ class ReadAhead:
             found = first.result()
             if found is None:
                 return
-            begun.extend(map(self._pool.submit, islice(self._reads, 1)))
             yield found
+            # Only now: it may be read into memory that has been taken back meanwhile.
+            begun.extend(map(self._pool.submit, islice(self._reads, 1)))
 
     def take_back(self, memory: Memory | None) -> None:
         """Use memory again: nobody needs the block any more that was read into it."""
@@ -110,18 +121,21 @@ class ReadAhead:
         except IndexError:  # no more than blocks read ahead and blocks at work
             memory = self._memory(self._n_bytes)
         rows = source.read(start, min(stop, source.n_rows or 0), memory)
-        block = _checked(Block(start, rows))
+        block = self._checked(Block(start, rows))
         return Read(block, memory, time.perf_counter() - began)
 
-    @staticmethod
-    def _read_on(blocks: Iterator[Block]) -> Read | None:
+    def _checked(self, block: Block) -> Block:
+        return checked(block) if self._check else block
+
+    def _read_on(self, blocks: Iterator[Block]) -> Read | None:
         began = time.perf_counter()
         block = next(blocks, None)
         if block is None:
             return None
-        return Read(_checked(block), None, time.perf_counter() - began)
+        return Read(self._checked(block), None, time.perf_counter() - began)
 
 
-def _checked(block: Block) -> Block:
+def checked(block: Block) -> Block:
+    """A block with its rows that are not finite among the bad ones."""
     bad = block.bad | not_finite(block.rows, block.start)
     return replace(block, bad=dict(sorted(bad.items())))

@@ -225,6 +225,7 @@ class RayEngine:
     stage = "cluster"
     threads = 1
     block_bytes = CheckpointEngine.block_bytes
+    screens = False
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from semid_server.encoding.network import Network
 from semid_server.encoding.plan import UNIT32, Plan
 from semid_server.encoding.protocol import EncodeCounts, code_dtype_of
 from semid_server.encoding.reference import ReferenceEncoder
-from semid_server.encoding.rows import checked, default_threads, spans
+from semid_server.encoding.rows import AtOnce, checked, default_threads, spans
 from semid_server.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def has_integer_product() -> bool:
     return "+avx512vnni" in features.split(",")
 
 
-class CpuEncoder:
+class CpuEncoder(AtOnce):
     """Codes of the reference, from one matrix product for all layers and a certificate.
 
     The product is of int16 where the processor has AVX512-VNNI, else of float32. Rows that the

@@ -17,14 +17,21 @@ from semid_server.encoding import gpu_kernels as kernels
 from semid_server.encoding import tensor_cores
 from semid_server.encoding.network import Network
 from semid_server.encoding.plan import Plan
-from semid_server.encoding.protocol import ROW_DTYPES, EncodeCounts, code_dtype_of
+from semid_server.encoding.protocol import (
+    ROW_DTYPES,
+    EncodeCounts,
+    Screened,
+    code_dtype_of,
+)
 from semid_server.encoding.reference import ReferenceEncoder
-from semid_server.encoding.rows import checked
+from semid_server.encoding.rows import AtOnce, checked
 from semid_server.encoding.staging import STAGES, Stage, convey, own_stream, pieces
 from semid_server.errors import ConfigurationError, InvalidInputError
 from semid_server.model import NORM_EPS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
     from semid_server.model import ModelSpec
@@ -214,7 +221,7 @@ def fits(spec: ModelSpec) -> bool:
     return spec.embedding_dim <= WIDEST_ROW and max(spec.codebook_widths) <= WIDEST_CODEBOOK
 
 
-class GpuEncoder:
+class GpuEncoder(AtOnce):
     """Codes of the reference, from one float16 matrix product for all layers and a certificate.
 
     Everything stays on the device: rows that the certificate does not prove are decided there by
@@ -263,6 +270,7 @@ class GpuEncoder:
         self._sizes = {dtype: self._graph_rows(dtype) for dtype in ROW_DTYPES}
         self._check_product()
         self._stages: list[Stage] = []
+        self._turns = itertools.cycle(range(STAGES))
         self._copies = own_stream(self, device)
 
     def _check_product(self) -> None:
@@ -332,7 +340,19 @@ class GpuEncoder:
                 return self._encode_there(rows)
             if len(rows) <= _GRAPH_ROWS[-1]:
                 return self._host_graph(len(rows), rows.dtype).encode(rows)
-            return self._encode_from_host(rows)
+            least = -(-self._most_rows(rows.dtype) // _RAMP)
+            return self._begin_from_host(rows, least=least)().codes
+
+    def begin(self, rows: Tensor) -> Callable[[], Screened]:
+        """Queue ``rows`` (n, D), and return what waits for their codes; see `Encoder.begin`.
+
+        Many rows are copied beside the work for those before them, and looked through there.
+        """
+        if rows.device.type != "cpu" or len(rows) <= _GRAPH_ROWS[-1]:
+            return super().begin(rows)
+        rows = checked(rows, self.input_dim).detach()
+        with torch.cuda.device(self._device):
+            return self._begin_from_host(rows, least=self._most_rows(rows.dtype), screen=True)
 
     def _encode_there(self, rows: Tensor) -> Tensor:
         """Rows on the device are read where they are; all of it is queued."""
@@ -351,36 +371,62 @@ class GpuEncoder:
             stage.release()
         return codes
 
-    def _encode_from_host(self, rows: Tensor) -> Tensor:
-        """Copy pieces while others are computed; pinned rows are read where they are."""
+    def _begin_from_host(
+        self, rows: Tensor, *, least: int, screen: bool = False
+    ) -> Callable[[], Screened]:
+        """Queue pieces, copied while others are computed; pinned rows are read where they are.
+
+        The first piece and the last have ``least`` rows. Stages are taken in turn, whoever's the
+        pieces before are: what a stage still has to do is waited for by the device alone.
+        To ``screen`` is to encode zeros in the place of rows that are not finite, and to tell.
+        """
         codes = torch.empty(len(rows), self.n_layers, dtype=self.code_dtype, pin_memory=True)
+        finite = torch.empty(len(rows) if screen else 0, dtype=torch.bool, pin_memory=True)
         pinned = rows.is_pinned() and rows.is_contiguous()
+        parts = pieces(len(rows), least=least, most=self._most_rows(rows.dtype))
+        turns = [next(self._turns) for _ in parts]
 
         def send(i: int, start: int, stop: int) -> None:
-            stage = self._stage(i % STAGES)
+            stage = self._stage(turns[i])
             stage.send(rows[start:stop], self._copies, pinned=pinned)
 
         def work(i: int, start: int, stop: int) -> None:
-            stage = self._stage(i % STAGES)
+            stage = self._stage(turns[i])
             # a stream for each stage: the last rows of a piece are decided beside the next piece
             with torch.cuda.stream(stage.stream):
                 stage.wait_for_rows()
                 try:
-                    graph = self._graph(i % STAGES, stop - start, rows.dtype)
+                    if screen:
+                        finite[start:stop].copy_(stage.screen(), non_blocking=True)
+                    graph = self._graph(turns[i], stop - start, rows.dtype)
                     found = graph.replay(stage.address, stop - start)
                     codes[start:stop].copy_(found, non_blocking=True)
                 finally:
                     stage.release()
 
-        most = self._most_rows(rows.dtype)
-        parts = pieces(len(rows), least=-(-most // _RAMP), most=most)
         try:
             convey(parts, ahead=STAGES - 1, send=send, work=work)
-        finally:  # nothing reads the rows, or writes codes, that nobody has any more
-            self._copies.synchronize()
-            for stage in self._stages:
-                stage.stream.synchronize()
-        return codes
+            done = [self._stage(turn).mark() for turn in sorted(set(turns))]
+        except BaseException:
+            self._wait_for_all()
+            raise
+
+        def wait() -> Screened:
+            try:
+                for event in done:
+                    event.synchronize()
+            except BaseException:
+                self._wait_for_all()
+                raise
+            return Screened(codes, finite)
+
+        return wait
+
+    def _wait_for_all(self) -> None:
+        """Wait until nothing reads rows, or writes codes, that nobody may have any more."""
+        self._copies.synchronize()
+        for stage in self._stages:
+            stage.stream.synchronize()
 
     def _most_rows(self, dtype: torch.dtype) -> int:
         """Rows of a large piece from the host."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from semid_server.model import ModelSpec
@@ -49,6 +51,22 @@ class EncodeCounts:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Screened:
+    """Codes of rows of which some may hold NaN or an infinity.
+
+    Attributes
+    ----------
+    codes : Tensor
+        ``(n, L)``; those of a row that is not finite mean nothing.
+    finite : Tensor
+        bool ``(n,)``.
+    """
+
+    codes: Tensor
+    finite: Tensor
+
+
 class Encoder(Protocol):
     """Semantic IDs of rows: the codes of `ReferenceEncoder`, at whatever speed."""
 
@@ -69,6 +87,19 @@ class Encoder(Protocol):
 
         ``rows`` are float16, bfloat16, float32 or float64, on the host or on the encoder's own
         device, ``n >= 0``. One call at a time, unless the encoder allows more.
+
+        Raises
+        ------
+        InvalidInputError
+            If the rows are not of that type and shape.
+        """
+
+    def begin(self, rows: Tensor) -> Callable[[], Screened]:
+        """Begin to look through ``rows`` (n, D) on the host and to encode them; return what waits.
+
+        Rows can be handed over before the codes of those before them are there, which a device
+        uses that can take rows and compute at once. They must stay as they are until their codes
+        have been waited for. One call at a time, as with `encode`; any thread may wait.
 
         Raises
         ------

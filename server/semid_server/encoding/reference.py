@@ -26,7 +26,7 @@ import torch
 from semid_server.encoding import reference_kernel
 from semid_server.encoding.network import Network, norm_in_order
 from semid_server.encoding.protocol import EncodeCounts, code_dtype_of
-from semid_server.encoding.rows import checked, default_threads, spans
+from semid_server.encoding.rows import AtOnce, checked, default_threads, spans
 from semid_server.model import NORM_EPS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _DEVICE_CHUNK = 1 << 25
 """The same on a GPU: 256 MiB, enough rows to fill it."""
 
 
-class ReferenceEncoder:
+class ReferenceEncoder(AtOnce):
     """Codes by the definition above: slow, simple, and what every other encoder must equal.
 
     Parameters

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from semid_server.encoding.protocol import ROW_DTYPES
+import torch
+
+from semid_server.encoding.protocol import ROW_DTYPES, Screened
 from semid_server.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -32,6 +36,34 @@ def checked(rows: Tensor, input_dim: int) -> Tensor:
             f"dtype {rows.dtype}; expected one of {', '.join(map(str, ROW_DTYPES))}",
         )
     return rows
+
+
+def are_finite(rows: Tensor) -> Tensor:
+    """Tell of each of ``rows`` (n, D) whether all its numbers are finite, bool ``(n,)``."""
+    # The largest number: one pass, no overflow; NaN is passed on, and less than nothing.
+    longest: Tensor = torch.linalg.vector_norm(rows, math.inf, dim=1)
+    return longest < math.inf
+
+
+class AtOnce(ABC):
+    """Part of an encoder that has the codes as soon as it has been given the rows."""
+
+    @property
+    @abstractmethod
+    def input_dim(self) -> int:
+        """``D``, numbers in a row."""
+
+    @abstractmethod
+    def encode(self, rows: Tensor) -> Tensor:
+        """Codes ``(n, L)`` of finite ``rows`` (n, D)."""
+
+    def begin(self, rows: Tensor) -> Callable[[], Screened]:
+        """Encode ``rows`` (n, D) now; see `Encoder.begin`."""
+        finite = are_finite(checked(rows, self.input_dim))
+        if not finite.all():
+            rows = rows.masked_fill(~finite[:, None], 0)
+        screened = Screened(self.encode(rows), finite)
+        return lambda: screened
 
 
 def spans(total: int, size: int) -> Iterator[tuple[int, int]]:

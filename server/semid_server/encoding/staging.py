@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from semid_server.encoding.rows import are_finite
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -106,6 +108,7 @@ class Stage:
         self._dim = dim
         self._host: Tensor | None = None
         self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self._sent = self._memory[:0]
         self.stream = own_stream(self, device)
         self.call = torch.zeros(2, dtype=torch.int64, device=device)
         self._call: list[int | None] = [0, 0]
@@ -150,12 +153,19 @@ class Stage:
             rows = self.pinned(rows)
         stream.wait_event(self._used)
         with torch.cuda.stream(stream):
-            self._view(self._memory, len(rows), rows.dtype).copy_(rows, non_blocking=True)
+            self._sent = self._view(self._memory, len(rows), rows.dtype)
+            self._sent.copy_(rows, non_blocking=True)
         self._arrived.record(stream)
 
     def wait_for_rows(self) -> None:
         """What is queued from now on waits for the rows that were sent."""
         torch.cuda.current_stream().wait_event(self._arrived)
+
+    def screen(self) -> Tensor:
+        """Tell of each row that was sent whether it is finite, bool ``(n,)``; zero the others."""
+        finite = are_finite(self._sent)
+        self._sent.masked_fill_(~finite[:, None], 0)
+        return finite
 
     def wait_for_room(self) -> None:
         """What is queued from now on waits until the last rows were used."""
@@ -164,6 +174,12 @@ class Stage:
     def release(self) -> None:
         """Let the next rows come once what is queued has run."""
         self._used.record(torch.cuda.current_stream())
+
+    def mark(self) -> torch.cuda.Event:
+        """An event that comes once all that has been queued on the stage's stream has run."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
+        event.record(self.stream)
+        return event
 
     def _view(self, memory: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         size = n * self._dim * dtype.itemsize

@@ -423,7 +423,26 @@ class Backend:
 
     def encode_rows(self, rows: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
         """Codes (n, L) of finite rows (n, D) in memory; on a GPU, one call at a time."""
-        return self._encoder.encode(rows).cpu().numpy().astype(self._code_type, copy=False)
+        return self._host(self._encoder.encode(rows))
+
+    def begin_rows(
+        self, rows: torch.Tensor
+    ) -> Callable[[], tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.bool_]]]:
+        """Begin to encode rows (n, D) in memory, and return what waits.
+
+        That tells the codes, and which rows are finite: the codes of others mean nothing. See
+        `Encoder.begin`.
+        """
+        screened = self._encoder.begin(rows)
+
+        def wait() -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.bool_]]:
+            found = screened()
+            return self._host(found.codes), found.finite.numpy()
+
+        return wait
+
+    def _host(self, codes: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
+        return codes.cpu().numpy().astype(self._code_type, copy=False)
 
     def fill(
         self, dtype: EmbeddingType, payloads: Sequence[Payload], buffers: Buffers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import mmap
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,36 +12,43 @@ from queue import SimpleQueue
 
 import ml_dtypes
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
 
-from semid_client import InvalidInputError
 from semid_client.cli.root import root
+from semid_client.files import NotFiniteError
 from semid_client.files.memory import SLACK
 from semid_server.cli import batch
 from semid_server.cli.batch import CheckpointEngine
+from semid_server.serving.backend import Backend
+from semid_server.serving.config import ModelSource, ServeConfig
 
 
 class WaitingBackend:
-    """Tells of each block that is filled, and encodes one when the test says so."""
+    """Tells of each block that is filled or begun, and has one's codes when the test says so."""
 
     def __init__(self):
-        self.filled = SimpleQueue()
-        self.may_encode = threading.Semaphore(0)
-        self.on_device = 0
-        self.most_on_device = 0
+        self.filled, self.begun = SimpleQueue(), SimpleQueue()
+        self.may_answer = threading.Semaphore(0)
+        self.beginning = threading.Lock()
 
     def fill(self, dtype, payloads, buffers):
         self.filled.put(buffers)
         return payloads[0], [None]
 
-    def encode_rows(self, rows):
-        self.on_device += 1
-        self.most_on_device = max(self.most_on_device, self.on_device)
-        assert self.may_encode.acquire(timeout=300)
-        self.on_device -= 1
-        return rows[:, :1]
+    def begin_rows(self, rows):
+        assert self.beginning.acquire(blocking=False)  # one at a time
+        self.begun.put(rows)
+        self.beginning.release()
+
+        def wait():
+            assert self.may_answer.acquire(timeout=300)
+            return rows[:, :1], np.ones(len(rows), bool)
+
+        return wait
 
 
 class Together:
@@ -70,35 +79,116 @@ def checkpoint(reference_set_named):
 
 
 def as_for_a_gpu(engine):
-    engine._workers = None
+    engine._workers, engine.screens, engine.threads = None, True, batch.GPU_BLOCKS
     engine._buffers = SimpleQueue()
     for _ in range(batch.GPU_BLOCKS):
         engine._buffers.put({})
+    return engine
 
 
-def test_a_block_is_filled_while_another_is_on_a_gpu(engine):
+def test_a_gpu_is_given_blocks_while_it_is_at_others_and_buffers_wait_for_codes(engine):
     backend = engine._backend = WaitingBackend()
     as_for_a_gpu(engine)
     answers = SimpleQueue()
-    blocks = [read_only(np.full((2, 3), i, np.float32)) for i in range(3)]
+    n = batch.GPU_BLOCKS
+    blocks = [read_only(np.full((2, 3), i, np.float32)) for i in range(n + 1)]
     threads = [
         threading.Thread(target=lambda rows=rows: answers.put(engine.encode(rows)), daemon=True)
         for rows in blocks
     ]
     for thread in threads:
         thread.start()
-    buffers = [backend.filled.get(timeout=300) for _ in range(2)]
-    assert buffers[0] is not buffers[1]
-    assert backend.filled.empty()  # the third block has no buffer yet
-    backend.may_encode.release()
+    buffers = [backend.filled.get(timeout=300) for _ in range(n)]
+    assert len({id(buffer) for buffer in buffers}) == n
+    for _ in range(n):
+        backend.begun.get(timeout=300)  # though the device has answered none
+    assert backend.filled.empty()  # the last block has no buffer yet
+    backend.may_answer.release()
     assert any(backend.filled.get(timeout=300) is one for one in buffers)
-    for _ in range(2):
-        backend.may_encode.release()
+    for _ in range(n):
+        backend.may_answer.release()
     found = sorted(answers.get(timeout=300)[0, 0] for _ in blocks)
     for thread in threads:
         thread.join(timeout=300)
-    assert found == [0, 1, 2]
-    assert backend.most_on_device == 1
+    assert found == list(range(n + 1))
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_rows_that_are_not_finite_are_told_and_the_others_get_their_codes(
+    reference_set_named, dtype, reference
+):
+    digits = reference_set_named("digits_rkmeans")
+    source = ModelSource(digits.checkpoint)
+    config = ServeConfig(models=(source,), device="cpu", reference=reference)
+    backend = Backend(source, config, on_verified=lambda rows, wrong: None)
+    rows = torch.from_numpy(np.rint(digits.embeddings[:40])).to(getattr(torch, dtype))
+    expected = backend.encode_rows(rows)
+    largest = torch.finfo(rows.dtype).max
+    bad = rows.clone()
+    bad[3, 7], bad[5, 0], bad[39, 63] = torch.nan, torch.inf, -torch.inf
+    bad[7, :2] = torch.tensor([largest, -largest], dtype=rows.dtype)
+    codes, finite = backend.begin_rows(bad)()
+    assert np.flatnonzero(~finite).tolist() == [3, 5, 39]
+    same = np.delete(np.arange(40), [3, 5, 7, 39])
+    np.testing.assert_array_equal(codes[same], expected[same])
+    np.testing.assert_array_equal(codes[7], backend.encode_rows(bad[7:8])[0])
+    codes, finite = backend.begin_rows(rows[:0])()
+    assert codes.shape == (0, expected.shape[1])
+    assert finite.shape == (0,)
+
+
+@pytest.mark.parametrize("on_bad_row", ["fail", "skip", "null"])
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_bad_rows_that_a_gpu_finds_are_those_that_a_cpu_is_spared(
+    reference_set_named, tmp_path, monkeypatch, on_bad_row, suffix
+):
+    digits = reference_set_named("digits_rkmeans")
+    rows = digits.embeddings.copy()
+    rows[[3, 700, 701], [7, 0, 63]] = np.nan, np.inf, -np.inf
+    if suffix == ".npy":
+        np.save(tmp_path / "in.npy", rows)
+    else:
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
+        pq.write_table(pa.table({"x": lists}), tmp_path / "in.parquet", row_group_size=100)
+    checkpoint = str(digits.checkpoint)
+    made = CheckpointEngine.__init__
+
+    def small_blocks(engine, *args, **kwargs):
+        made(engine, *args, **kwargs)
+        engine.block_bytes = 50 * rows[0].nbytes
+
+    def gpu(engine, *args, **kwargs):
+        small_blocks(engine, *args, **kwargs)
+        as_for_a_gpu(engine)
+
+    told = []
+    for name, init in (("cpu", small_blocks), ("gpu", gpu)):
+        monkeypatch.setattr(CheckpointEngine, "__init__", init)
+        out = tmp_path / f"{name}.jsonl"
+        done = CliRunner().invoke(
+            root,
+            [
+                *("encode", str(tmp_path / f"in{suffix}"), "-o", str(out)),
+                *("--checkpoint", checkpoint, "--device", "cpu", "--on-bad-row", on_bad_row),
+            ],
+        )
+        listed = out.with_name(f"{out.name}.bad-rows.jsonl")
+        told.append(
+            (
+                done.exit_code,
+                re.findall(r"row 3: .*finite", done.output),
+                out.exists() and out.read_bytes(),
+                listed.exists() and listed.read_bytes(),
+            )
+        )
+    assert told[0] == told[1]
+    status, messages, output, bad = told[1]
+    if on_bad_row == "fail":
+        assert (status, len(messages), output) == (1, 1, False)
+    else:
+        assert status == 0
+        assert [json.loads(line)["row"] for line in bad.splitlines()] == [3, 700, 701]
 
 
 def test_a_cpu_encodes_a_block_by_each_of_its_threads(checkpoint):
@@ -195,12 +285,13 @@ def test_vectors_are_decoded_by_no_more_bytes_than_rows_are_encoded(
 
 
 def test_a_block_that_is_refused_gives_its_buffer_back(engine, reference_set_named):
+    as_for_a_gpu(engine)
     digits = reference_set_named("digits_rkmeans")
     bad = digits.embeddings[:5].copy()
     bad[3, 7] = np.nan
     bad = read_only(bad)
     for _ in range(2 * engine.threads):
-        with pytest.raises(InvalidInputError, match=r"embeddings\[3\]"):
+        with pytest.raises(NotFiniteError, match=r"embeddings\[3\]"):
             engine.encode(bad)
     codes = engine.encode(read_only(digits.embeddings[:50].copy()))
     np.testing.assert_array_equal(codes, digits.codes[:50])
