@@ -184,14 +184,14 @@ class Pipeline:
         self.stages.bytes_read += block.rows.nbytes
         return _Waiting(block, item.memory, pool.submit(self._timed, block))
 
-    def _timed(self, block: Block) -> Computed:
+    def _timed(self, block: Block) -> _Computed:
         began = time.perf_counter()
         try:
             answer = self._compute(block)
         except NotFiniteError:  # seldom: only now they are looked for here
             block = checked(block)
             answer = self._compute(block)
-        return Computed(block, answer, time.perf_counter() - began)
+        return _Computed(block, answer, time.perf_counter() - began)
 
     def _compute(self, block: Block) -> NDArray[Any]:
         if block.bad and self.on_bad_row == "fail":
@@ -217,7 +217,7 @@ class Pipeline:
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class _Computed:
     """A block with all that is bad in it, what it gave, and the seconds that took."""
 
     block: Block
@@ -231,9 +231,9 @@ class _Waiting:
 
     block: Block
     memory: Memory | None
-    future: Future[Computed]
+    future: Future[_Computed]
 
-    def answer(self, path: str) -> Computed:
+    def answer(self, path: str) -> _Computed:
         """Wait for what was computed; a refusal is about a row of the source."""
         # In pieces: an interrupt that comes just before a lock is waited for is not seen meanwhile.
         while not self.future.done():
@@ -245,7 +245,7 @@ class _Waiting:
             raise FileError(path, place + error.problem) from error
 
 
-def _fail(error: BaseException) -> Computed:
+def _fail(error: BaseException) -> _Computed:
     raise error
 
 

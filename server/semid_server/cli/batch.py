@@ -21,6 +21,7 @@ from semid_client._errors import ConfigurationError, InvalidInputError
 from semid_client._model import Layer, Limits, ModelInfo
 from semid_client.files import FileError, NotFiniteError
 from semid_client.files.memory import SLACK, pages
+from semid_client.files.reading import AHEAD, READERS
 from semid_server.encoding.rows import default_threads, spans
 from semid_server.errors import SemidError
 from semid_server.serving.allocator import keep_large_buffers
@@ -50,9 +51,9 @@ GPU_BLOCKS: Final = 2
 """Blocks on their way to a GPU at once: one is fetched while another is computed, and a third would
 only have more threads wait for Python's lock."""
 
-LOCKED_AHEAD: Final = 8
-"""Blocks that there is page-locked memory for from the beginning, as many as are used where the GPU
-is never waited for: 16 MiB take the system 10 ms, in which a GPU encodes as much thirty times."""
+LOCKED_AHEAD: Final = READERS + AHEAD + AHEAD * GPU_BLOCKS
+"""Blocks that there is page-locked memory for from the beginning, as many as a file is read into:
+16 MiB take the system 10 ms, in which a GPU encodes as much thirty times."""
 
 
 class CheckpointEngine:

@@ -262,6 +262,31 @@ def test_a_block_for_a_gpu_fits_in_a_power_of_two():
     assert asked == 1 << (asked.bit_length() - 1)
 
 
+def test_a_file_is_read_into_no_more_blocks_than_are_page_locked_beforehand(
+    checkpoint, reference_set_named, tmp_path, monkeypatch
+):
+    digits = reference_set_named("digits_rkmeans").embeddings
+    np.save(tmp_path / "in.npy", np.tile(digits, (20, 1)))
+    made, memory, asked = CheckpointEngine.__init__, CheckpointEngine.memory, []
+
+    def gpu(engine, *args, **kwargs):
+        made(engine, *args, **kwargs)
+        engine.block_bytes = digits[:300].nbytes
+        as_for_a_gpu(engine)
+
+    monkeypatch.setattr(CheckpointEngine, "__init__", gpu)
+    monkeypatch.setattr(
+        CheckpointEngine, "memory", lambda engine, n: asked.append(n) or memory(engine, n)
+    )
+    files = [str(tmp_path / "in.npy"), "-o", str(tmp_path / "out.npy")]
+    done = CliRunner().invoke(
+        root, ["encode", *files, "--checkpoint", checkpoint, "--device", "cpu"]
+    )
+    assert done.exit_code == 0, done.output
+    assert 20 * len(digits) / 300 > 2 * batch.LOCKED_AHEAD  # blocks in all
+    assert 1 < len(asked) <= batch.LOCKED_AHEAD
+
+
 def test_vectors_are_decoded_by_no_more_bytes_than_rows_are_encoded(
     checkpoint, reference_set_named, tmp_path, monkeypatch
 ):
