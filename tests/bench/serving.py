@@ -42,7 +42,7 @@ from semid.v1 import semid_pb2 as pb
 from semid_server.checkpoint import save_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import TextIO
 
 HERE = Path(__file__).parent
@@ -54,6 +54,8 @@ SERVE = (sys.executable, "-c", "from semid_server.cli.serve import serve; serve(
 ENCODE = "/semid.v1.SemanticIdService/Encode"
 GET_MODEL = "/semid.v1.SemanticIdService/GetModel"
 TRITON = "/inference.GRPCInferenceService/ModelInfer"
+TRITONS = {"triton": "predict_step", "triton+enc": "encoder", "bare triton": "nothing"}
+"""What Triton runs for the codes: the model as it is, semid's encoder, or nothing."""
 
 PROCESSORS = len(os.sched_getaffinity(0))
 KIB, MIB = 1 << 10, 1 << 20
@@ -145,7 +147,7 @@ def started(
         list(map(str, command)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL if name == "triton" else None,  # it logs every step
+        stderr=subprocess.DEVNULL if name in TRITONS else None,  # it logs every step
         text=True,
         env=env,
     ) as process:
@@ -180,15 +182,20 @@ def beside(name: str, kind: str, *arguments: object) -> contextlib.AbstractConte
 
 
 def triton(
-    python: Path, checkpoint: Path, requests: Path, rows: list[int], *, port: int
+    name: str,
+    python: Path,
+    checkpoint: Path,
+    requests: Path,
+    rows: list[int],
+    *,
+    port: int,
 ) -> contextlib.AbstractContextManager[Server]:
     packages = sysconfig.get_path("purelib")
-    command = [python, HERE / "serving_triton.py", packages, checkpoint, requests, port, *rows]
+    command = [python, HERE / "serving_triton.py", packages, checkpoint, requests, port]
+    command += [TRITONS[name], *rows]
     libraries = {"LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR"))}
     environment = PLAIN | ALLOCATOR | libraries
-    return started(
-        "triton", command, ready="ready", env=environment, method=TRITON, bodies="triton"
-    )
+    return started(name, command, ready="ready", env=environment, method=TRITON, bodies="triton")
 
 
 @dataclass(frozen=True)
@@ -337,6 +344,17 @@ class Bench:
             return []
         return [self._servers.enter_context(beside(name, name, *arguments))]
 
+    def _tritons(
+        self, checkpoint: Path, rows: list[int], names: Iterable[str], *, port: int
+    ) -> list[Server]:
+        """Servers behind Triton, each with three ports from ``port`` on."""
+        return [
+            self._servers.enter_context(
+                triton(name, self.triton_python, checkpoint, self.folder, rows, port=at)
+            )
+            for at, name in zip(range(port, 1 << 16, 3), names, strict=False)
+        ]
+
     @cached_property
     def echo(self) -> Server:
         return self._servers.enter_context(beside("echo", "echo"))
@@ -353,8 +371,7 @@ class Bench:
         ]
         if self.triton_python:
             rows = [size // ROW_BYTES for size in self.plan.sizes]
-            server = triton(self.triton_python, self.made, self.folder, rows, port=18101)
-            found.append(self._servers.enter_context(server))
+            found += self._tritons(self.made, rows, TRITONS, port=18101)
         return found
 
     @cached_property
@@ -366,8 +383,7 @@ class Bench:
             *self._beside("unbatched", MOVIES),
         ]
         if self.triton_python:
-            server = triton(self.triton_python, MOVIES, self.folder, [1], port=18111)
-            found.append(self._servers.enter_context(server))
+            found += self._tritons(MOVIES, [1], ("triton", "triton+enc"), port=18121)
         return found
 
     @cached_property
@@ -418,13 +434,14 @@ class Bench:
             "echo: asyncio grpcio on uvloop, as semid, the same messages, no work; plain: the\n"
             "same on Python's own event loop. instant: semid, its device taking no time.\n"
             f"semid: {self._encodes}.\n"
-            "unbatched: a thread pool around predict_step. triton: semid's encoder behind pytriton."
+            "unbatched: a thread pool around predict_step. triton: predict_step behind pytriton;\n"
+            "triton+enc: semid's encoder there; bare triton: what takes no time, as in instant."
         )
         names = [server.name for server in self.on_made]
-        print("\n     size    in flight    " + "".join(f"{name:>11}" for name in names), end="")
+        print("\n     size    in flight    " + "".join(f"{name:>13}" for name in names), end="")
         print(
             "   instant/echo  instant/plain  semid/echo"
-            + ("  semid/triton" * bool(self.triton_python))
+            + ("  semid/triton  semid/triton+enc  instant/bare triton" * bool(self.triton_python))
         )
         for size in self.plan.sizes:
             for in_flight in self.plan.in_flight:
@@ -447,18 +464,20 @@ class Bench:
         for name, rate in found.items():
             self.keep(f"mb_per_s.{name}.{size}.{in_flight}", rate)
         line = f"  {size // KIB:6} K {in_flight:10}       "
-        line += "".join(f"{rate:11.0f}" for rate in found.values())
+        line += "".join(f"{rate:13.0f}" for rate in found.values())
         line += f"{found['instant'] / found['echo']:13.2f}{found['instant'] / found['plain']:15.2f}"
         line += f"{found['semid'] / found['echo']:12.2f}"
         if "triton" in found:
             line += f"{found['semid'] / found['triton']:14.2f}"
+            line += f"{found['semid'] / found['triton+enc']:18.2f}"
+            line += f"{found['instant'] / found['bare triton']:21.2f}"
         print(line)
         for place, side in enumerate(("server", "client")):
             line = f"     {side}, ms of CPU a MiB "
             for name, values in costs.items():
                 spent = median(value[place] for value in values)
                 self.keep(f"{side}_cpu_ms_per_mib.{name}.{size}.{in_flight}", spent)
-                line += f"{spent:11.2f}"
+                line += f"{spent:13.2f}"
             print(line, flush=True)
 
     def one_row(self) -> None:
@@ -474,9 +493,11 @@ class Bench:
         rates: dict[str, list[float]] = {server.name: [] for server in servers}
         for _ in range(self.plan.rounds):
             for server in servers:
-                load = self.load(server, "triton-1" if server.name == "triton" else "one-384")
+                load = self.load(
+                    server, f"{server.bodies}-1" if server.name in TRITONS else "one-384"
+                )
                 calls = [*load.calls]
-                if server.name != "triton":
+                if server.name not in TRITONS:
                     calls.append((GET_MODEL, str(self.folder / "empty")))
                 result = send(replace(load, calls=calls))
                 idle[server.name].append(result.latencies(call=0))

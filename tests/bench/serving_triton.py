@@ -1,9 +1,9 @@
-"""A peer: the same encoder behind Triton and its Python package, nvidia-pytriton.
+"""A peer: the same model behind Triton and its Python package, nvidia-pytriton.
 
 Run by the interpreter of an environment that holds nvidia-pytriton and tritonclient, whose numpy
 and protobuf clash with semid's own; torch and semid are taken from the environment of the tests.
 
-    serving_triton.py SITE_PACKAGES CHECKPOINT REQUESTS PORT ROWS...
+    serving_triton.py SITE_PACKAGES CHECKPOINT REQUESTS PORT predict_step|encoder|nothing ROWS...
 
 writes the body of a ModelInfer request for each number of ROWS into the folder REQUESTS, prints
 ``ready HOST:PORT``, and ends when its stdin does.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 def main() -> None:
     site_packages, checkpoint, requests = sys.argv[1:4]
-    port = int(sys.argv[4])
+    port, arithmetic = int(sys.argv[4]), sys.argv[5]
     # Last, so that this environment's own packages win.
     sys.path += [site_packages, str(Path(__file__).parents[2] / "server")]
 
@@ -36,7 +36,7 @@ def main() -> None:
     encoder.warm_up()
     dim, layers = loaded.spec.input_dim, loaded.spec.n_layers
 
-    for rows in map(int, sys.argv[5:]):
+    for rows in map(int, sys.argv[6:]):
         values = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
         message = messages.ModelInferRequest(
             model_name="encode", raw_input_contents=[values.tobytes()]
@@ -44,9 +44,21 @@ def main() -> None:
         message.inputs.add(name="embeddings", datatype="FP32", shape=values.shape)
         (Path(requests) / f"triton-{rows}").write_bytes(message.SerializeToString())
 
+    def predict_step(embeddings):
+        rows = torch.from_numpy(np.array(embeddings))
+        return loaded.model.predict_step(rows).codes.numpy().astype(np.uint8)
+
+    def encode(embeddings):
+        return encoder.encode(torch.from_numpy(np.array(embeddings))).numpy()
+
+    def nothing(embeddings):
+        return np.zeros((len(embeddings), layers), np.uint8)
+
+    compute = {"predict_step": predict_step, "encoder": encode, "nothing": nothing}[arithmetic]
+
     @batch
     def infer(embeddings):
-        return {"codes": encoder.encode(torch.from_numpy(np.array(embeddings))).numpy()}
+        return {"codes": compute(embeddings)}
 
     ports = dict(zip(("grpc", "http", "metrics"), range(port, port + 3), strict=True))
     settings = {f"{name}_port": port for name, port in ports.items()}
