@@ -218,7 +218,8 @@ def _default(name: str) -> dict[str, Any]:
     type=click.FloatRange(0.0001),
     **_default("max_batch_seconds"),
     help="Seconds that a batch is made to take at most, by what earlier ones took; larger requests "
-    "are done in parts. Lower it to let small callers wait less for large ones.",
+    "are done in parts. Lower it to let small callers wait less for large ones. Four times as long "
+    "while, for a second or more, none has come that takes less than half of it.",
 )
 @_option(
     "--max-queue-requests",
@@ -307,7 +308,7 @@ def _default(name: str) -> dict[str, Any]:
     "--max-stall",
     type=click.FloatRange(0),
     **_default("max_stall"),
-    help="Seconds that a batch, or the event loop, may take before it is taken to hang (and four "
+    help="Seconds that a batch, or the event loop, may take before it is taken to hang (and 16 "
     "times --max-batch-seconds at least). Calls then fail as UNAVAILABLE, and the process ends "
     "with status 1, for a supervisor to start another. 0 waits for ever.",
 )

@@ -11,6 +11,8 @@ which each would have been done had it come to an idle worker: a small one goes 
 that came a little before it, and does not overtake for ever. A request that fills more than a turn
 is taken in parts, and gets a quarter of each turn for certain, more only if nobody else wants it.
 So a large caller delays small ones by no more than a turn, and small ones never starve a large one.
+Turns cost large callers something, most of all a CPU's: where nobody small has come for a while,
+they are longer, until somebody does.
 
 **Short turns.** Handing work to a thread and back costs more than a small batch itself. Where
 the runner allows it (`Runner.quick`), and only while the worker rests, the event loop runs batches
@@ -78,6 +80,12 @@ QUICK_AT_MOST: Final = 4 * QUICK
 
 LARGE_SHARE: Final = 4
 """A request larger than a turn gets one part in so many of each turn while others wait."""
+
+AMONG_LARGE: Final = 4
+"""How many times as long turns are while only large requests come."""
+
+AWHILE: Final = 1.0
+"""Seconds without a small request, after which turns are longer."""
 
 MAX_PACES: Final = 256
 """Kinds of batches whose speed is remembered: those that came last."""
@@ -166,7 +174,8 @@ class BatchLimits:
     max_queue_requests, max_queue_bytes : int
         The queue, not counting the batch that runs, holds no more than either.
     max_batch_seconds : float
-        A batch is made to take about so long at most, by what earlier ones took.
+        A batch is made to take about so long at most, by what earlier ones took; `AMONG_LARGE`
+        times as long where nothing has come for `AWHILE` that takes less than half of it.
     """
 
     max_batch_rows: int
@@ -281,6 +290,8 @@ class Batcher(Generic[Key, Payload, Answer]):
         # Seconds of work that wait, and the time at which what runs is expected to end.
         self._seconds = self._busy_until = 0.0
         self._stopped = False
+        # When the last small request came: none may have, but one may be about to.
+        self._small_at = clock()
         # Whether the worker waits to be told of work; and whether the loop is about to do it.
         self._resting = self._quick_due = False
         self._runner: Runner[Key, Payload, Answer]
@@ -402,6 +413,7 @@ class Batcher(Generic[Key, Payload, Answer]):
             future=asyncio.get_running_loop().create_future(),
             mark=self._observer.admitted(key, rows),
         )
+        self._note_size(entry)
         batch: _Batch[Key, Payload, Answer] = _Batch()
         batch.add(entry, rows)
         self._run(batch, self._answer)
@@ -508,6 +520,7 @@ class Batcher(Generic[Key, Payload, Answer]):
                 future=self._loop.create_future(),
                 mark=None,
             )
+            self._note_size(entry)
             if deadline is not None and not patient:
                 self._refuse_if_hopeless(entry, deadline, now)
             entry.mark = self._observer.admitted(key, rows)
@@ -543,7 +556,7 @@ class Batcher(Generic[Key, Payload, Answer]):
             return
         queue = self._queues.get(entry.key, [])
         # Those that fill more than a turn let this one pass, if it does not.
-        most = max(entry.seconds, self._limits.max_batch_seconds)
+        most = max(entry.seconds, self._turn_seconds())
         ahead = [
             other
             for other in queue[: bisect_left(queue, entry.turn, key=_turn)]
@@ -644,6 +657,16 @@ class Batcher(Generic[Key, Payload, Answer]):
             retry_after=self._time_to_clear(),
         )
 
+    def _note_size(self, entry: _Entry[Key, Payload, Answer]) -> None:
+        """Remember when one came that a long turn would keep waiting for many times its own."""
+        if entry.seconds < self._limits.max_batch_seconds / 2:
+            self._small_at = entry.admitted
+
+    def _turn_seconds(self) -> float:
+        """Seconds that a turn may take now."""
+        alone = self._clock() - self._small_at > AWHILE
+        return self._limits.max_batch_seconds * (AMONG_LARGE if alone else 1)
+
     def _time_to_clear(self) -> float:
         return min(MAX_RETRY_AFTER, max(MIN_RETRY_AFTER, self._seconds))
 
@@ -710,7 +733,7 @@ class Batcher(Generic[Key, Payload, Answer]):
         if (
             rows > limits.max_batch_rows
             or nbytes > limits.max_batch_bytes
-            or seconds > limits.max_batch_seconds
+            or seconds > self._turn_seconds()
             or not pace.known
         ):
             return False
@@ -732,7 +755,7 @@ class Batcher(Generic[Key, Payload, Answer]):
         """Fill a batch from the queue of a key; returns the requests that are in it no more."""
         room, pace = self._limits.max_batch_rows, queue[0].pace
         if self._limits.max_batch_seconds < math.inf:
-            room = min(room, pace.rows_within(self._limits.max_batch_seconds))
+            room = min(room, pace.rows_within(self._turn_seconds()))
         # What cannot be divided is never too large: it makes its turn longer.
         large = {entry for entry in queue if self._runner.divisible and entry.left > room}
         gone: set[_Entry[Key, Payload, Answer]] = set()

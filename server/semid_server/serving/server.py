@@ -26,7 +26,7 @@ from semid_server.serving.addresses import (
     service_address,
 )
 from semid_server.serving.backend import Backend, Device
-from semid_server.serving.batcher import Batcher, BatchLimits
+from semid_server.serving.batcher import AMONG_LARGE, Batcher, BatchLimits
 from semid_server.serving.calls import Calls
 from semid_server.serving.catalogue import Catalogue
 from semid_server.serving.metrics import Metrics
@@ -286,8 +286,9 @@ class Server:
     def _watchdog(self) -> contextlib.AbstractContextManager[object]:
         if not self._config.max_stall:
             return contextlib.nullcontext()
-        # A batch takes about max_batch_seconds by what earlier ones took, not by a clock.
-        limit = max(self._config.max_stall, 4 * self._config.max_batch_seconds)
+        # A batch takes about max_batch_seconds, or some times that, by what earlier ones took and
+        # not by a clock.
+        limit = max(self._config.max_stall, 4 * AMONG_LARGE * self._config.max_batch_seconds)
         hung = DeviceLostError(
             f"a batch has not ended within {limit:g} s: the device, or what it runs, hangs"
         )

@@ -18,7 +18,15 @@ from semid_server.errors import (
     NotServingError,
     OverloadedError,
 )
-from semid_server.serving.batcher import Batcher, BatchLimits, QueueState, Runner
+from semid_server.serving.batcher import (
+    AMONG_LARGE,
+    AWHILE,
+    QUICK,
+    Batcher,
+    BatchLimits,
+    QueueState,
+    Runner,
+)
 
 
 def admit(batcher, payload, *, key="k", rows=1, nbytes=1, deadline=None):
@@ -615,6 +623,45 @@ async def test_small_requests_wait_for_no_more_than_a_turn_of_a_large_one(make_t
     await asyncio.gather(first, *large, *small)
     # The large ones came first, and get what is left of the small ones' turn.
     assert rows.sizes[1] == [1, 1, 1, 1, 4]
+
+
+async def test_turns_are_longer_once_nobody_small_has_come_for_a_while(make_turns, clock):
+    batcher, rows = await make_turns()
+    rows.may_run.set()
+    clock.now += AWHILE + 0.1
+    await ask(batcher, range(50))
+    assert rows.sizes == [[8 * AMONG_LARGE], [50 - 8 * AMONG_LARGE]]
+    # What takes more than half a turn is not small, and what takes less is.
+    for count, size in ((5, 8 * AMONG_LARGE), (3, 8)):
+        rows.batches.clear()
+        await ask(batcher, range(count))
+        await ask(batcher, range(50))
+        assert rows.sizes[:2] == [[count], [size]]
+    clock.now += AWHILE + 0.1
+    rows.batches.clear()
+    await ask(batcher, range(50))
+    assert rows.sizes[0] == [8 * AMONG_LARGE]
+
+
+async def test_one_that_is_small_ends_long_turns_while_it_waits(make_turns, clock):
+    batcher, rows = await make_turns()
+    clock.now += AWHILE + 0.1
+    large = ask(batcher, range(100))
+    await asyncio.to_thread(rows.began.acquire)
+    small = ask(batcher, range(1))
+    rows.may_run.set()
+    await asyncio.gather(large, small)
+    assert rows.sizes[:3] == [[8 * AMONG_LARGE], [1, 7], [8]]
+
+
+async def test_one_that_is_answered_at_once_keeps_turns_short(quick, make_turns, clock):
+    batcher, rows = await make_turns(quick=True)
+    rows.may_run.set()
+    clock.now += AWHILE + 0.1
+    batcher._paces.clear()
+    batcher._pace("k").observe(1, QUICK / 2)
+    assert batcher.answer_now("k", range(1), rows=1, nbytes=1) == [0]
+    assert batcher._turn_seconds() == 0.08
 
 
 async def test_a_large_request_gets_a_quarter_of_each_turn_however_many_small_ones_wait(
