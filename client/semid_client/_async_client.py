@@ -71,10 +71,11 @@ class AsyncClient(BaseClient):
         sink: Callable[[int, NDArray[Any]], None],
         mode: Literal["sum", "calibrated"] = "sum",
         *,
+        calibration: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 -- it goes to the server
     ) -> str:
         """Decode codes that need not fit in memory; see `Client.decode_into`."""
-        transfer = Decoding(source, mode)
+        transfer = Decoding(source, mode, calibration)
         return await self._drive(self._transfer(transfer, sink, timeout, patient=True))
 
     async def allocate(

@@ -208,10 +208,16 @@ class Client(BaseClient):
         sink: Callable[[int, NDArray[Any]], None],
         mode: Literal["sum", "calibrated"] = "sum",
         *,
+        calibration: str | None = None,
         timeout: float | None = None,
     ) -> str:
-        """Decode rows of codes that need not fit in memory; all else as in `encode_into`."""
-        return self._drive(self._transfer(Decoding(source, mode), sink, timeout, patient=True))
+        """Decode rows of codes that need not fit in memory; all else as in `encode_into`.
+
+        If ``calibration`` is given, as in `ModelInfo`, it is a `FingerprintMismatchError` that an
+        answer was made with another one.
+        """
+        decoding = Decoding(source, mode, calibration)
+        return self._drive(self._transfer(decoding, sink, timeout, patient=True))
 
     def allocate(
         self,

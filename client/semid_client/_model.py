@@ -91,6 +91,9 @@ class ModelInfo:
         The modes that `Client.decode` accepts for this model.
     limits : Limits
         What this server accepts in one message.
+    calibration : str
+        SHA-256, in hexadecimal, of the recorded norms that mode ``"calibrated"`` works with; empty
+        if there are none. Vectors decoded with different ones must not be mixed either.
     """
 
     name: str
@@ -102,6 +105,7 @@ class ModelInfo:
     code_dtype: np.dtype[Any]
     decode_modes: tuple[str, ...]
     limits: Limits
+    calibration: str = ""
 
     @property
     def n_layers(self) -> int:
@@ -142,6 +146,7 @@ class ModelInfo:
                 message.limits.max_rows,
                 _shared_memory(message.limits),
             ),
+            calibration=message.calibration,
         )
 
 

@@ -120,12 +120,13 @@ class Decoding:
 
     method: Final = "Decode"
 
-    def __init__(self, source: RowSource, mode: str) -> None:
+    def __init__(self, source: RowSource, mode: str, calibration: str | None = None) -> None:
         self.source = _checked(source, "codes")
         check_code_type(source.dtype)
         if mode not in DECODE_MODES:
             raise ConfigurationError(f"mode is {mode!r}; expected one of {', '.join(DECODE_MODES)}")
         self.mode = DECODE_MODES[mode]
+        self._calibration = calibration
 
     def row_bytes(self, info: ModelInfo) -> int:
         """Bytes of a row in the request or in the answer, whichever is more."""
@@ -149,7 +150,15 @@ class Decoding:
         )
 
     def answer(self, response: pb.DecodeResponse, n_rows: int) -> NDArray[Any]:
-        """Reconstructions in an answer of ``n_rows`` rows; `ProtocolError` if it is not sound."""
+        """Reconstructions in an answer of ``n_rows`` rows; `ProtocolError` if it is not sound.
+
+        `FingerprintMismatchError` if they were made with another calibration than is expected.
+        """
+        if self._calibration not in (None, response.calibration):
+            raise FingerprintMismatchError(
+                f"the model that answered has calibration {response.calibration or 'none'}, but "
+                f"{self._calibration or 'none'} is expected: its vectors are on another scale"
+            )
         return from_tensor(response.tensor, n_rows, RECONSTRUCTION_TYPES)
 
     def first_fault(self, span: slice, info: ModelInfo) -> InvalidInputError | None:

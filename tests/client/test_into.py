@@ -70,6 +70,13 @@ def test_codes_are_decoded_piece_by_piece_in_order(make_server, connect):
     )
 
 
+def test_vectors_of_another_calibration_than_expected_are_refused(make_server, connect):
+    client = connect(make_server(max_rows=10))
+    with pytest.raises(FingerprintMismatchError, match="calibration none, but abc is expected"):
+        client.decode_into(Rows(5, 3, np.int64), Sink(), "sum", calibration="abc")
+    client.decode_into(Rows(5, 3, np.int64), Sink(), "sum", calibration="")
+
+
 def test_no_more_is_read_than_there_is_room_to_send(make_server, connect):
     server, source = make_server(max_rows=10), Rows(1000)
     furthest = []

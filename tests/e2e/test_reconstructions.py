@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from running import run_server
 
 from semid.v1 import semid_pb2 as pb
 from semid_client import Client, FailedPreconditionError
-from semid_server.checkpoint import load_checkpoint
+from semid_server.checkpoint import load_checkpoint, save_checkpoint
+from semid_server.model import Calibration
 
 WITHOUT_DECODER = (
     *("digits_rkmeans", "digits_rkmeans_raw_residuals", "digits_rvq"),
@@ -101,3 +104,34 @@ def test_codes_written_out_decode_as_bytes_do(reference_set, set_server, set_cli
         answer = stub.Decode(pb.DecodeRequest(rows=rows))
     decoded = np.array([list(row.values) for row in answer.rows.rows], np.float32)
     np.testing.assert_array_equal(decoded, set_client.decode(codes))
+
+
+def test_answers_on_the_scale_of_the_input_tell_by_what_norms(tmp_path, request):
+    source = load_checkpoint(request.config.rootpath / "checkpoints/movies")
+    codes = np.zeros((3, source.spec.n_layers), np.uint8)
+    found = set()
+    for factor in (1.0, 10.0):
+        norms = Calibration(
+            factor, tuple(torch.full((width,), factor) for width in source.spec.codebook_widths)
+        )
+        folder = tmp_path / str(factor)
+        save_checkpoint(
+            folder, model=source.model, spec=source.spec, name="movies", calibration=norms
+        )
+        with (
+            run_server(folder, log=tmp_path / "serve.log") as server,
+            Client(server.target) as client,
+        ):
+            info = client.model()
+            found.add((info.fingerprint, info.calibration))
+            rows = pb.CodeRows(rows=[pb.CodeRows.Row(codes=row) for row in codes.tolist()])
+            tensor = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=codes.shape, data=codes.tobytes())
+            with server.stub() as stub:
+                for form in ({"rows": rows}, {"tensor": tensor}):
+                    plain = stub.Decode(pb.DecodeRequest(**form))
+                    scaled = stub.Decode(pb.DecodeRequest(mode=pb.DECODE_MODE_CALIBRATED, **form))
+                    assert (plain.calibration, scaled.calibration) == ("", info.calibration)
+                    assert scaled.WhichOneof("reconstructions") == next(iter(form))
+    assert len({fingerprint for fingerprint, _ in found}) == 1
+    assert len({calibration for _, calibration in found}) == 2
+    assert "" not in {calibration for _, calibration in found}

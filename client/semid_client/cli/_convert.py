@@ -29,12 +29,12 @@ from semid_client.files import (
     make_output,
     open_rows,
 )
-from semid_client.files.ids import IdSpool
+from semid_client.files.ids import IdSpool, WholeIds
 from semid_client.files.outputs import TOKENS, check_ids, number
 from semid_client.files.places import place
-from semid_client.files.rows import STDIN
+from semid_client.files.rows import STDIN, check_apart
 from semid_client.files.stream import ArrowOut
-from semid_client.files.work import SAVE_EVERY
+from semid_client.files.work import KEPT, SAVE_EVERY, folder_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from semid_client.files import Engine, Progress, Source
     from semid_client.files.pipeline import Sink
+    from semid_client.files.places import Place
 
 F = TypeVar("F", bound="Callable[..., Any] | click.Command")
 
@@ -196,12 +197,25 @@ def convert(
     check_engine(**engine_flags)
     if flags.output == STDIN and sys.stdout.isatty():
         raise click.UsageError("An Arrow stream is no text: redirect standard output.")
+    if flags.output != STDIN:
+        check_apart(flags.source, _written(flags))
     source = open_rows(flags.source, what, column=flags.column, id_column=flags.id_column)
     with closing(source), _ending_at_the_second_interrupt():
         if flags.output == STDIN:
             _to_stream(flags, source, plan, engine_flags)
         else:
             _to_file(flags, source, plan, engine_flags)
+
+
+def _written(flags: FileFlags) -> Iterator[Place]:
+    """All places that a command writes to, of which a later one must not read any."""
+    output = place(flags.output)
+    yield output
+    if flags.on_bad_row != "fail":
+        yield output.sibling(".bad-rows.jsonl")
+    folder = folder_of(output, flags.work_dir)
+    for name in (f"output{output.suffix}", *sorted(KEPT)):
+        yield place(folder / name)
 
 
 @contextmanager
@@ -235,7 +249,7 @@ def _to_file(
     output = place(flags.output)
     if any(output.same_as(found) for found in source.places()):
         raise FileError(flags.output, "is the input too; give the output another name")
-    check_ids(flags.output, source)
+    ids_unknown = check_ids(flags.output, source, flags.on_bad_row)
     stream = source.n_rows is None  # begun anew, since it cannot be read again
     work = Work(
         flags.output,
@@ -262,7 +276,15 @@ def _to_file(
             job = _Job(flags, source, engine, todo, progress.rows_in, Stages())
             if not work.published:
                 spool = IdSpool.of(source, work.folder)
-                job.compute(work, spool.keep if spool else None)
+                whole = WholeIds(work, source, flags.output) if ids_unknown else None
+
+                def keep(ids: Any) -> None:
+                    if whole:
+                        whole.ids.given = ids
+                    if spool:
+                        spool.keep(ids)
+
+                job.compute(whole or work, keep if spool else None)
                 if spool:
                     spool.close()
                 _check_unchanged(source, task["input"])

@@ -63,7 +63,8 @@ class ServerEngine:
     def decode(self, codes: NDArray[Any], mode: Any) -> NDArray[Any]:
         """Reconstructions of codes; waits likewise."""
         sink = Collected(len(codes))
-        self._check(self._client.decode_into(codes, sink, mode))
+        calibration = self.info.calibration if mode == "calibrated" else None
+        self._check(self._client.decode_into(codes, sink, mode, calibration=calibration))
         return sink.array
 
     def _check(self, fingerprint: str) -> None:

@@ -68,7 +68,11 @@ def decode(mode: Literal["sum", "calibrated"], *, extra_digit: bool | None, **fl
             width=info.input_dim,
             dtype=np.dtype(np.float32),
             compute=compute,
-            options={"mode": mode, "extra_digit": extra_digit},
+            options={
+                "mode": mode,
+                "extra_digit": extra_digit,
+                "calibration": engine.info.calibration if mode == "calibrated" else "",
+            },
             column="embedding",
         )
 
@@ -96,6 +100,8 @@ def codes_of(source: Source, engine: Engine, *, extra_digit: bool | None) -> int
             f"{source.path}: holds codes of fingerprint {recorded}, but model {info.name!r} "
             f"{engine.where} has {info.fingerprint}: its codes belong to another codebook"
         )
+    if source.any_width:
+        return info.n_layers
     if extra_digit is None:
         extra_digit = bool(source.extra_digit)
     n_codes = source.width - extra_digit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from semid_client._errors import InvalidInputError
 from semid_client._tensor import check_embedding_type
@@ -14,6 +15,7 @@ from semid_client.cli._options import option
 from semid_client.files import FileError, Unique, check_output
 from semid_client.files.outputs import TOKENS, check_tokens
 from semid_client.files.places import suffix_of
+from semid_client.files.rows import STDIN
 
 if TYPE_CHECKING:
     from semid_client.files import Engine, Source
@@ -53,6 +55,10 @@ def encode(tokens: str, unique: Unique | None, **flags: Any) -> None:
     convention = check_output(
         given.output, what="codes", unique=unique, on_bad_row=given.on_bad_row
     )
+    asked = click.get_current_context().get_parameter_source("tokens") != ParameterSource.DEFAULT
+    if asked and suffix_of(given.output) != ".jsonl":
+        name = "standard output" if given.output == STDIN else given.output
+        raise FileError(name, f"has no tokens, as .jsonl has: --tokens {tokens} says nothing")
 
     def plan(engine: Engine, source: Source) -> Plan:
         info = engine.info
@@ -60,7 +66,7 @@ def encode(tokens: str, unique: Unique | None, **flags: Any) -> None:
             check_embedding_type(source.dtype)
         except InvalidInputError as error:
             raise FileError(source.path, error.problem) from error
-        if source.width != info.input_dim:
+        if not source.takes_width(info.input_dim):
             raise FileError(
                 source.path,
                 f"has rows of {source.width} numbers, but model {info.name!r} {engine.where} "

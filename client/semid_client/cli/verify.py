@@ -91,11 +91,18 @@ def verify(
         closing(open_engine(**engine_flags)) as engine,
     ):
         n_codes = codes_of(codes, engine, extra_digit=extra_digit)
-        if embeddings.width != engine.info.input_dim:
+        if not embeddings.takes_width(engine.info.input_dim):
             raise FileError(
                 source,
                 f"has rows of {embeddings.width} numbers, but model {engine.info.name!r} "
                 f"{engine.where} takes embeddings of {engine.info.input_dim}",
+            )
+        if n_codes != engine.info.n_layers:
+            digit = " and an extra digit" if codes.width > n_codes else ""
+            raise FileError(
+                output,
+                f"has rows of {n_codes} codes{digit}, but model {engine.info.name!r} "
+                f"{engine.where} has {engine.info.n_layers} layers: encoding gives a code of each",
             )
         check = _Check(embeddings, codes, engine, n_codes, _left_out(codes, embeddings))
         check.codes_again(everything=everything, rows=rows)
@@ -167,18 +174,36 @@ class _Check:
         inputs, outputs = _Cursor(source, block), _Cursor(self.codes, block)
         with _bar("codes", sum(stop - start for start, stop in spans)) as bar:
             for start, stop in spans:
-                given, bad = inputs.read(start, stop)
-                good = np.array([i for i in range(start, stop) if i not in bad], np.int64)
-                # Rows left out of the codes are bad, and the others have moved up.
-                where = good - np.searchsorted(self.left_out, good)
-                if len(good):
-                    held, null = outputs.read(int(where[0]), int(where[-1]) + 1)
-                    held = held[where - where[0], : self.n_codes]
-                    found = self.engine.encode(given[good - start])[:, : self.n_codes]
-                    differ = (found != held).any(axis=1) | np.isin(where, list(null))
-                    self.checked += len(good)
-                    self.wrong_codes.add(differ, good, written=held, computed=found)
+                self._span_again(inputs, outputs, start, stop)
                 bar.update(stop - start)
+
+    def _span_again(self, inputs: _Cursor, outputs: _Cursor, start: int, stop: int) -> None:
+        given, bad = inputs.read(start, stop)
+        rows = np.arange(start, stop)
+        good = ~np.isin(rows, list(bad))
+        computed = np.zeros((len(rows), self.n_codes), self.engine.info.code_dtype)
+        if good.any():
+            computed[good] = self.engine.encode(given[good])
+        # Rows left out of the codes have no place there, and the others have moved up.
+        first, last = np.searchsorted(self.left_out, [start, stop])
+        there = np.ones(len(rows), np.bool_)
+        there[self.left_out[first:last] - start] = False
+        held, null = np.zeros((len(rows), self.n_codes), self.codes.dtype), ~there
+        if there.any():
+            found, empty = outputs.read(start - int(first), stop - int(last))
+            held[there] = found[:, : self.n_codes]
+            null[there] = np.isin(np.arange(start - first, stop - last), list(empty))
+        # A bad row has no codes: whatever is written there is of no embedding.
+        differ = (null == good) | (good & (held != computed).any(axis=1))
+        self.checked += int((good | ~null).sum())
+        if differ.any():
+            self.wrong_codes.add(
+                differ,
+                rows,
+                written=_where(~null, held),
+                computed=_where(good, computed),
+                problem=[bad.get(row) for row in rows.tolist()],
+            )
 
     def ids_again(self) -> None:
         """Compare all ids, where the codes have them."""
@@ -261,10 +286,13 @@ class _Check:
     def tell(self, output: str) -> None:
         """Print what was found."""
         for item in self.wrong_codes.first:
-            click.echo(
-                f"row {item['row']}: {output} has {item['written']}, the model gives "
-                f"{item['computed']}"
+            given = (
+                f"the model gives {item['computed']}"
+                if item["problem"] is None
+                else f"but that row of {self.embeddings.path} has none: {item['problem']}"
             )
+            written = "no codes" if item["written"] is None else item["written"]
+            click.echo(f"row {item['row']}: {output} has {written}, {given}")
         for item in self.wrong_ids.first:
             click.echo(
                 f"row {item['row']}: {output} has id {item['written']!r}, {self.embeddings.path} "
@@ -289,6 +317,11 @@ class _Check:
 
 def _bar(what: str, total: int) -> Any:
     return tqdm(desc=what, total=total, unit="row", unit_scale=True, disable=None, leave=False)
+
+
+def _where(there: NDArray[np.bool_], rows: NDArray[Any]) -> list[Any]:
+    """Rows, but None for those that are not there."""
+    return [row if here else None for row, here in zip(rows, there.tolist(), strict=True)]
 
 
 def _equal(expected: Any, found: Any) -> bool:

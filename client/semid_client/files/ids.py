@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 
 from semid_client.files._extras import need
+from semid_client.files.outputs import null_id_error
 from semid_client.files.rows import ArrowStreamRows, rechunked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
+    from semid_client.files.pipeline import Sink
     from semid_client.files.rows import Source
+    from semid_client.files.work import Progress
 
 
 READ_ROWS: Final = 1 << 17
@@ -31,7 +36,7 @@ class Ids:
 
     def __init__(self, source: Source) -> None:
         self.given: Any = None
-        self._found = source.ids(READ_ROWS)
+        self._found, self._type = source.ids(READ_ROWS), source.id_type
         self._held: list[Any] = []
 
     def take(self, start: int, n: int) -> Any:
@@ -40,11 +45,52 @@ class Ids:
             return self.given
         if self._found is None:
             return np.arange(start, start + n)
+        pa = need("pyarrow", "ids")
+        if not n:  # perhaps before any are held
+            return pa.nulls(0, self._type)
         while sum(map(len, self._held)) < n:
             self._held.append(next(self._found))
-        whole = need("pyarrow", "ids").concat_arrays(self._held)
+        whole = pa.concat_arrays(self._held)
         self._held = [whole[n:]]
         return whole[:n]
+
+
+class WholeIds:
+    """Hands rows on to a sink, and refuses those that are kept while their ids are null.
+
+    Parameters
+    ----------
+    sink : Sink
+        Takes the rows.
+    source : Source
+        The input, which has ids.
+    path : str
+        The output, which has no null.
+    """
+
+    def __init__(self, sink: Sink, source: Source, path: str) -> None:
+        self._sink, self._source, self._path = sink, source, path
+        self.ids = Ids(source)
+        self._at = 0
+
+    @property
+    def progress(self) -> Progress:
+        """How far the sink is."""
+        return self._sink.progress
+
+    def append(self, n_in: int, rows: NDArray[Any], bad: Mapping[int, str]) -> None:
+        """Add what the next ``n_in`` rows of the input gave, if all that are kept have ids."""
+        start = self.progress.rows_in
+        while self._at < start:  # what an earlier command has done
+            n = min(READ_ROWS, start - self._at)
+            self.ids.take(self._at, n)
+            self._at += n
+        null = self.ids.take(start, n_in).is_null().to_numpy(zero_copy_only=False)
+        self._at += n_in
+        kept = (start + int(i) for i in np.flatnonzero(null) if start + int(i) not in bad)
+        if (row := next(kept, None)) is not None:
+            raise null_id_error(self._path, self._source, row)
+        self._sink.append(n_in, rows, bad)
 
 
 class IdSpool:

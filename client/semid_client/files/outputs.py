@@ -195,16 +195,63 @@ def check_output(
     return unique or "none"
 
 
-def check_ids(path: str | os.PathLike[str], source: Source) -> None:
-    """Refuse ids that this kind of output cannot hold, before any work."""
-    if suffix_of(path) != ".npz" or source.id_type is None:
-        return
-    types = need("pyarrow", path).types
-    kind = source.id_type
+def check_ids(path: str | os.PathLike[str], source: Source, on_bad_row: OnBadRow) -> bool:
+    """Refuse ids that this kind of output cannot hold, before any work.
+
+    Returns
+    -------
+    bool
+        Whether it is not known yet that there are none: each has to be looked at when its row is
+        kept.
+    """
+    suffix = suffix_of(path)
+    if suffix not in {".npz", ".jsonl"} or (kind := source.id_type) is None:
+        return False
+    pa = need("pyarrow", path)
+    if suffix == ".jsonl":
+        if _has_bytes(pa, kind):
+            raise FileError(
+                path,
+                f"JSON has no bytes, which column {source.id_name!r} of {source.path} is made of "
+                f"({kind}): use .parquet, or cast the ids to strings",
+            )
+        return False
+    types = pa.types
     if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
         raise FileError(
             path, f"an .npz file has no ids of type {kind}, as {source.path} has: use .parquet"
         )
+    if source.n_rows is None:
+        return True
+    null = source.null_id()
+    if null is not None and on_bad_row != "skip":
+        raise null_id_error(path, source, null)
+    return null is not None  # perhaps of rows that are left out
+
+
+def null_id_error(path: str | os.PathLike[str], source: Source, row: int) -> FileError:
+    """Say that the id of a row is null, where an ``.npz`` has no such."""
+    name, at = source.named(row)
+    return FileError(
+        path, f"an .npz file has no null, as the id of row {at} of {name} is: use .parquet"
+    )
+
+
+def _has_bytes(pa: Any, kind: Any) -> bool:
+    """Whether values of a type are bytes, or made of such; those of UUIDs are text."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.extension_name != "arrow.uuid" and _has_bytes(pa, kind.storage_type)
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _has_bytes(pa, kind.value_type)
+    if types.is_nested(kind):
+        return any(_has_bytes(pa, kind.field(i).type) for i in range(kind.num_fields))
+    return bool(
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_fixed_size_binary(kind)
+        or str(kind) == "binary_view"  # which older versions of the library lack
+    )
 
 
 def check_tokens(path: str | os.PathLike[str], template: str, n_codes: int) -> None:

@@ -196,13 +196,14 @@ class Pipeline:
     def _compute(self, block: Block) -> NDArray[Any]:
         if block.bad and self.on_bad_row == "fail":
             row, problem = next(iter(block.bad.items()))
-            raise FileError(self.source.path, f"row {row}: {problem}")
+            path, at = self.source.named(row)
+            raise FileError(path, f"row {at}: {problem}")
         return self.compute(_without_bad(block))
 
     def _finish(self) -> Memory | None:
         """Write what the block gave that was submitted first; return the memory it was read to."""
         waiting = self._waiting.popleft()
-        done = waiting.answer(self.source.path)
+        done = waiting.answer(self.source)
         block, answer = done.block, done.answer
         self.stages.computing += done.seconds / self.engine.threads
         began = time.perf_counter()
@@ -233,7 +234,7 @@ class _Waiting:
     memory: Memory | None
     future: Future[_Computed]
 
-    def answer(self, path: str) -> _Computed:
+    def answer(self, source: Source) -> _Computed:
         """Wait for what was computed; a refusal is about a row of the source."""
         # In pieces: an interrupt that comes just before a lock is waited for is not seen meanwhile.
         while not self.future.done():
@@ -241,8 +242,10 @@ class _Waiting:
         try:
             return self.future.result()
         except InvalidInputError as error:
-            place = "" if error.row is None else f"row {self.block.start + error.row}: "
-            raise FileError(path, place + error.problem) from error
+            if error.row is None:
+                raise FileError(source.path, error.problem) from error
+            path, at = source.named(self.block.start + error.row)
+            raise FileError(path, f"row {at}: {error.problem}") from error
 
 
 def _fail(error: BaseException) -> _Computed:

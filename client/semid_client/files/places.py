@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import io
 import mmap
 import os
@@ -17,8 +18,9 @@ import stat
 import tempfile
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Final, Protocol
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol, TypeGuard
 
 import numpy as np
 
@@ -129,8 +131,19 @@ class Place(ABC):
         """All files in a folder whose names match; hidden ones, ``.x`` and ``_x``, do not."""
 
     @abstractmethod
-    def matching(self) -> list[Place]:
-        """All files whose names match this one, a pattern."""
+    def matching(self, pattern: str) -> list[Place]:
+        """All files whose names match this one, a pattern, and those `below` folders that do.
+
+        After the part without wildcards a hidden name matches only what begins alike.
+        """
+
+    @abstractmethod
+    def would_be_below(self, other: Place, pattern: str) -> bool:
+        """Whether `below` would list another place, were a file there."""
+
+    @abstractmethod
+    def would_match(self, other: Place, pattern: str) -> bool:
+        """Whether `matching` would list another place, were a file there."""
 
     @abstractmethod
     def put(self, made: Path) -> None:
@@ -223,15 +236,39 @@ class LocalPlace(Place):
 
     def below(self, pattern: str) -> list[Place]:
         """Files, in the order of their paths."""
-        found = [p for p in self._path.rglob(pattern) if _shown(p.relative_to(self._path).parts)]
+        return [LocalPlace(str(path), path) for path in sorted(self._below(self._path, pattern))]
+
+    def matching(self, pattern: str) -> list[Place]:
+        """Files, in the order of their paths."""
+        fixed, wild = _split(self._path.parts)
+        found = set()
+        for path in map(Path, glob.glob(str(self._path), recursive=True)):  # noqa: PTH207 -- any pattern
+            if _fits(path.parts[len(fixed) :], wild):
+                found |= self._below(path, pattern) if path.is_dir() else {path}
         return [LocalPlace(str(path), path) for path in sorted(found)]
 
-    def matching(self) -> list[Place]:
-        """Files, in the order of their paths."""
-        import glob  # noqa: PLC0415 -- of this one use
+    @staticmethod
+    def _below(folder: Path, pattern: str) -> set[Path]:
+        return {
+            path
+            for path in folder.rglob(pattern)
+            if _shown(path.relative_to(folder).parts) and not path.is_dir()
+        }
 
-        found = sorted(map(Path, glob.glob(str(self._path), recursive=True)))  # noqa: PTH207 -- any pattern
-        return [LocalPlace(str(path), path) for path in found]
+    def would_be_below(self, other: Place, pattern: str) -> bool:
+        """By its path, or that of the file which it points to."""
+        folder = Path(os.path.realpath(self._path)).parts
+        return any(_is_below(parts, folder, pattern) for parts in _whole_paths(other))
+
+    def would_match(self, other: Place, pattern: str) -> bool:
+        """By its path, or that of the file which it points to."""
+        fixed, wild = _split(self._path.parts)
+        wild = (*Path(os.path.realpath(Path(*fixed))).parts, *wild)
+        n_fixed = len(wild) - len(self._path.parts) + len(fixed)
+        return any(
+            _is_matched(parts, wild[:n_fixed], wild[n_fixed:], pattern)
+            for parts in _whole_paths(other)
+        )
 
     def put(self, made: Path) -> None:
         """Rename, on one file system; from another, copy beside it before that.
@@ -346,7 +383,7 @@ class StoredPlace(Place):
         """Objects, in the order of their paths as on this machine."""
         with self._asking():
             found = self._store.find(self._key)
-        folder = PurePosixPath(self._store._strip_protocol(self._key))  # noqa: SLF001 -- fsspec's way
+        folder = PurePosixPath(*self.parts)
         paths = {key: PurePosixPath(key) for key in found}
         return self._places(
             key
@@ -354,10 +391,33 @@ class StoredPlace(Place):
             if path.match(pattern) and _shown(path.relative_to(folder).parts)
         )
 
-    def matching(self) -> list[Place]:
+    def matching(self, pattern: str) -> list[Place]:
         """Objects, in the order of their paths."""
+        fixed, wild = _split(self.parts)
+        found: set[Place] = set()
         with self._asking():
-            return self._places(self._store.glob(self._key))
+            infos = self._store.glob(self._key, detail=True)
+        for key, info in infos.items():
+            if _fits(PurePosixPath(key).parts[len(fixed) :], wild):
+                some = StoredPlace(self._store.unstrip_protocol(key), self._store, key)
+                found.update(some.below(pattern) if info["type"] == "directory" else [some])
+        return sorted(found, key=lambda place: PurePosixPath(place.name))
+
+    def would_be_below(self, other: Place, pattern: str) -> bool:
+        """By its key."""
+        return self._beside(other) and _is_below(other.parts, self.parts, pattern)
+
+    def would_match(self, other: Place, pattern: str) -> bool:
+        """By its key."""
+        return self._beside(other) and _is_matched(other.parts, *_split(self.parts), pattern)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Those of the key, bucket and all."""
+        return PurePosixPath(self._store._strip_protocol(self._key)).parts  # noqa: SLF001 -- fsspec's way
+
+    def _beside(self, other: Place) -> TypeGuard[StoredPlace]:
+        return isinstance(other, StoredPlace) and self._store == other._store  # noqa: SLF001 -- of its kind
 
     def _places(self, keys: Any) -> list[Place]:
         ordered = sorted(keys, key=PurePosixPath)
@@ -592,6 +652,54 @@ def sync_folder(path: Path) -> None:
 def _shown(parts: tuple[str, ...]) -> bool:
     """Whether no part of a path is hidden, as Spark and Arrow see it."""
     return not any(part.startswith((".", "_")) for part in parts)
+
+
+def _split(parts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A pattern's parts before the first wildcard, and the others."""
+    n_fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    return parts[:n_fixed], parts[n_fixed:]
+
+
+def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether a path matches a pattern, part by part, and is hidden only where that says so."""
+    if not pattern:
+        return not parts
+    first, *rest = pattern
+    if first == "**" and _fits(parts, tuple(rest)):
+        return True
+    if not parts or not (_shown(parts[:1]) or parts[0][0] == first[0]):
+        return False
+    if first == "**":
+        return _fits(parts[1:], pattern)
+    return fnmatchcase(parts[0], first) and _fits(parts[1:], tuple(rest))
+
+
+def _is_below(parts: tuple[str, ...], folder: tuple[str, ...], pattern: str) -> bool:
+    """Whether a path is one of those in a folder that match and are not hidden."""
+    inside = parts[len(folder) :]
+    begins = parts[: len(folder)] == folder
+    return begins and bool(inside) and _shown(inside) and fnmatchcase(inside[-1], pattern)
+
+
+def _is_matched(
+    parts: tuple[str, ...], fixed: tuple[str, ...], wild: tuple[str, ...], pattern: str
+) -> bool:
+    """Whether a path matches, or is one of those in a folder that does."""
+    if parts[: len(fixed)] != fixed:
+        return False
+    inside = parts[len(fixed) :]
+    return _fits(inside, wild) or any(
+        _fits(inside[:n], wild) and _is_below(inside, inside[:n], pattern)
+        for n in range(len(inside))
+    )
+
+
+def _whole_paths(place: Place) -> list[tuple[str, ...]]:
+    """The path of a file of this machine without links before its name, and without any."""
+    if place.local is None:
+        return []
+    beside = Path(os.path.realpath(place.local.parent), place.local.name)
+    return [beside.parts, Path(os.path.realpath(place.local)).parts]
 
 
 def _identity(name: str, info: dict[str, Any]) -> list[Any]:

@@ -166,10 +166,10 @@ class _Part:
 
 def _keys(codes: NDArray[Any]) -> Keys:
     """One value for each row, equal where all codes are: uint64, or bytes where that is short."""
-    packed = np.ascontiguousarray(codes).view(np.uint8).reshape(len(codes), -1)
-    width = -(-packed.shape[1] // 8) * 8
+    n_bytes = codes.shape[1] * codes.itemsize  # told, for of no rows it cannot be inferred
+    width = -(-n_bytes // 8) * 8
     padded = np.zeros((len(codes), width), np.uint8)
-    padded[:, : packed.shape[1]] = packed
+    padded[:, :n_bytes] = np.ascontiguousarray(codes).view(np.uint8).reshape(len(codes), n_bytes)
     return padded.view("<u8" if width == 8 else f"V{width}")[:, 0]  # noqa: PLR2004 -- one word
 
 
@@ -209,7 +209,8 @@ def _deal(blocks: Iterable[tuple[Rows, NDArray[Any]]], paths: list[Path]) -> np.
 def _part_of(keys: Keys, n_parts: int) -> NDArray[np.int64]:
     """Spread keys evenly, by Fibonacci hashing of their words (Knuth, TAOCP 3, 6.4)."""
     mixed = np.zeros(len(keys), np.uint64)
-    for word in np.ascontiguousarray(keys).view("<u8").reshape(len(keys), -1).T:
+    words = np.ascontiguousarray(keys).view("<u8").reshape(len(keys), keys.itemsize // 8)
+    for word in words.T:
         mixed = (mixed ^ word) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(32)
     return (mixed % np.uint64(n_parts)).astype(np.int64)

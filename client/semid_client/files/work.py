@@ -121,7 +121,7 @@ class Work:
         self._progress: Progress | None = None
         self.kept = 0
         self.place = place(output)
-        self.folder = _folder(self.place, work_dir)
+        self.folder = folder_of(self.place, work_dir)
         self._bad_place = self.place.sibling(".bad-rows.jsonl")
         self.bad_list: Path | str = self._bad_place.local or self._bad_place.name
         if self.place.local is not None and self.place.is_folder():
@@ -372,7 +372,8 @@ def _write(file: BinaryIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def _folder(output: Place, work_dir: Path | None) -> Path:
+def folder_of(output: Place, work_dir: Path | None) -> Path:
+    """Where what is done of an output is kept until it is complete."""
     if work_dir is None and output.local is not None:
         return output.local.with_name(f"{output.local.name}.partial")
     whole = output.name if output.local is None else str(output.local.absolute())

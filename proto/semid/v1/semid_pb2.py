@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14semid/v1/semid.proto\x12\x08semid.v1\"H\n\x06Tensor\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.semid.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"a\n\x0cSharedTensor\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.semid.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0f\n\x07segment\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x03\"I\n\tFloatRows\x12%\n\x04rows\x18\x01 \x03(\x0b\x32\x17.semid.v1.FloatRows.Row\x1a\x15\n\x03Row\x12\x0e\n\x06values\x18\x01 \x03(\x02\"F\n\x08\x43odeRows\x12$\n\x04rows\x18\x01 \x03(\x0b\x32\x16.semid.v1.CodeRows.Row\x1a\x14\n\x03Row\x12\r\n\x05\x63odes\x18\x01 \x03(\r\"\xbd\x01\n\rEncodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1c\n\x14\x65xpected_fingerprint\x18\x02 \x01(\t\x12\"\n\x06tensor\x18\x03 \x01(\x0b\x32\x10.semid.v1.TensorH\x00\x12#\n\x04rows\x18\x04 \x01(\x0b\x32\x13.semid.v1.FloatRowsH\x00\x12(\n\x06shared\x18\x05 \x01(\x0b\x32\x16.semid.v1.SharedTensorH\x00\x42\x0c\n\nembeddings\"v\n\x0e\x45ncodeResponse\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\"\n\x06tensor\x18\x02 \x01(\x0b\x32\x10.semid.v1.TensorH\x00\x12\"\n\x04rows\x18\x03 \x01(\x0b\x32\x12.semid.v1.CodeRowsH\x00\x42\x07\n\x05\x63odes\"\xb1\x01\n\rDecodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1c\n\x14\x65xpected_fingerprint\x18\x02 \x01(\t\x12\"\n\x04mode\x18\x03 \x01(\x0e\x32\x14.semid.v1.DecodeMode\x12\"\n\x06tensor\x18\x04 \x01(\x0b\x32\x10.semid.v1.TensorH\x00\x12\"\n\x04rows\x18\x05 \x01(\x0b\x32\x12.semid.v1.CodeRowsH\x00\x42\x07\n\x05\x63odes\"\x81\x01\n\x0e\x44\x65\x63odeResponse\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\"\n\x06tensor\x18\x02 \x01(\x0b\x32\x10.semid.v1.TensorH\x00\x12#\n\x04rows\x18\x03 \x01(\x0b\x32\x13.semid.v1.FloatRowsH\x00\x42\x11\n\x0freconstructions\"?\n\x13\x45ncodeStreamRequest\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.semid.v1.EncodeRequest\"B\n\x14\x45ncodeStreamResponse\x12*\n\x08response\x18\x01 \x01(\x0b\x32\x18.semid.v1.EncodeResponse\"?\n\x13\x44\x65\x63odeStreamRequest\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.semid.v1.DecodeRequest\"B\n\x14\x44\x65\x63odeStreamResponse\x12*\n\x08response\x18\x01 \x01(\x0b\x32\x18.semid.v1.DecodeResponse\"E\n\x12ShareMemoryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\r\n\x05proof\x18\x03 \x01(\x0c\"&\n\x13ShareMemoryResponse\x12\x0f\n\x07segment\x18\x01 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"2\n\x10GetModelResponse\x12\x1e\n\x05model\x18\x01 \x01(\x0b\x32\x0f.semid.v1.Model\"\x13\n\x11ListModelsRequest\"L\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.semid.v1.Model\x12\x15\n\rdefault_model\x18\x02 \x01(\t\"\x94\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.semid.v1.ModelKind\x12\x11\n\tinput_dim\x18\x04 \x01(\x03\x12\x1f\n\x06layers\x18\x05 \x03(\x0b\x32\x0f.semid.v1.Layer\x12\x1b\n\x13normalize_residuals\x18\x06 \x01(\x08\x12&\n\ncode_dtype\x18\x07 \x01(\x0e\x32\x12.semid.v1.DataType\x12*\n\x0c\x64\x65\x63ode_modes\x18\x08 \x03(\x0e\x32\x14.semid.v1.DecodeMode\x12 \n\x06limits\x18\t \x01(\x0b\x32\x10.semid.v1.Limits\"6\n\x05Layer\x12\x16\n\x0e\x63odebook_width\x18\x01 \x01(\x03\x12\x15\n\rembedding_dim\x18\x02 \x01(\x03\"j\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x03\x12\x10\n\x08max_rows\x18\x02 \x01(\x03\x12\x33\n\rshared_memory\x18\x03 \x01(\x0b\x32\x1c.semid.v1.SharedMemoryLimits\"j\n\x12SharedMemoryLimits\x12\x11\n\tmax_bytes\x18\x01 \x01(\x03\x12\x14\n\x0cmax_segments\x18\x02 \x01(\x03\x12\x10\n\x08max_rows\x18\x03 \x01(\x03\x12\x19\n\x11max_request_bytes\x18\x04 \x01(\x03*\xc3\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x05\x12\x14\n\x10\x44\x41TA_TYPE_UINT16\x10\x06\x12\x14\n\x10\x44\x41TA_TYPE_UINT32\x10\x07*Z\n\nDecodeMode\x12\x1b\n\x17\x44\x45\x43ODE_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45\x43ODE_MODE_SUM\x10\x01\x12\x1a\n\x16\x44\x45\x43ODE_MODE_CALIBRATED\x10\x02*m\n\tModelKind\x12\x1a\n\x16MODEL_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_KIND_RQ_KMEANS\x10\x01\x12\x13\n\x0fMODEL_KIND_R_VQ\x10\x02\x12\x15\n\x11MODEL_KIND_RQ_VAE\x10\x03\x32\x8d\x04\n\x11SemanticIdService\x12;\n\x06\x45ncode\x12\x17.semid.v1.EncodeRequest\x1a\x18.semid.v1.EncodeResponse\x12;\n\x06\x44\x65\x63ode\x12\x17.semid.v1.DecodeRequest\x1a\x18.semid.v1.DecodeResponse\x12Q\n\x0c\x45ncodeStream\x12\x1d.semid.v1.EncodeStreamRequest\x1a\x1e.semid.v1.EncodeStreamResponse(\x01\x30\x01\x12Q\n\x0c\x44\x65\x63odeStream\x12\x1d.semid.v1.DecodeStreamRequest\x1a\x1e.semid.v1.DecodeStreamResponse(\x01\x30\x01\x12L\n\x0bShareMemory\x12\x1c.semid.v1.ShareMemoryRequest\x1a\x1d.semid.v1.ShareMemoryResponse0\x01\x12\x41\n\x08GetModel\x12\x19.semid.v1.GetModelRequest\x1a\x1a.semid.v1.GetModelResponse\x12G\n\nListModels\x12\x1b.semid.v1.ListModelsRequest\x1a\x1c.semid.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14semid/v1/semid.proto\x12\x08semid.v1\"H\n\x06Tensor\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.semid.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"a\n\x0cSharedTensor\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.semid.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0f\n\x07segment\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x03\"I\n\tFloatRows\x12%\n\x04rows\x18\x01 \x03(\x0b\x32\x17.semid.v1.FloatRows.Row\x1a\x15\n\x03Row\x12\x0e\n\x06values\x18\x01 \x03(\x02\"F\n\x08\x43odeRows\x12$\n\x04rows\x18\x01 \x03(\x0b\x32\x16.semid.v1.CodeRows.Row\x1a\x14\n\x03Row\x12\r\n\x05\x63odes\x18\x01 \x03(\r\"\xbd\x01\n\rEncodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1c\n\x14\x65xpected_fingerprint\x18\x02 \x01(\t\x12\"\n\x06tensor\x18\x03 \x01(\x0b\x32\x10.semid.v1.TensorH\x00\x12#\n\x04rows\x18\x04 \x01(\x0b\x32\x13.semid.v1.FloatRowsH\x00\x12(\n\x06shared\x18\x05 \x01(\x0b\x32\x16.semid.v1.SharedTensorH\x00\x42\x0c\n\nembeddings\"v\n\x0e\x45ncodeResponse\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\"\n\x06tensor\x18\x02 \x01(\x0b\x32\x10.semid.v1.TensorH\x00\x12\"\n\x04rows\x18\x03 \x01(\x0b\x32\x12.semid.v1.CodeRowsH\x00\x42\x07\n\x05\x63odes\"\xb1\x01\n\rDecodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1c\n\x14\x65xpected_fingerprint\x18\x02 \x01(\t\x12\"\n\x04mode\x18\x03 \x01(\x0e\x32\x14.semid.v1.DecodeMode\x12\"\n\x06tensor\x18\x04 \x01(\x0b\x32\x10.semid.v1.TensorH\x00\x12\"\n\x04rows\x18\x05 \x01(\x0b\x32\x12.semid.v1.CodeRowsH\x00\x42\x07\n\x05\x63odes\"\x96\x01\n\x0e\x44\x65\x63odeResponse\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\"\n\x06tensor\x18\x02 \x01(\x0b\x32\x10.semid.v1.TensorH\x00\x12#\n\x04rows\x18\x03 \x01(\x0b\x32\x13.semid.v1.FloatRowsH\x00\x12\x13\n\x0b\x63\x61libration\x18\x04 \x01(\tB\x11\n\x0freconstructions\"?\n\x13\x45ncodeStreamRequest\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.semid.v1.EncodeRequest\"B\n\x14\x45ncodeStreamResponse\x12*\n\x08response\x18\x01 \x01(\x0b\x32\x18.semid.v1.EncodeResponse\"?\n\x13\x44\x65\x63odeStreamRequest\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.semid.v1.DecodeRequest\"B\n\x14\x44\x65\x63odeStreamResponse\x12*\n\x08response\x18\x01 \x01(\x0b\x32\x18.semid.v1.DecodeResponse\"E\n\x12ShareMemoryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\r\n\x05proof\x18\x03 \x01(\x0c\"&\n\x13ShareMemoryResponse\x12\x0f\n\x07segment\x18\x01 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"2\n\x10GetModelResponse\x12\x1e\n\x05model\x18\x01 \x01(\x0b\x32\x0f.semid.v1.Model\"\x13\n\x11ListModelsRequest\"L\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.semid.v1.Model\x12\x15\n\rdefault_model\x18\x02 \x01(\t\"\xa9\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.semid.v1.ModelKind\x12\x11\n\tinput_dim\x18\x04 \x01(\x03\x12\x1f\n\x06layers\x18\x05 \x03(\x0b\x32\x0f.semid.v1.Layer\x12\x1b\n\x13normalize_residuals\x18\x06 \x01(\x08\x12&\n\ncode_dtype\x18\x07 \x01(\x0e\x32\x12.semid.v1.DataType\x12*\n\x0c\x64\x65\x63ode_modes\x18\x08 \x03(\x0e\x32\x14.semid.v1.DecodeMode\x12 \n\x06limits\x18\t \x01(\x0b\x32\x10.semid.v1.Limits\x12\x13\n\x0b\x63\x61libration\x18\n \x01(\t\"6\n\x05Layer\x12\x16\n\x0e\x63odebook_width\x18\x01 \x01(\x03\x12\x15\n\rembedding_dim\x18\x02 \x01(\x03\"j\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x03\x12\x10\n\x08max_rows\x18\x02 \x01(\x03\x12\x33\n\rshared_memory\x18\x03 \x01(\x0b\x32\x1c.semid.v1.SharedMemoryLimits\"j\n\x12SharedMemoryLimits\x12\x11\n\tmax_bytes\x18\x01 \x01(\x03\x12\x14\n\x0cmax_segments\x18\x02 \x01(\x03\x12\x10\n\x08max_rows\x18\x03 \x01(\x03\x12\x19\n\x11max_request_bytes\x18\x04 \x01(\x03*\xc3\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x05\x12\x14\n\x10\x44\x41TA_TYPE_UINT16\x10\x06\x12\x14\n\x10\x44\x41TA_TYPE_UINT32\x10\x07*Z\n\nDecodeMode\x12\x1b\n\x17\x44\x45\x43ODE_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45\x43ODE_MODE_SUM\x10\x01\x12\x1a\n\x16\x44\x45\x43ODE_MODE_CALIBRATED\x10\x02*m\n\tModelKind\x12\x1a\n\x16MODEL_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_KIND_RQ_KMEANS\x10\x01\x12\x13\n\x0fMODEL_KIND_R_VQ\x10\x02\x12\x15\n\x11MODEL_KIND_RQ_VAE\x10\x03\x32\x8d\x04\n\x11SemanticIdService\x12;\n\x06\x45ncode\x12\x17.semid.v1.EncodeRequest\x1a\x18.semid.v1.EncodeResponse\x12;\n\x06\x44\x65\x63ode\x12\x17.semid.v1.DecodeRequest\x1a\x18.semid.v1.DecodeResponse\x12Q\n\x0c\x45ncodeStream\x12\x1d.semid.v1.EncodeStreamRequest\x1a\x1e.semid.v1.EncodeStreamResponse(\x01\x30\x01\x12Q\n\x0c\x44\x65\x63odeStream\x12\x1d.semid.v1.DecodeStreamRequest\x1a\x1e.semid.v1.DecodeStreamResponse(\x01\x30\x01\x12L\n\x0bShareMemory\x12\x1c.semid.v1.ShareMemoryRequest\x1a\x1d.semid.v1.ShareMemoryResponse0\x01\x12\x41\n\x08GetModel\x12\x19.semid.v1.GetModelRequest\x1a\x1a.semid.v1.GetModelResponse\x12G\n\nListModels\x12\x1b.semid.v1.ListModelsRequest\x1a\x1c.semid.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'semid.v1.semid_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=2092
-  _globals['_DATATYPE']._serialized_end=2287
-  _globals['_DECODEMODE']._serialized_start=2289
-  _globals['_DECODEMODE']._serialized_end=2379
-  _globals['_MODELKIND']._serialized_start=2381
-  _globals['_MODELKIND']._serialized_end=2490
+  _globals['_DATATYPE']._serialized_start=2134
+  _globals['_DATATYPE']._serialized_end=2329
+  _globals['_DECODEMODE']._serialized_start=2331
+  _globals['_DECODEMODE']._serialized_end=2421
+  _globals['_MODELKIND']._serialized_start=2423
+  _globals['_MODELKIND']._serialized_end=2532
   _globals['_TENSOR']._serialized_start=34
   _globals['_TENSOR']._serialized_end=106
   _globals['_SHAREDTENSOR']._serialized_start=108
@@ -56,35 +56,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST']._serialized_start=667
   _globals['_DECODEREQUEST']._serialized_end=844
   _globals['_DECODERESPONSE']._serialized_start=847
-  _globals['_DECODERESPONSE']._serialized_end=976
-  _globals['_ENCODESTREAMREQUEST']._serialized_start=978
-  _globals['_ENCODESTREAMREQUEST']._serialized_end=1041
-  _globals['_ENCODESTREAMRESPONSE']._serialized_start=1043
-  _globals['_ENCODESTREAMRESPONSE']._serialized_end=1109
-  _globals['_DECODESTREAMREQUEST']._serialized_start=1111
-  _globals['_DECODESTREAMREQUEST']._serialized_end=1174
-  _globals['_DECODESTREAMRESPONSE']._serialized_start=1176
-  _globals['_DECODESTREAMRESPONSE']._serialized_end=1242
-  _globals['_SHAREMEMORYREQUEST']._serialized_start=1244
-  _globals['_SHAREMEMORYREQUEST']._serialized_end=1313
-  _globals['_SHAREMEMORYRESPONSE']._serialized_start=1315
-  _globals['_SHAREMEMORYRESPONSE']._serialized_end=1353
-  _globals['_GETMODELREQUEST']._serialized_start=1355
-  _globals['_GETMODELREQUEST']._serialized_end=1387
-  _globals['_GETMODELRESPONSE']._serialized_start=1389
-  _globals['_GETMODELRESPONSE']._serialized_end=1439
-  _globals['_LISTMODELSREQUEST']._serialized_start=1441
-  _globals['_LISTMODELSREQUEST']._serialized_end=1460
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1462
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1538
-  _globals['_MODEL']._serialized_start=1541
-  _globals['_MODEL']._serialized_end=1817
-  _globals['_LAYER']._serialized_start=1819
-  _globals['_LAYER']._serialized_end=1873
-  _globals['_LIMITS']._serialized_start=1875
-  _globals['_LIMITS']._serialized_end=1981
-  _globals['_SHAREDMEMORYLIMITS']._serialized_start=1983
-  _globals['_SHAREDMEMORYLIMITS']._serialized_end=2089
-  _globals['_SEMANTICIDSERVICE']._serialized_start=2493
-  _globals['_SEMANTICIDSERVICE']._serialized_end=3018
+  _globals['_DECODERESPONSE']._serialized_end=997
+  _globals['_ENCODESTREAMREQUEST']._serialized_start=999
+  _globals['_ENCODESTREAMREQUEST']._serialized_end=1062
+  _globals['_ENCODESTREAMRESPONSE']._serialized_start=1064
+  _globals['_ENCODESTREAMRESPONSE']._serialized_end=1130
+  _globals['_DECODESTREAMREQUEST']._serialized_start=1132
+  _globals['_DECODESTREAMREQUEST']._serialized_end=1195
+  _globals['_DECODESTREAMRESPONSE']._serialized_start=1197
+  _globals['_DECODESTREAMRESPONSE']._serialized_end=1263
+  _globals['_SHAREMEMORYREQUEST']._serialized_start=1265
+  _globals['_SHAREMEMORYREQUEST']._serialized_end=1334
+  _globals['_SHAREMEMORYRESPONSE']._serialized_start=1336
+  _globals['_SHAREMEMORYRESPONSE']._serialized_end=1374
+  _globals['_GETMODELREQUEST']._serialized_start=1376
+  _globals['_GETMODELREQUEST']._serialized_end=1408
+  _globals['_GETMODELRESPONSE']._serialized_start=1410
+  _globals['_GETMODELRESPONSE']._serialized_end=1460
+  _globals['_LISTMODELSREQUEST']._serialized_start=1462
+  _globals['_LISTMODELSREQUEST']._serialized_end=1481
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1483
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1559
+  _globals['_MODEL']._serialized_start=1562
+  _globals['_MODEL']._serialized_end=1859
+  _globals['_LAYER']._serialized_start=1861
+  _globals['_LAYER']._serialized_end=1915
+  _globals['_LIMITS']._serialized_start=1917
+  _globals['_LIMITS']._serialized_end=2023
+  _globals['_SHAREDMEMORYLIMITS']._serialized_start=2025
+  _globals['_SHAREDMEMORYLIMITS']._serialized_end=2131
+  _globals['_SEMANTICIDSERVICE']._serialized_start=2535
+  _globals['_SEMANTICIDSERVICE']._serialized_end=3060
 # @@protoc_insertion_point(module_scope)

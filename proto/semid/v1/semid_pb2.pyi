@@ -129,14 +129,16 @@ class DecodeRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., expected_fingerprint: _Optional[str] = ..., mode: _Optional[_Union[DecodeMode, str]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., rows: _Optional[_Union[CodeRows, _Mapping]] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("fingerprint", "tensor", "rows")
+    __slots__ = ("fingerprint", "tensor", "rows", "calibration")
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     fingerprint: str
     tensor: Tensor
     rows: FloatRows
-    def __init__(self, fingerprint: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., rows: _Optional[_Union[FloatRows, _Mapping]] = ...) -> None: ...
+    calibration: str
+    def __init__(self, fingerprint: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., rows: _Optional[_Union[FloatRows, _Mapping]] = ..., calibration: _Optional[str] = ...) -> None: ...
 
 class EncodeStreamRequest(_message.Message):
     __slots__ = ("request",)
@@ -203,7 +205,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., default_model: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "fingerprint", "kind", "input_dim", "layers", "normalize_residuals", "code_dtype", "decode_modes", "limits")
+    __slots__ = ("name", "fingerprint", "kind", "input_dim", "layers", "normalize_residuals", "code_dtype", "decode_modes", "limits", "calibration")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +215,7 @@ class Model(_message.Message):
     CODE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     DECODE_MODES_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     fingerprint: str
     kind: ModelKind
@@ -222,7 +225,8 @@ class Model(_message.Message):
     code_dtype: DataType
     decode_modes: _containers.RepeatedScalarFieldContainer[DecodeMode]
     limits: Limits
-    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., input_dim: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[Layer, _Mapping]]] = ..., normalize_residuals: _Optional[bool] = ..., code_dtype: _Optional[_Union[DataType, str]] = ..., decode_modes: _Optional[_Iterable[_Union[DecodeMode, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    calibration: str
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., input_dim: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[Layer, _Mapping]]] = ..., normalize_residuals: _Optional[bool] = ..., code_dtype: _Optional[_Union[DataType, str]] = ..., decode_modes: _Optional[_Iterable[_Union[DecodeMode, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., calibration: _Optional[str] = ...) -> None: ...
 
 class Layer(_message.Message):
     __slots__ = ("codebook_width", "embedding_dim")

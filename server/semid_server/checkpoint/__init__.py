@@ -1,7 +1,7 @@
 """Checkpoints: semid's own format, GRID's, and plain files of torch. FORMAT.md has the bytes."""
 
 from semid_server.checkpoint.contents import Overrides
-from semid_server.checkpoint.fingerprint import fingerprint
+from semid_server.checkpoint.fingerprint import calibration_fingerprint, fingerprint
 from semid_server.checkpoint.health import LayerReport
 from semid_server.checkpoint.loading import (
     Checkpoint,
@@ -16,6 +16,7 @@ __all__ = [
     "Inspection",
     "LayerReport",
     "Overrides",
+    "calibration_fingerprint",
     "fingerprint",
     "inspect_checkpoint",
     "load_checkpoint",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from semid_server.model import ModelSpec
+    from semid_server.model import Calibration, ModelSpec
 
 _VERSION = b"semid fingerprint 1\n"
 
@@ -45,11 +45,7 @@ def fingerprint(spec: ModelSpec, state: Mapping[str, Tensor]) -> str:
         add(name, np.float64(value))
 
     def add(name: str, values: np.ndarray | np.float64) -> None:
-        # + 0.0 turns -0.0 into 0.0: the two are equal in every distance.
-        canonical = np.asarray(values, dtype="<f8") + 0.0
-        digest.update(struct.pack("<Q", len(name)) + name.encode("ascii"))
-        digest.update(struct.pack(f"<{1 + canonical.ndim}Q", canonical.ndim, *canonical.shape))
-        digest.update(canonical.astype("<f8").tobytes())
+        digest.update(_record(name, values))
 
     def tensor(name: str, key: str) -> None:
         add(name, state[key].detach().double().cpu().numpy())
@@ -72,6 +68,36 @@ def fingerprint(spec: ModelSpec, state: Mapping[str, Tensor]) -> str:
         tensor(f"codebook.{layer}", f"quantization_layer_list.{layer}.centroids")
     network("decoder", spec.decoder_hidden_dims)
     return digest.hexdigest()
+
+
+def calibration_fingerprint(calibration: Calibration | None) -> str:
+    """SHA-256 of the recorded norms, whatever the type in which they are stored.
+
+    Parameters
+    ----------
+    calibration : Calibration or None
+        What calibrated decoding works with.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits; empty without a calibration.
+    """
+    if calibration is None:
+        return ""
+    digest = hashlib.sha256(_VERSION)
+    digest.update(_record("input_norm", np.float64(calibration.input_norm)))
+    for layer, norms in enumerate(calibration.residual_norms):
+        digest.update(_record(f"residual_norms.{layer}", norms.detach().double().cpu().numpy()))
+    return digest.hexdigest()
+
+
+def _record(name: str, values: np.ndarray | np.float64) -> bytes:
+    # + 0.0 turns -0.0 into 0.0: the two are equal in every distance.
+    canonical = np.asarray(values, dtype="<f8") + 0.0
+    head = struct.pack("<Q", len(name)) + name.encode("ascii")
+    head += struct.pack(f"<{1 + canonical.ndim}Q", canonical.ndim, *canonical.shape)
+    return head + canonical.astype("<f8").tobytes()
 
 
 def linear_keys(network: str, hidden_dims: tuple[int, ...] | None) -> list[str]:

@@ -127,6 +127,7 @@ class CheckpointEngine:
             code_dtype=served.code_dtype.newbyteorder("="),
             decode_modes=served.decode_modes,
             limits=Limits(config.max_message_bytes, config.max_batch_rows),
+            calibration=served.calibration,
         )
 
     def memory(self, n_bytes: int) -> Memory:
@@ -300,13 +301,34 @@ class TensorRows:
                     "one to read by --column",
                 )
             found = matrices[name]
+        elif isinstance(found, torch.Tensor) and self._column is not None:
+            raise FileError(
+                self._name, f"has one tensor and no names: --column {self._column} says nothing"
+            )
         if not isinstance(found, torch.Tensor) or found.ndim != 2:  # noqa: PLR2004 - a matrix
             shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
             raise FileError(self._name, f"holds {shape}; expected a tensor (rows, columns)")
         if found.layout != torch.strided or found.is_quantized:
             raise FileError(self._name, f"holds a {_form(found)} tensor; expected a dense one")
+        if found.is_meta:
+            raise FileError(
+                self._name,
+                f"holds a tensor of {_type(found)} on the meta device, which has no numbers; "
+                "expected one on the CPU or a GPU",
+            )
         found = found.detach()
+        try:
+            self._numpy(found[:0])
+        except (TypeError, RuntimeError) as error:  # of a type that numpy lacks
+            expected = "an integer type" if self._turned else "a float type, such as float32"
+            raise FileError(
+                self._name, f"holds a tensor of {_type(found)}; expected {expected}"
+            ) from error
         return found.T if self._turned else found
+
+
+def _type(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _form(tensor: torch.Tensor) -> str:

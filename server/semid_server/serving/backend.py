@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 import numpy as np
 import torch
 
-from semid_server.checkpoint import load_checkpoint
+from semid_server.checkpoint import calibration_fingerprint, load_checkpoint
 from semid_server.encoding import EncodeCounts, make_encoder
 from semid_server.encoding.staging import RECORDING
 from semid_server.errors import (
@@ -287,6 +287,7 @@ class Backend:
             decode_modes=modes,
             code_dtype=self._code_type,
             device=_device_name(self._device),
+            calibration=calibration_fingerprint(self._calibration),
             backend=self,
         )
         self._warm_up_counts = EncodeCounts()

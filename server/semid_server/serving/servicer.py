@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import grpc
@@ -233,7 +234,9 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         # What it holds while it is in work is its answer, many times larger than the codes.
         nbytes = len(codes) * model.input_dim * np.dtype(np.float32).itemsize
         key = DecodeKey(model, codes.shape[1], mode)
-        return _Asked(key, codes, nbytes, form, wire.decode_response)
+        calibration = model.calibration if mode == "calibrated" else ""
+        write = partial(wire.decode_response, calibration=calibration)
+        return _Asked(key, codes, nbytes, form, write)
 
     async def _written(self, asked: _Asked, answer: asyncio.Future[npt.NDArray[Any]]) -> bytes:
         """Wait for the answer to a request, and write it in the form in which it was asked."""

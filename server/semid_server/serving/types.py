@@ -48,6 +48,8 @@ class ServedModel:
         Of the codes: the smallest unsigned type that holds them.
     device : str
         Where it runs.
+    calibration : str
+        Fingerprint of the norms that calibrated decoding works with; empty if there are none.
     backend : object
         What runs its batches: the device thread's business alone.
     """
@@ -62,6 +64,7 @@ class ServedModel:
     decode_modes: tuple[DecodeModeName, ...]
     code_dtype: np.dtype[np.unsignedinteger]
     device: str
+    calibration: str = ""
     backend: Any = field(default=None, repr=False)
 
 

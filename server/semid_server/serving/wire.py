@@ -235,12 +235,21 @@ def encode_response(
 
 
 def decode_response(
-    reconstructions: npt.NDArray[np.float32], model: ServedModel, form: str | None
+    reconstructions: npt.NDArray[np.float32],
+    model: ServedModel,
+    form: str | None,
+    *,
+    calibration: str = "",
 ) -> bytes:
-    """Write a DecodeResponse: reconstructions in the form in which the codes came."""
+    """Write a DecodeResponse: reconstructions in the form in which the codes came.
+
+    ``calibration`` is the model's, where it was used.
+    """
     if form == "rows":
         rows = pb.FloatRows(rows=[pb.FloatRows.Row(values=row) for row in reconstructions.tolist()])
-        return pb.DecodeResponse(fingerprint=model.fingerprint, rows=rows).SerializeToString()
+        return pb.DecodeResponse(
+            fingerprint=model.fingerprint, rows=rows, calibration=calibration
+        ).SerializeToString()
     head = _response_head(
         pb.DecodeResponse,
         model.fingerprint,
@@ -248,6 +257,8 @@ def decode_response(
         reconstructions.shape,
         reconstructions.nbytes,
     )
+    if calibration:
+        head = pb.DecodeResponse(calibration=calibration).SerializeToString() + head
     return b"".join((head, np.ascontiguousarray(reconstructions).data))  # the one copy of them
 
 
@@ -310,6 +321,7 @@ def model_message(
         limits=pb.Limits(
             max_message_bytes=max_message_bytes, max_rows=max_rows, shared_memory=shared_memory
         ),
+        calibration=model.calibration,
     )
 
 

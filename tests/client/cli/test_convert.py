@@ -395,4 +395,5 @@ def test_info_describes_the_model_to_programs(server):
         "code_dtype": "uint8",
         "decode_modes": ["sum"],
         "limits": {"max_message_bytes": 1 << 20, "max_rows": 1000, "shared_memory": None},
+        "calibration": "",
     }

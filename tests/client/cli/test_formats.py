@@ -1,9 +1,11 @@
 """Every format of embeddings to every format of IDs, over a real socket, and back."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import uuid
 
 import numpy as np
 import pyarrow as pa
@@ -257,6 +259,11 @@ def write(name, content):
         file.write(content)
 
 
+def write_twice(name):
+    content = pa.table({"v": list(embeddings(2)), "id": ["a", "b"]})
+    pq.write_table(content.append_column(name, content[name]), "in.parquet")
+
+
 NULLS = pa.array([None] * 3, pa.list_(pa.float32()))
 
 
@@ -278,6 +285,16 @@ NULLS = pa.array([None] * 3, pa.list_(pa.float32()))
         damaged("in.pt", lambda: torch.save(torch.eye(4).to_sparse(), "in.pt"), "a sparse_coo ten"),
         damaged(
             "in.pt",
+            lambda: torch.save(torch.eye(4).to(torch.float8_e4m3fn), "in.pt"),
+            "in.pt: holds a tensor of float8_e4m3fn; expected a float type, such as float32",
+        ),
+        damaged(
+            "in.pt",
+            lambda: torch.save(torch.eye(4).to("meta"), "in.pt"),
+            "in.pt: holds a tensor of float32 on the meta device, which has no numbers; expected",
+        ),
+        damaged(
+            "in.pt",
             lambda: torch.save(torch.eye(4), "in.pt", _use_new_zipfile_serialization=False),
             "in.pt: cannot be read as tensors alone: it is no file of torch.save, or one",
         ),
@@ -291,6 +308,8 @@ NULLS = pa.array([None] * 3, pa.list_(pa.float32()))
             lambda: pq.write_table(pa.table({"v": NULLS}), "in.parquet"),
             "column 'v' holds no row of numbers, so that nothing tells how many a row has",
         ),
+        damaged("in.parquet", lambda: write_twice("id"), "has 2 columns named 'id'; give each a"),
+        damaged("in.parquet", lambda: write_twice("v"), "has 2 columns named 'v'; give each a"),
         damaged("in.safetensors", lambda: write("in.safetensors", b"{}"), "as safetensors: "),
         damaged("in.parquet", lambda: write("in.parquet", b"PAR1"), "cannot be read as Parquet: "),
         damaged(
@@ -328,6 +347,7 @@ def test_an_input_that_cannot_be_read_is_one_sentence(server, folder, name, make
         (["in.npy", "--column", "x"], "in.npy: has one array and no names: --column x says no"),
         (["in.npy", "--id-column", "x"], "in.npy: has no ids: --id-column x says nothing"),
         (["in.pt", "--id-column", "x"], "in.pt: has no ids: --id-column x says nothing"),
+        (["one.pt", "--column", "x"], "one.pt: has one tensor and no names: --column x says noth"),
         (["turned.npy"], "takes embeddings of 4; it is turned: transpose it"),
         (["in.csv"], "in.csv: is not a .npy file: "),
     ],
@@ -337,6 +357,7 @@ def test_a_mistake_that_is_often_made_is_named(server, folder, options, says):
     np.save("turned.npy", embeddings().T.copy())
     (folder / "in.csv").write_text("a,b\n1,2\n")
     (folder / "in.pt").touch()
+    torch.save(torch.tensor(embeddings()), "one.pt")
     content = table(embeddings())
     tags = pa.array([["a"]] * N)
     pq.write_table(pa.table({"vector": content["vector"], "tags": tags}), "x.parquet")
@@ -372,6 +393,11 @@ def test_a_row_group_that_cannot_be_read_is_named_and_what_came_before_is_kept(s
         (["-o", "out.pt", "--on-bad-row", "skip"], "out.pt: the columns of a GRID file are the"),
         (["-o", "out.pt", "--unique", "none"], "out.pt: a GRID file has the extra digit"),
         (["-o", "out.jsonl", "--tokens", "{word}"], "out.jsonl: '{word}' is no template"),
+        (
+            ["-o", "out.npy", "--tokens", "<{letter}_{code}>"],
+            "out.npy: has no tokens, as .jsonl has: --tokens <{letter}_{code}> says nothing",
+        ),
+        (["-o", "-", "--tokens", "{code}"], "standard output: has no tokens, as .jsonl has"),
     ],
 )
 def test_an_output_that_cannot_be_is_one_sentence_before_any_work(server, folder, arguments, says):
@@ -455,6 +481,47 @@ def test_a_file_may_begin_with_rows_that_are_null(server, folder, source, n_null
     assert len((folder / "out.npy.bad-rows.jsonl").read_text().splitlines()) == n_null
 
 
+@pytest.mark.parametrize("source", ["in.parquet", "-"])
+@pytest.mark.parametrize("first", [[[1.0] * 3], [[]], [[1.0] * 3] * 70, [None, [1.0] * 3]])
+def test_rows_of_another_width_at_the_beginning_are_bad_ones(server, folder, source, first):
+    content = pa.table({"v": pa.array([*first, *embeddings(5).tolist()], pa.list_(pa.float32()))})
+    pq.write_table(content, "in.parquet")
+    stdin = None
+    if source == "-":
+        stdin = pa.BufferOutputStream()
+        with pa.ipc.new_stream(stdin, content.schema) as writer:
+            writer.write_table(content)
+        stdin = stdin.getvalue().to_pybytes()
+    options = ("--on-bad-row", "skip", "--target", server.target)
+    result = semid("encode", source, "-o", "out.npy", *options, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    np.testing.assert_array_equal(np.load("out.npy"), server.expected_codes(embeddings(5)))
+    listed = (folder / "out.npy.bad-rows.jsonl").read_text().splitlines()
+    assert len(listed) == len(first)
+    assert f"has {len(first[-1])} numbers; expected 4" in listed[-1]
+    verified = semid("verify", "out.npy", "in.parquet", "--target", server.target)
+    assert verified.exit_code == 0, verified.output
+
+
+@pytest.mark.parametrize("n", [1, 100])
+def test_rows_that_are_all_of_another_width_are_refused(server, folder, n):
+    content = pa.table({"v": pa.array([[1.0] * 3] * n, pa.list_(pa.float32()))})
+    pq.write_table(content, "in.parquet")
+    options = ("--on-bad-row", "skip", "--target", server.target)
+    result = semid("encode", "in.parquet", "-o", "out.npy", *options)
+    assert "in.parquet: has rows of 3 numbers, but model 'fake' at 127.0.0.1" in result.stderr
+    assert not (folder / "out.npy").exists()
+
+
+def test_a_row_of_fewer_codes_at_the_beginning_is_a_bad_one(server, folder):
+    codes = [[0], *server.expected_codes(embeddings(5)).tolist()]
+    pq.write_table(pa.table({"codes": codes}), "in.parquet")
+    options = ("--on-bad-row", "skip", "--target", server.target)
+    result = semid("decode", "in.parquet", "-o", "out.npy", *options)
+    assert result.exit_code == 0, result.output
+    assert np.load("out.npy").shape == (5, 4)
+
+
 @pytest.mark.parametrize("target", ["there.npy", "deeper/there.npy", "new.npy"])
 def test_an_output_that_is_a_link_goes_where_it_points_to(server, folder, target):
     (folder / "deeper").mkdir()
@@ -500,3 +567,159 @@ def test_ids_may_be_dictionaries_that_differ_from_file_to_file(server, folder):
         result = semid("encode", "many", "-o", output, "--target", server.target)
         assert result.exit_code == 0, result.output
         assert read_output(output, "codes")[0] == ["x", "y", "z", "x"]
+
+
+def test_ids_of_a_stream_may_be_more_than_the_indices_of_its_dictionaries_count(server, folder):
+    batches = []
+    for start in range(0, 300, 100):
+        names = pa.array([f"item {i}" for i in range(start, start + 100)])
+        ids = pa.DictionaryArray.from_arrays(pa.array(range(100), pa.int8()), names)
+        rows = pa.array(list(embeddings(100)), pa.list_(pa.float32()))
+        batches.append(pa.record_batch([ids, rows], ["id", "v"]))
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    for output in ("out.parquet", "out.npz", "out.jsonl", "-"):
+        command = ("encode", "-", "-o", output, "--target", server.target)
+        result = semid(*command, stdin=sink.getvalue())
+        assert result.exit_code == 0, result.output
+        found = read_stream(result.stdout_bytes) if output == "-" else read_output(output, "codes")
+        assert found[0] == [f"item {i}" for i in range(300)]
+    assert pq.read_schema("out.parquet").field("id").type == pa.string()
+
+
+@pytest.mark.parametrize("kind", [">i8", ">u2", ">U6"])
+@pytest.mark.parametrize("output", ["out.parquet", "out.npz", "out.jsonl"])
+def test_ids_may_be_stored_by_another_kind_of_machine(server, folder, kind, output):
+    np.savez("in.npz", embedding=embeddings(3), id=np.array([1, 2, 3]).astype(kind))
+    result = semid("encode", "in.npz", "-o", output, "--target", server.target)
+    assert result.exit_code == 0, result.output
+    expected = ["1", "2", "3"] if "U" in kind else [1, 2, 3]
+    assert read_output(output, "codes")[0] == expected
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pa.array([None, 1, 2]),
+        pa.array([None, "a", None]),
+        pa.array([0, 1 << 63, (1 << 64) - 1], pa.uint64()),
+        pa.array([-(1 << 63), None, (1 << 63) - 1]),
+        pa.array([0.5, 1.0, None]),
+        pa.array([True, None, False]),
+        pa.nulls(3),
+    ],
+    ids=str,
+)
+def test_ids_come_back_from_lines_of_json(server, folder, ids):
+    pq.write_table(table(embeddings(3), ids=ids), "in.parquet")
+    target = ("--target", server.target)
+    for command in (
+        ("encode", "in.parquet", "-o", "out.jsonl"),
+        ("verify", "out.jsonl", "in.parquet"),
+        ("decode", "out.jsonl", "-o", "back.parquet"),
+    ):
+        result = semid(*command, *target)
+        assert result.exit_code == 0, result.output
+    assert pq.read_table("back.parquet")["id"].combine_chunks() == ids
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        (["1", str(1 << 64)], f"line 2: its id {1 << 64} is out of range; whole numbers run from"),
+        (["1", str(-(1 << 63) - 1)], f"line 2: its id {-(1 << 63) - 1} is out of range"),
+        ([str(1 << 63), "1", "-5"], f"line 3: its id -5 and {1 << 63} of line 1 are of no one"),
+        (["-5", "1", str(1 << 63)], f"line 3: its id {1 << 63} and -5 of line 1 are of no one"),
+        (["null", "1", '"a"'], "line 3: its id 'a' is of another type than 1 of line 2"),
+    ],
+)
+def test_ids_of_lines_of_json_that_no_column_holds_are_refused_by_line(server, folder, ids, says):
+    lines = [f'{{"id": {id_}, "codes": [1, 2, 3]}}\n' for id_ in ids]
+    (folder / "in.jsonl").write_text("".join(lines))
+    result = semid("decode", "in.jsonl", "-o", "out.npy", "--target", server.target)
+    assert result.exit_code == 1
+    assert f"in.jsonl: {says}" in result.stderr
+    assert server.calls("Decode") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--column", "x"], 'in.jsonl: has its codes in "codes": --column x says nothing'),
+        (["--id-column", "x"], "in.jsonl: has no 'x' in any of 1 lines"),
+    ],
+)
+def test_a_name_that_lines_of_json_do_not_have_is_refused(server, folder, options, says):
+    (folder / "in.jsonl").write_text('{"id": 1, "codes": [1, 2, 3]}\n')
+    result = semid("decode", "in.jsonl", *options, "-o", "out.npy", "--target", server.target)
+    assert result.exit_code == 1
+    assert says in result.stderr
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.binary(2), pa.list_(pa.binary(), 1)], ids=str
+)
+def test_bytes_are_no_ids_of_lines_of_json(server, folder, kind):
+    ids = pa.array([b"ab", b"cd"])
+    ids = pa.array([[b"ab"], [b"cd"]], kind) if pa.types.is_nested(kind) else ids.cast(kind)
+    pq.write_table(table(embeddings(2), ids=ids), "in.parquet")
+    result = semid("encode", "in.parquet", "-o", "out.jsonl", "--target", server.target)
+    assert result.exit_code == 1
+    assert (
+        "out.jsonl: JSON has no bytes, which column 'item_id' of in.parquet is made of "
+        f"({pq.read_schema('in.parquet').field('item_id').type}): use .parquet, or cast the ids to "
+        "strings"
+    ) in result.stderr
+    assert server.calls("Encode") == 0
+
+
+@pytest.mark.skipif(not hasattr(pa, "uuid"), reason="an older pyarrow reads UUIDs as bytes")
+def test_a_uuid_is_text_in_lines_of_json(server, folder):
+    ids = [uuid.UUID(int=i) for i in range(2)]
+    kept = pa.array([id_.bytes for id_ in ids], pa.uuid())
+    pq.write_table(table(embeddings(2), ids=kept), "in.parquet")
+    target = ("--target", server.target)
+    result = semid("encode", "in.parquet", "-o", "out.jsonl", *target)
+    assert result.exit_code == 0, result.output
+    assert read_output("out.jsonl", "codes")[0] == [str(id_) for id_ in ids]
+    assert semid("verify", "out.jsonl", "in.parquet", *target).exit_code == 0
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_a_null_id_is_refused_before_any_work_where_there_is_no_null(server, folder, statistics):
+    content = table(embeddings(30), ids=[None if i == 17 else i for i in range(30)])
+    pq.write_table(content, "in.parquet", row_group_size=10, write_statistics=statistics)
+    result = semid("encode", "in.parquet", "-o", "out.npz", "--target", server.target)
+    assert result.exit_code == 1
+    assert (
+        "out.npz: an .npz file has no null, as the id of row 17 of in.parquet is: use .parquet"
+    ) in result.stderr
+    assert server.calls("Encode") == 0
+
+
+def test_a_null_id_of_lines_of_json_is_refused_where_there_is_no_null(server, folder):
+    (folder / "in.jsonl").write_text(
+        '{"id": 1, "codes": [1, 2, 3]}\n{"id": null, "codes": [1, 2, 3]}\n'
+    )
+    result = semid("decode", "in.jsonl", "-o", "out.npz", "--target", server.target)
+    assert "has no null, as the id of row 1 of in.jsonl is: use .parquet" in result.stderr
+    assert server.calls("Decode") == 0
+
+
+@pytest.mark.parametrize("source", ["in.parquet", "-"])
+def test_a_null_id_matters_where_its_row_is_kept(server, folder, source):
+    rows = embeddings(2000)
+    rows[3] = np.nan
+    for null, kept in ((3, True), (5, False)):
+        content = table(rows, ids=[None if i == null else i for i in range(2000)])
+        pq.write_table(content, "in.parquet", row_group_size=10)
+        stdin = as_stream(content) if source == "-" else None
+        command = ("encode", source, "-o", "out.npz", "--force", "--on-bad-row", "skip")
+        result = semid(*command, "--target", server.target, stdin=stdin)
+        assert (result.exit_code == 0) == kept, result.output
+        name = "standard input" if source == "-" else source
+        assert kept or f"no null, as the id of row 5 of {name} is: use" in result.stderr
+    done = server.calls("Encode")
+    assert done < 2 * 200  # the second ended near its beginning

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from file_formats import FORMATS, ids_of, read_output, table
 
 from semid_client.cli.root import root
+from semid_client.files import ids, outputs
 from semid_client.files.rows import MatrixRows
 
 verify = import_module("semid_client.cli.verify")  # the module, not its command
@@ -140,6 +141,132 @@ def test_rows_that_are_null_or_left_out_have_ids_and_digits_of_their_own(target,
         result = semid("verify", output, "in.parquet", "--all", "--extra-digit", *target)
         assert result.exit_code == 0, result.output
         assert "297 of 300 rows checked, 0 differ, 0 ids differ, 0 extra digits" in result.stdout
+
+
+BAD_SPANS = {"all": range(30), "first": range(10), "last": range(20, 30)}
+
+
+@pytest.fixture
+def short_spans(folder, monkeypatch):
+    """Rows are written, and ids read, ten at a time."""
+    monkeypatch.setattr(outputs, "WRITE_ROWS", 10)
+    monkeypatch.setattr(ids, "READ_ROWS", 10)
+    monkeypatch.setattr(verify, "READ_ROWS", 10)
+
+
+@pytest.mark.usefixtures("short_spans")
+@pytest.mark.parametrize("unique", ["grid", "tiger", "none"])
+@pytest.mark.parametrize("bad", BAD_SPANS)
+@pytest.mark.parametrize("source", ["in.npy", "in.parquet"])
+def test_whole_spans_of_bad_rows_are_encoded_and_verified(target, source, bad, unique):
+    rows = embeddings(30) * 0
+    rows[BAD_SPANS[bad]] = np.nan
+    np.save("in.npy", rows)
+    pq.write_table(table(rows), "in.parquet")
+    n_good = 30 - len(BAD_SPANS[bad])
+    for what, suffix in (
+        *(("skip", suffix) for suffix in FORMATS if suffix != "pt"),
+        ("null", "parquet"),
+        ("null", "jsonl"),
+    ):
+        output = f"{what}.{suffix}"
+        options = ("--unique", unique, "--on-bad-row", what)
+        made = semid("encode", source, "-o", output, *options, *target)
+        assert made.exit_code == 0, (output, made.output)
+        if suffix != "jsonl":
+            found = [row for row in read_column(output) if row is not None]
+            first = unique == "grid"
+            digits = [] if unique == "none" else list(range(first, n_good + first))
+            assert [row[3] for row in found if unique != "none"] == digits
+        digit = () if unique == "none" else ("--extra-digit",)
+        result = semid("verify", output, source, "--all", *digit, *target)
+        assert result.exit_code == 0, (output, result.output)
+        assert f"{n_good} of 30 rows checked, 0 differ" in result.stdout
+
+
+def read_column(path):
+    """Codes of an output as lists; None where null."""
+    if path.endswith(".parquet"):
+        return pq.read_table(path)["codes"].to_pylist()
+    return read_output(path, "codes")[1].tolist()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize("unique", ["grid", "none"])
+def test_an_output_of_nulls_alone_is_decoded_to_nulls(target, folder, suffix, unique):
+    np.save("in.npy", np.full((3, 4), np.nan, np.float32))
+    options = ("--unique", unique, "--on-bad-row", "null")
+    semid("encode", "in.npy", "-o", f"codes.{suffix}", *options, *target)
+    digit = () if unique == "none" else ("--extra-digit",)
+    command = ("decode", f"codes.{suffix}", "-o", "back.parquet", *digit, *target)
+    failed = semid(*command)
+    assert failed.exit_code == 1
+    assert f"codes.{suffix}: row 0: is null" in failed.stderr
+    made = semid(*command, "--on-bad-row", "null", "--restart")
+    assert made.exit_code == 0, made.output
+    assert pq.read_table("back.parquet")["embedding"].to_pylist() == [None] * 3
+
+
+def test_lines_of_no_codes_at_all_are_refused(target, folder):
+    (folder / "out.jsonl").write_text('{"id": 0, "codes": null}\n{"id": 1, "codes": []}\n')
+    result = semid("decode", "out.jsonl", "-o", "back.npy", *target)
+    assert result.exit_code == 1
+    assert "out.jsonl: holds no codes" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("digit", "found"),
+    [((), "2 codes"), (("--extra-digit",), "1 codes and an extra digit")],
+)
+def test_an_output_without_all_layers_is_refused(target, folder, digit, found):
+    np.save("in.npy", embeddings())
+    semid("encode", "in.npy", "-o", "whole.npy", *target)
+    np.save("out.npy", np.load("whole.npy")[:, :2])
+    result = semid("verify", "out.npy", "in.npy", *digit, *target)
+    assert result.exit_code == 1
+    assert f"out.npy: has rows of {found}, but model 'fake' " in result.stderr
+    assert "has 3 layers" in result.stderr
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz", "parquet", "safetensors", "jsonl"])
+def test_codes_of_rows_that_have_none_are_differences(target, folder, suffix):
+    rows = embeddings()
+    np.save("in.npy", rows)
+    semid("encode", "in.npy", "-o", f"out.{suffix}", *target)
+    rows[7, 2], rows[9, 0] = np.nan, np.inf
+    np.save("in.npy", rows)
+    command = ("verify", f"out.{suffix}", "in.npy", "--all", *target)
+    result = semid(*command)
+    assert result.exit_code == 1
+    assert (
+        f"row 7: out.{suffix} has [7, 8, 9], but that row of in.npy has none: number 2 is nan"
+    ) in result.stdout
+    assert "300 of 300 rows checked, 2 differ" in result.stdout
+    told = json.loads(semid(*command, "--json").stdout)
+    assert told["rows_different"] == 2
+    assert told["first_different"][1] == {
+        "row": 9,
+        "written": [9, 10, 11],
+        "computed": None,
+        "problem": "number 0 is inf; embeddings are finite",
+    }
+
+
+def test_rows_without_the_codes_they_should_have_are_differences(target, folder):
+    rows = embeddings()
+    rows[[3, 299], 0] = np.nan
+    np.save("in.npy", rows)
+    for what in ("skip", "null"):
+        semid("encode", "in.npy", "-o", f"{what}.parquet", "--on-bad-row", what, *target)
+    np.save("in.npy", embeddings())
+    for what in ("skip", "null"):
+        result = semid("verify", f"{what}.parquet", "in.npy", "--all", *target)
+        assert result.exit_code == 1
+        assert "300 of 300 rows checked, 2 differ" in result.stdout
+        for row, given in ((3, [3, 4, 5]), (299, [49, 50, 51])):
+            assert (
+                f"row {row}: {what}.parquet has no codes, the model gives {given}" in result.stdout
+            )
 
 
 def test_ids_are_compared_across_formats_as_json_has_them(target, folder):

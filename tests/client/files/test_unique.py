@@ -72,6 +72,17 @@ def test_rows_without_codes_are_nobodys_namesakes(tmp_path):
     assert extra_digits(blocks, 4, "grid", tmp_path)[0:4].tolist() == [1, 0, 2, 0]
 
 
+@pytest.mark.parametrize("part_rows", [2, 100])
+@pytest.mark.parametrize("n_layers", [3, 9])
+def test_blocks_without_rows_are_passed_over(tmp_path, n_layers, part_rows):
+    none = np.empty(0, np.int64), np.empty((0, n_layers), np.uint8)
+    some = np.arange(3, 6), np.zeros((3, n_layers), np.uint8)
+    digits = extra_digits([none, some, none], 9, "grid", tmp_path, part_rows=part_rows)
+    assert digits[0:9].tolist() == [0, 0, 0, 1, 2, 3, 0, 0, 0]
+    digits = extra_digits([none, none], 9, "grid", tmp_path, part_rows=part_rows)
+    assert digits[0:9].tolist() == [0] * 9
+
+
 def test_digits_cross_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(unique, "WINDOW_ROWS", 1024)
     codes = np.random.default_rng(0).integers(0, 9, (5000, 2), np.uint8)

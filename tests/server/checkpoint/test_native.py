@@ -14,7 +14,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from semid_server.checkpoint import Overrides, load_checkpoint, save_checkpoint
+from semid_server.checkpoint import (
+    Overrides,
+    calibration_fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from semid_server.errors import (
     CheckpointError,
     ConfigurationError,
@@ -105,6 +110,21 @@ def test_calibration_comes_back_exactly(tmp_path, spec, model):
     assert loaded.input_norm == calibration.input_norm
     for ours, theirs in zip(loaded.residual_norms, calibration.residual_norms, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_calibration_has_a_fingerprint_of_its_own(spec):
+    calibration = calibration_of(spec)
+    norms = calibration.residual_norms
+    others = [
+        replace(calibration, input_norm=2 * calibration.input_norm),
+        replace(calibration, residual_norms=(norms[0] + 1, *norms[1:])),
+        replace(calibration, residual_norms=norms[:-1]),
+    ]
+    found = {calibration_fingerprint(one) for one in (calibration, *others)}
+    assert len(found) == 1 + len(others)
+    again = Calibration(calibration.input_norm, tuple(norm.double() for norm in norms))
+    assert calibration_fingerprint(again) == calibration_fingerprint(calibration)
+    assert not calibration_fingerprint(None)
 
 
 def test_calibration_and_name_are_not_in_the_fingerprint(tmp_path, spec, model, folder):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import IO, TYPE_CHECKING, Any
+from collections import Counter
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from semid_client.files.places import Place
 
 
+FIRST_ROWS: Final = 64
+"""Rows that are looked at for how many numbers a row has."""
+
+
 class ListColumns:
     """The columns of a table that hold the rows and the ids."""
 
@@ -42,21 +47,30 @@ class ListColumns:
                 "has no column of lists of numbers, an embedding or the codes of an item each; "
                 f"its columns are {listed(schema.names)}",
             )
+        if column is not None:
+            _check_once(path, schema, column)
         if column in schema.names and column not in lists:
             raise FileError(
                 path,
                 f"column {column!r} is {schema.field(column).type}; expected lists of numbers"
                 + (f", as are {listed(lists)}" if lists else ""),
             )
-        self._name = the_one(path, "columns of lists", lists, column)
+        self._name = the_one(path, "columns of lists", list(dict.fromkeys(lists)), column)
+        _check_once(path, schema, self._name)
         self._type = schema.field(self._name).type
         if id_column is None:
             id_column = next((name for name in ID_COLUMNS if name in schema.names), None)
         elif id_column not in schema.names:
             raise FileError(path, f"has no column {id_column!r}; there are {listed(schema.names)}")
+        if id_column is not None:
+            _check_once(path, schema, id_column)
         self.id_name = id_column
-        self.id_type = None if id_column is None else schema.field(id_column).type
+        self.id_type = None if id_column is None else self._plain(schema.field(id_column).type)
         self.names = [self._name] + ([id_column] if id_column else [])
+
+    def _plain(self, kind: Any) -> Any:
+        """Type of the values, where a column holds indices into a dictionary of them."""
+        return kind.value_type if self._pa.types.is_dictionary(kind) else kind
 
     def _is_matrix(self, kind: Any) -> bool:
         types = self._pa.types
@@ -69,24 +83,32 @@ class ListColumns:
         for name, kind in ((self._name, self._type), (self.id_name, self.id_type)):
             if name is None:
                 continue
-            found = schema.field(name).type if name in schema.names else "missing"
+            _check_once(file, schema, name)
+            found = self._plain(schema.field(name).type) if name in schema.names else "missing"
             if found != kind:
                 raise FileError(file, f"column {name!r} is {found}; expected {kind} as before it")
 
     def width_and_type(self, batches: Iterable[Any]) -> tuple[int, np.dtype[Any]]:
-        """Numbers in a row, and their type; where lists vary, by the first that is not null."""
+        """Numbers in a row, and their type; where lists vary, of most of the first not null."""
         dtype = np.dtype(self._type.value_type.to_pandas_dtype())
         if self._pa.types.is_fixed_size_list(self._type):
             return self._type.list_size, dtype
         lengths = (batch.column(self._name).value_lengths().drop_null() for batch in batches)
-        first = next((some[0].as_py() for some in lengths if len(some)), None)
+        first = next((some[:FIRST_ROWS].to_pylist() for some in lengths if len(some)), None)
         if first is None:
             raise FileError(
                 self._path,
                 f"column {self._name!r} holds no row of numbers, so that nothing tells how many a "
                 "row has: write it as fixed-size lists",
             )
-        return int(first), dtype
+        return Counter(first).most_common(1)[0][0], dtype
+
+    def has_width(self, batch: Any, width: int) -> bool:
+        """Whether lists vary, and one of a batch has so many numbers."""
+        if self._pa.types.is_fixed_size_list(self._type):
+            return False
+        lengths = batch.column(self._name).value_lengths().drop_null()
+        return bool((lengths.to_numpy(zero_copy_only=False) == width).any())
 
     def rows(
         self, batch: Any, start: int, width: int, dtype: np.dtype[Any]
@@ -115,7 +137,15 @@ class ListColumns:
 
     def ids(self, batch: Any) -> Any:
         """Ids of a batch; None if they are the rows' indices."""
-        return None if self.id_name is None else batch.column(self.id_name)
+        return None if self.id_name is None else self.plain(batch.column(self.id_name))
+
+    def plain(self, ids: Any) -> Any:
+        """Ids themselves, where they are indices into a dictionary.
+
+        Each batch may have a dictionary of its own, and all together more values than the type of
+        the indices can count.
+        """
+        return ids.dictionary_decode() if self._pa.types.is_dictionary(ids.type) else ids
 
 
 class ArrowStreamRows(Source):
@@ -130,7 +160,7 @@ class ArrowStreamRows(Source):
         with reading(self.path, "an Arrow IPC stream"):
             self._reader = pa.ipc.open_stream(stream)
         columns = ListColumns(self.path, self._reader.schema, what, column, id_column)
-        self._columns = columns
+        self._columns, self.id_name = columns, columns.id_name
         self.metadata, self.extra_digit = recorded(self._reader.schema, what)
         # Those before the first row that is not null are held until the rows are read.
         self._begun: list[Any] = []
@@ -157,6 +187,12 @@ class ArrowStreamRows(Source):
                 yield Block(at, rows, bad, self._columns.ids(some))
                 at += len(some)
 
+    def takes_width(self, width: int) -> bool:
+        """Look through the lists that are held for one of that width."""
+        if any(self._columns.has_width(batch, width) for batch in self._begun):
+            self.width = width
+        return self.width == width
+
     def _beginning(self) -> Iterator[Any]:
         while (batch := self._next()) is not None:
             self._begun.append(batch)
@@ -169,6 +205,12 @@ class ArrowStreamRows(Source):
     def places(self) -> list[Place]:
         """None that could be looked at again."""
         return []
+
+
+def _check_once(path: str, schema: Any, name: str) -> None:
+    """Refuse a name of several columns, which does not tell the one to read."""
+    if (n := schema.names.count(name)) > 1:
+        raise FileError(path, f"has {n} columns named {name!r}; give each a name of its own")
 
 
 def rechunked(arrays: Iterator[Any], n_rows: int) -> Iterator[Any]:

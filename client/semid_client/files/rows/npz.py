@@ -54,27 +54,28 @@ class NpzRows(Source):
         self._take_ids(shapes, id_column)
 
     def _take_ids(self, shapes: dict[str, Any], asked: str | None) -> None:
-        self._id_name = asked or next((name for name in ID_COLUMNS if name in shapes), None)
-        if self._id_name is None:
+        self.id_name = asked or next((name for name in ID_COLUMNS if name in shapes), None)
+        if self.id_name is None:
             return
-        if self._id_name not in shapes:
+        if self.id_name not in shapes:
             raise FileError(
-                self.path, f"has no array {self._id_name!r}; there are {', '.join(shapes)}"
+                self.path, f"has no array {self.id_name!r}; there are {', '.join(shapes)}"
             )
-        shape, _, self._id_dtype = shapes[self._id_name]
+        shape, _, self._id_dtype = shapes[self.id_name]
         if shape != (self.n_rows,) or self._id_dtype.kind not in "iuUS":
             raise FileError(
                 self.path,
-                f"array {self._id_name!r} is {self._id_dtype} of shape {shape}; expected an "
+                f"array {self.id_name!r} is {self._id_dtype} of shape {shape}; expected an "
                 f"integer or a string for each of {self.n_rows} rows",
             )
 
     @property
     def id_type(self) -> Any:
         """As Arrow has the array's type."""
-        if self._id_name is None:
+        if self.id_name is None:
             return None
-        return need("pyarrow", self.path).array(np.empty(0, self._id_dtype)).type
+        native = self._id_dtype.newbyteorder("=")
+        return need("pyarrow", self.path).array(np.empty(0, native)).type
 
     @contextmanager
     def _archive(self) -> Iterator[zipfile.ZipFile]:
@@ -113,11 +114,18 @@ class NpzRows(Source):
 
     def ids(self, n_rows: int) -> Iterator[Any] | None:
         """Ids, where there is an array of them."""
-        if self._id_name is None:
+        if self.id_name is None:
             return None
         pa, dtype = need("pyarrow", self.path), self._id_dtype
-        found = self._pieces(self._id_name, 0, n_rows, dtype.itemsize)
-        return (pa.array(np.frombuffer(data, dtype)) for _, data in found)
+        native = dtype.newbyteorder("=")  # Arrow has no other
+        found = self._pieces(self.id_name, 0, n_rows, dtype.itemsize)
+        return (
+            pa.array(np.frombuffer(data, dtype).astype(native, copy=False)) for _, data in found
+        )
+
+    def null_id(self) -> int | None:
+        """None: an array has no null."""
+        return None
 
     def places(self) -> list[Place]:
         """The one file."""

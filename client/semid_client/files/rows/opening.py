@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Final
 
 from semid_client.files._errors import FileError
 from semid_client.files.npy import NpyReader
-from semid_client.files.places import place
+from semid_client.files.places import Place, place
 from semid_client.files.rows.arrow import ArrowStreamRows
 from semid_client.files.rows.json_lines import JsonLinesCodes
 from semid_client.files.rows.matrices import MatrixRows, PtRows, SafetensorsMatrix
 from semid_client.files.rows.npz import NpzRows
-from semid_client.files.rows.parquet import ParquetRows
+from semid_client.files.rows.parquet import ParquetRows, would_read
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from semid_client.files.rows.source import Source, What
 
 STDIN: Final = "-"
+
+OF_ONE_FILE: Final = (".npy", ".npz", ".safetensors", ".pt", ".jsonl")
+"""Ends of names that are never those of a folder."""
 
 NAMED_FORMATS: Final = (".npz", ".parquet", ".safetensors", ".pt")
 """What is not ``.npy``, by the ends of names."""
@@ -59,8 +64,8 @@ def open_rows(  # noqa: PLR0911 -- one for each format
         _check_no_ids(path, id_column)
         return PtRows(path, what, column)
     if suffix == ".jsonl" and what == "codes":
-        return JsonLinesCodes(path, id_column)
-    if suffix == ".parquet" or (suffix != ".npy" and (has_magic(path) or found.is_folder())):
+        return JsonLinesCodes(path, column, id_column)
+    if _is_parquet(path, found):
         return ParquetRows(path, what, column, id_column)
     try:
         matrix = NpyReader(found)
@@ -79,6 +84,29 @@ def open_rows(  # noqa: PLR0911 -- one for each format
         _check_no_ids(path, id_column)
         stack.pop_all()
     return MatrixRows(path, what, matrix)
+
+
+def check_apart(path: str, written: Iterable[Place]) -> None:
+    """Refuse to write where a folder or pattern would be read, now or by a later command.
+
+    Raises
+    ------
+    FileError
+        If one of the places would be among the files of the source.
+    """
+    if path == STDIN or place(path).suffix in OF_ONE_FILE or not _is_parquet(path, place(path)):
+        return
+    for other in written:
+        if would_read(path, other):
+            raise FileError(
+                other.name, f"would be read as a part of {path}: write to where that does not look"
+            )
+
+
+def _is_parquet(path: str, found: Place) -> bool:
+    return found.suffix == ".parquet" or (
+        found.suffix != ".npy" and (has_magic(path) or found.is_folder())
+    )
 
 
 def _check_no_ids(path: str, id_column: str | None) -> None:

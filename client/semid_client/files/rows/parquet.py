@@ -5,12 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from contextlib import ExitStack, contextmanager
 from glob import has_magic
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final
 
 from semid_client.files._errors import FileError
 from semid_client.files._extras import need
 from semid_client.files.places import AHEAD_BYTES, Place, place
-from semid_client.files.rows.arrow import ListColumns, rechunked, recorded
+from semid_client.files.rows.arrow import FIRST_ROWS, ListColumns, rechunked, recorded
 from semid_client.files.rows.source import Block, Source, What, reading
 
 if TYPE_CHECKING:
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 PARQUET_BYTES: Final = 1 << 20
 """Bytes of a Parquet column that are read at a time."""
 
-FIRST_ROWS: Final = 64
-"""Rows that are read at a time for the first that is not null."""
+SEARCHED_ROWS: Final = 1 << 16
+"""Rows of which one at least is as wide as is asked for, or all are of another width."""
+
+PATTERN: Final = "*.parquet"
+"""Names of the files that are read of a folder."""
 
 
 class ParquetRows(Source):
@@ -45,7 +49,7 @@ class ParquetRows(Source):
                     self._groups.append(
                         self._groups[-1] + parquet.metadata.row_group(group).num_rows
                     )
-        self.n_rows = self._starts[-1]
+        self.n_rows, self.id_name = self._starts[-1], self._columns.id_name
         some = (batch for _, batch in self._batches(0, FIRST_ROWS, self._columns.names[:1]))
         self.width, self.dtype = self._columns.width_and_type(some)
 
@@ -93,12 +97,43 @@ class ParquetRows(Source):
             rows, bad = self._columns.rows(batch, at, self.width, self.dtype)
             yield Block(at, rows, bad)
 
+    def takes_width(self, width: int) -> bool:
+        """Look through the first lists for one of that width."""
+        if self.width != width:
+            batches = self._batches(0, FIRST_ROWS, self._columns.names[:1])
+            first = takewhile(lambda found: found[0] < SEARCHED_ROWS, batches)
+            if any(self._columns.has_width(batch, width) for _, batch in first):
+                self.width = width
+        return self.width == width
+
+    def named(self, row: int) -> tuple[str, int]:
+        """Its file, and its index there."""
+        file = bisect_right(self._starts, row, hi=len(self._places)) - 1
+        return self._places[file].name, row - self._starts[file]
+
     def ids(self, n_rows: int) -> Iterator[Any] | None:
         """Ids, where there is a column of them."""
         if self._columns.id_name is None:
             return None
         found = self._batches(0, n_rows, [self._columns.id_name])
-        return rechunked((batch.column(0) for _, batch in found), n_rows)
+        return rechunked((self._columns.plain(batch.column(0)) for _, batch in found), n_rows)
+
+    def null_id(self) -> int | None:
+        """Read the ids only where the files do not record how many are null."""
+        return super().null_id() if any(map(self._may_have_null_ids, self._places)) else None
+
+    def _may_have_null_ids(self, found: Place) -> bool:
+        with self._opened(found) as parquet:
+            leaves = map(parquet.schema.column, range(len(parquet.schema)))
+            names = [leaf.path for leaf in leaves]
+            if self.id_name not in names:  # its type is nested
+                return True
+            at = names.index(self.id_name)
+            for group in range(parquet.num_row_groups):
+                told = parquet.metadata.row_group(group).column(at).statistics
+                if told is None or not told.has_null_count or told.null_count:
+                    return True
+        return False
 
     def places(self) -> list[Place]:
         """All files."""
@@ -119,12 +154,24 @@ class ParquetRows(Source):
         return at <= start and bisect_right(self._groups, at) == bisect_right(self._groups, start)
 
 
+def would_read(path: str, other: Place) -> bool:
+    """Whether another place would be among the files of a folder or pattern, were a file there."""
+    found = place(path)
+    if _is_pattern(path, found):
+        return found.would_match(other, PATTERN)
+    return found.is_folder() and found.would_be_below(other, PATTERN)
+
+
+def _is_pattern(path: str, found: Place) -> bool:
+    return has_magic(path) and not (found.local and found.exists())
+
+
 def _files_of(path: str) -> list[Place]:
     found = place(path)
-    if has_magic(path) and not (found.local and found.exists()):
-        files = found.matching()
+    if _is_pattern(path, found):
+        files = found.matching(PATTERN)
     elif found.is_folder():
-        files = found.below("*.parquet")
+        files = found.below(PATTERN)
     else:
         return [found]
     if not files:

@@ -22,6 +22,9 @@ What = Literal["embeddings", "codes"]
 ID_COLUMNS: Final = ("id", "item_id")
 """Columns that are taken for the ids where none is named."""
 
+ID_ROWS: Final = 1 << 17
+"""Ids that are looked through at a time."""
+
 NAMES: Final = 12
 """Names of columns, arrays or tensors that a message has at most."""
 
@@ -59,19 +62,25 @@ class Source(ABC):
         How many there are; None for a stream, which does not tell.
     width : int
         Numbers in a row.
+    any_width : bool
+        Whether there is no row that tells the width, which is then as good as any.
     dtype : numpy.dtype
         Their type.
     extra_digit : bool or None
         Whether the last code of a row is the extra digit, where the file records that.
     metadata : dict
         Fingerprint and name of the model, where the file records them.
+    id_name : str or None
+        Name of the column of ids, where there is one.
     """
 
     path: str
     n_rows: int | None
     width: int
+    any_width: bool = False
     dtype: np.dtype[Any]
     extra_digit: bool | None = None
+    id_name: str | None = None
 
     def __init__(self) -> None:
         self.metadata: dict[str, str] = {}
@@ -89,6 +98,14 @@ class Source(ABC):
     def places(self) -> list[Place]:
         """All files that the rows come from."""
 
+    def takes_width(self, width: int) -> bool:
+        """Whether rows have that width; where lists vary, take it if some of the first have it."""
+        return self.width == width
+
+    def named(self, row: int) -> tuple[str, int]:
+        """What a message calls a row: its file, and its index there."""
+        return self.path, row
+
     def reads_on(self, at: int, start: int) -> bool:
         """Whether from row ``at`` to row ``start`` one reads on, or else begins anew there."""
         del at, start
@@ -97,6 +114,15 @@ class Source(ABC):
     def ids(self, n_rows: int) -> Iterator[Any] | None:
         """Ids of all rows, in arrow arrays of ``n_rows`` and a rest; None: the rows' indices."""
         del n_rows
+        return None
+
+    def null_id(self) -> int | None:
+        """Row of the first id that is null, if one is; the ids are read for that."""
+        at = 0
+        for ids in self.ids(ID_ROWS) or ():
+            if ids.null_count:
+                return at + int(ids.is_null().index(True).as_py())
+            at += len(ids)
         return None
 
     def identity(self) -> list[list[Any]]:
