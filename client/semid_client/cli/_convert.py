@@ -276,7 +276,9 @@ def _to_file(
             job = _Job(flags, source, engine, todo, progress.rows_in, Stages())
             if not work.published:
                 spool = IdSpool.of(source, work.folder)
-                whole = WholeIds(work, source, flags.output) if ids_unknown else None
+                # A cluster fills nothing but the work: there the output is what refuses.
+                looked_at = ids_unknown and not isinstance(engine, Cluster)
+                whole = WholeIds(work, source, flags.output) if looked_at else None
 
                 def keep(ids: Any) -> None:
                     if whole:

@@ -88,6 +88,8 @@ class Task:
         The input, as the command names it.
     files : dict
         Of each of its files, by Ray's name for it: index of the first row, and number of rows.
+    names : dict
+        What messages call each of them, by Ray's name for it.
     column : str
         Column of the embeddings.
     width, dtype
@@ -103,10 +105,18 @@ class Task:
     threads: int
     source: str
     files: Mapping[str, tuple[int, int]]
+    names: Mapping[str, str]
     column: str
     width: int
     dtype: str
     fail: bool
+
+    def named(self, row: int) -> tuple[str, int]:
+        """What a message calls a row: its file, and its index there."""
+        for name, (start, n_rows) in self.files.items():
+            if start <= row < start + n_rows:
+                return self.names[name], row - start
+        return self.source, row
 
 
 class Encoder:
@@ -169,7 +179,8 @@ class Encoder:
         bad |= not_finite(numbers, 0)
         if bad and task.fail:
             first = min(bad, key=lambda place: int(rows[place]))
-            raise FileError(task.source, f"row {rows[first]}: {bad[first]}")
+            file, row = task.named(int(rows[first]))
+            raise FileError(file, f"row {row}: {bad[first]}")
         if bad:
             numbers = numbers.copy()
             numbers[list(bad)] = 0  # as on one machine: finite, and a code of every model
@@ -183,8 +194,10 @@ class Encoder:
             try:
                 return self._engine.encode(numbers[start : start + n])
             except InvalidInputError as error:
-                place = "" if error.row is None else f"row {rows[start + error.row]}: "
-                raise FileError(self._task.source, place + error.problem) from error
+                if error.row is None:
+                    raise FileError(self._task.source, error.problem) from error
+                file, row = self._task.named(int(rows[start + error.row]))
+                raise FileError(file, f"row {row}: {error.problem}") from error
 
         return np.concatenate(list(self._pool.map(some, range(0, len(numbers), n))))
 
@@ -369,6 +382,7 @@ class RayEngine:
             threads=self._worker_cpus,
             source=source.path,
             files={name: files[name] for name in todo},
+            names=dict(zip(files, (place.name for place in source.places()), strict=True)),
             column=source.column,
             width=source.width,
             dtype=source.dtype.str,

@@ -182,6 +182,7 @@ def task(checkpoint, engine, digits):
         threads=1,
         source="in",
         files={"a": (100, len(digits))},
+        names={"a": "in/a"},
         column="x",
         width=64,
         dtype="<f4",
@@ -216,10 +217,10 @@ def test_a_bad_row_ends_the_job_or_is_marked(task, digits):
     rows = digits.copy()
     rows[12, 3] = np.nan
     table = block(rows, [11, 12, 13])
-    with pytest.raises(FileError, match=r"in: row 112: number 3 is nan"):
+    with pytest.raises(FileError, match=r"in/a: row 12: number 3 is nan"):
         Encoder(task)(table)
     lists = pa.array([digits[11].tolist(), None, [1.0]], pa.list_(pa.float32()))
-    with pytest.raises(FileError, match="in: row 112: is null"):
+    with pytest.raises(FileError, match="in/a: row 12: is null"):
         Encoder(task)(block(digits, [11, 12, 13], x=lists))
     part = Encoder(replace(task, fail=False))(block(digits, [11, 12, 13], x=lists))
     assert part["problem"].to_pylist() == [None, "is null", "has 1 numbers; expected 64"]
@@ -423,7 +424,7 @@ def test_a_bad_row_is_the_same_sentence_as_on_one_machine(ray, folder, checkpoin
     there = encode(checkpoint, "there.npy", *RAY)
     assert there.exit_code == 1
     said = [result.stderr.splitlines()[-1] for result in (here, there)]
-    assert said == ["Error: in: row 777: number 7 is inf; embeddings are finite"] * 2
+    assert said == ["Error: in/d.parquet: row 176: number 7 is inf; embeddings are finite"] * 2
 
 
 def test_what_ray_adds_to_a_message_is_left_out(ray, folder, checkpoint):
