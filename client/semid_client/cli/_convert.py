@@ -29,7 +29,7 @@ from semid_client.files import (
     make_output,
     open_rows,
 )
-from semid_client.files.ids import IdSpool, WholeIds
+from semid_client.files.ids import IdSpool, WholeIds, in_order
 from semid_client.files.outputs import TOKENS, check_ids, number
 from semid_client.files.places import place
 from semid_client.files.rows import STDIN, check_apart
@@ -290,6 +290,7 @@ def _to_file(
                 if spool:
                     spool.close()
                 _check_unchanged(source, task["input"])
+                _tell_of_ids(flags, source, todo)
                 job.finish(work)
             bad_list = str(work.bad_list) if progress.bad_rows else None
             job.tell(progress, bad_list, time.monotonic() - began)
@@ -305,6 +306,16 @@ def _to_file(
 def _check_unchanged(source: Source, before: Any) -> None:
     if source.identity() != before:
         raise FileError(source.path, "has changed while it was read: --restart reads it anew")
+
+
+def _tell_of_ids(flags: FileFlags, source: Source, todo: Plan) -> None:
+    """Say where columns of GRID's file are not the items that their numbers name there."""
+    if todo.column == "codes" and place(flags.output).suffix == ".pt" and not in_order(source):
+        click.echo(
+            f"{flags.output}: column i is row i, whatever its id: the format keeps none, and those "
+            f"of {source.path} are not 0, 1, 2, ...",
+            err=True,
+        )
 
 
 def _tell_where(work: Work) -> None:

@@ -55,6 +55,23 @@ class Ids:
         return whole[:n]
 
 
+def in_order(source: Source) -> bool:
+    """Whether the ids are 0, 1, 2, ..., as they are where a source has none."""
+    found = source.ids(READ_ROWS)
+    if found is None:
+        return True
+    pa = need("pyarrow", "ids")
+    if not pa.types.is_integer(source.id_type):
+        return False
+    start = 0
+    for ids in found:
+        expected = np.arange(start, start + len(ids))
+        if ids.null_count or not np.array_equal(ids.to_numpy(zero_copy_only=False), expected):
+            return False
+        start += len(ids)
+    return True
+
+
 class WholeIds:
     """Hands rows on to a sink, and refuses those that are kept while their ids are null.
 

@@ -277,8 +277,8 @@ class Work:
             with self._naming_output():
                 shutil.copyfile(self.folder / "bad-rows.jsonl", copy)
             self._bad_place.put(copy)
-        elif self._force and self._bad_place.exists():
-            self._bad_place.remove()  # of the output that is replaced
+        elif self._bad_place.exists():
+            self._bad_place.remove()  # of an output that was here before
 
     def __enter__(self) -> Self:
         return self

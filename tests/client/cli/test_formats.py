@@ -212,6 +212,43 @@ def test_grids_file_is_a_column_of_int64_for_each_item(server, folder):
     assert tensor.tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [0, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        (range(200), False),
+        (pa.array(range(200), pa.uint64()), False),
+        (range(1, 201), True),
+        ([*range(198), 199, 198], True),
+        ([*range(199), None], True),
+        ([f"item-{i}" for i in range(200)], True),
+    ],
+)
+@pytest.mark.parametrize("source", ["in.parquet", "-"])
+def test_ids_that_are_not_the_columns_of_grids_file_are_told(server, folder, source, ids, told):
+    rows = embeddings(200)
+    content = pa.table({"id": ids, "v": pa.array(list(rows), pa.list_(pa.float32()))})
+    pq.write_table(content, "in.parquet", row_group_size=70)
+    stdin = as_stream(content) if source == "-" else None
+    result = semid("encode", source, "-o", "out.pt", "--target", server.target, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    assert ("out.pt: column i is row i, whatever its id" in result.stderr) == told
+    codes = torch.load("out.pt", weights_only=True)[:3].T
+    np.testing.assert_array_equal(codes, server.expected_codes(rows))
+
+
+def test_a_list_of_bad_rows_does_not_outlive_its_output(server, folder):
+    rows = embeddings(5)
+    rows[2] = np.nan
+    np.save("in.npy", rows)
+    command = ("encode", "in.npy", "-o", "out.npy", "--on-bad-row", "skip")
+    assert semid(*command, "--target", server.target).exit_code == 0
+    assert (folder / "out.npy.bad-rows.jsonl").exists()
+    (folder / "out.npy").unlink()
+    np.save("in.npy", embeddings(5))
+    assert semid(*command, "--target", server.target).exit_code == 0
+    assert not (folder / "out.npy.bad-rows.jsonl").exists()
+
+
 def test_a_digit_too_large_for_a_code_widens_the_type(server, folder):
     np.save("in.npy", np.zeros((300, 4), np.float32))
     semid("encode", "in.npy", "-o", "out.npy", "--unique", "tiger", "--target", server.target)
