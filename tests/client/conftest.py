@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 FINGERPRINT = "f" * 64
+MODES = [pb.DECODE_MODE_SUM, pb.DECODE_MODE_CALIBRATED]
 WIRE = {
     pb.DATA_TYPE_FLOAT16: "<f2",
     pb.DATA_TYPE_FLOAT32: "<f4",
@@ -51,6 +52,7 @@ class FakeServer(semid_pb2_grpc.SemanticIdServiceServicer):
     max_message_bytes: int = 1 << 20
     max_rows: int = 1000
     fingerprint: str = FINGERPRINT
+    calibration: str = ""
     port: int = 0
     script: dict[str, deque] = field(default_factory=lambda: defaultdict(deque))
     requests: dict[str, list] = field(default_factory=lambda: defaultdict(list))
@@ -107,7 +109,9 @@ class FakeServer(semid_pb2_grpc.SemanticIdServiceServicer):
             layers=[layer] * self.n_layers,
             normalize_residuals=True,
             code_dtype=self.code_dtype,
-            decode_modes=[pb.DECODE_MODE_SUM],
+            decode_modes=[pb.DECODE_MODE_SUM]
+            + [pb.DECODE_MODE_CALIBRATED] * bool(self.calibration),
+            calibration=self.calibration,
             limits=pb.Limits(max_message_bytes=self.max_message_bytes, max_rows=self.max_rows),
         )
 
@@ -145,11 +149,16 @@ class FakeServer(semid_pb2_grpc.SemanticIdServiceServicer):
         codes = self._judge(request, context)
         if (codes >= self.codebook_width).any():
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a code is out of range")
-        if request.mode == pb.DECODE_MODE_CALIBRATED:
+        calibrated = request.mode == pb.DECODE_MODE_CALIBRATED
+        if calibrated and not self.calibration:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the checkpoint has no norms")
         rows = self.expected_reconstruction(codes)
         tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=rows.shape, data=rows.tobytes())
-        return pb.DecodeResponse(fingerprint=self.fingerprint, tensor=tensor)
+        return pb.DecodeResponse(
+            fingerprint=self.fingerprint,
+            tensor=tensor,
+            calibration=self.calibration if calibrated else "",
+        )
 
     def expected_codes(self, rows) -> np.ndarray:
         first = np.asarray(rows)[:, :1].astype(np.int64)

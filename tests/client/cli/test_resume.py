@@ -252,6 +252,40 @@ def test_a_server_replaced_in_the_middle_is_refused_and_its_return_goes_on(serve
     assert same(folder, "out.npy")
 
 
+def decode_calibrated(server, output):
+    return ("decode", "in.npy", "-o", output, "--mode", "calibrated", "--target", server.target)
+
+
+@pytest.mark.parametrize("when", ["between two commands", "in the middle of one"])
+def test_vectors_of_two_calibrations_are_never_in_one_file(make_server, folder, when):
+    server = make_server(calibration="a" * 64, max_rows=50_000)
+    np.save("in.npy", np.zeros((3_000_000, 3), np.uint8))
+    whole = semid(*decode_calibrated(server, "whole-out.npy"))
+    assert whole.exit_code == 0, whole.output
+    half = server.calls("Decode") // 2
+
+    def calibrate(_request, context):
+        if when == "between two commands":
+            no_more(_request, context)
+        server.calibration = "b" * 64
+
+    server.script["Decode"] += [None] * half + [calibrate] + [no_more] * 1000
+    result = semid(*decode_calibrated(server, "out.npy"))
+    assert result.exit_code == 1
+    server.script["Decode"].clear()
+    done = rows_done("out.npy")
+    assert done
+    server.calibration = "b" * 64
+    result = semid(*decode_calibrated(server, "out.npy"))
+    assert result.exit_code == 1
+    begun, now = "a" * 64, "b" * 64
+    assert f'begun with calibration "{begun}", but now it is "{now}"' in result.stderr
+    assert rows_done("out.npy") == done
+    server.calibration = "a" * 64
+    assert semid(*decode_calibrated(server, "out.npy")).exit_code == 0
+    assert same(folder, "out.npy")
+
+
 @pytest.mark.parametrize("output", ["out.npy", "out.parquet", "out.jsonl"])
 def test_a_full_disk_is_one_sentence_and_with_room_it_goes_on(server, folder, output):
     np.save("in.npy", embeddings(8 * BLOCK))
