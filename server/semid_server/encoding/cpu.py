@@ -116,6 +116,7 @@ class CpuEncoder(AtOnce):
         self._least_share = math.ceil(share / (plan.dim * plan.offsets[-1]))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="semid-encode")
         self._counts = EncodeCounts()
+        self._code_type = np.dtype(f"u{spec.code_bits // 8}")
 
     @property
     def input_dim(self) -> int:
@@ -146,27 +147,32 @@ class CpuEncoder(AtOnce):
 
     def encode(self, rows: Tensor) -> Tensor:
         """Codes ``(n, L)`` of ``rows`` (n, D); see `Encoder.encode`."""
-        checked(rows, self.input_dim)
-        codes = np.empty((len(rows), self.n_layers), dtype=np.int64)
-        levels = np.full(len(rows), cpu_kernels.REFERENCE, dtype=np.uint8)
-        if self._within_range:
+        n = checked(rows, self.input_dim).shape[0]
+        codes = np.empty((n, self.n_layers), dtype=np.int64)
+        levels = np.full(n, cpu_kernels.REFERENCE, dtype=np.uint8)
+        if not (n and self._within_range):
+            pass  # all of them by the reference, if there are any
+        elif n <= min(self._least_share, _CHUNK):  # one part: few rows cost no more than they must
+            self._encode_chunk(rows, codes, levels)
+        else:
             # spread evenly over the threads, in blocks of which each thread finishes many
-            share = max(1, min(_CHUNK, -(-len(rows) // self._threads)))
-            for start, stop in spans(len(rows), share * self._threads):
+            share = max(1, min(_CHUNK, -(-n // self._threads)))
+            for start, stop in spans(n, share * self._threads):
                 self._encode_chunk(rows[start:stop], codes[start:stop], levels[start:stop])
-        left = np.flatnonzero(levels == cpu_kernels.REFERENCE)
-        if len(left):
+        fast, float64, undecided = np.bincount(levels, minlength=cpu_kernels.REFERENCE + 1).tolist()
+        if undecided:
+            left = np.flatnonzero(levels == cpu_kernels.REFERENCE)
             # equal rows, such as those of zeros for items without an embedding, are decided once
             distinct, which = torch.unique(
                 rows[torch.from_numpy(left)].double(), dim=0, return_inverse=True
             )
             codes[left] = self._reference.codes(distinct)[which].numpy()
-        fast = int(np.count_nonzero(levels == cpu_kernels.FAST))
-        self._counts += EncodeCounts(fast, len(rows) - fast - len(left), len(left))
-        return torch.from_numpy(codes).to(self.code_dtype)
+        self._counts += EncodeCounts(fast, float64, undecided)
+        return torch.from_numpy(codes.astype(self._code_type))
 
     def _encode_chunk(self, rows: Tensor, codes: Array, levels: Array) -> None:
-        offsets = np.zeros(len(rows))
+        n = rows.shape[0]
+        offsets = np.zeros(n)
         if self._network is not None:
             features, errors = self._network.fast(rows.double())
             offsets = torch.where(features.isfinite().all(dim=1), errors, torch.inf).numpy()
@@ -175,11 +181,13 @@ class CpuEncoder(AtOnce):
             rows = rows.float()  # exact
         values = np.ascontiguousarray(rows.numpy())
         products = self._product.of_chunk(values)
-        share = -(-len(values) // self._threads)
-        share = max(share, self._least_share)
-        parts = [slice(*span) for span in spans(len(values), share)]
+        share = max(-(-n // self._threads), self._least_share)
+        if n <= share:
+            self._product.decide(values, products, offsets, self._tables, codes, levels)
+            return
 
-        def work(part: slice) -> None:
+        def work(span: tuple[int, int]) -> None:
+            part = slice(*span)
             self._product.decide(
                 values[part],
                 None if products is None else products[part],
@@ -189,10 +197,7 @@ class CpuEncoder(AtOnce):
                 levels[part],
             )
 
-        if len(parts) == 1:
-            work(parts[0])
-        else:
-            list(self._pool.map(work, parts))
+        list(self._pool.map(work, spans(n, share)))
 
 
 class _IntegerProduct:
