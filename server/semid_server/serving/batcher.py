@@ -18,7 +18,8 @@ they are longer, until somebody does.
 the runner allows it (`Runner.quick`), and only while the worker rests, the event loop runs batches
 that are known to take less than `QUICK` seconds itself, once it has read all that had arrived.
 A short request that finds nothing queued it may run at once, alone (`Batcher.answer_now`): to wait
-for others that might share its batch would cost more than a short batch does.
+for others that might share its batch would cost more than a short batch does. Where the worker has
+a processor to itself, requests that come thick and fast are left to it from `APART` seconds on.
 
 The life of a request that is queued::
 
@@ -39,6 +40,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -78,6 +80,16 @@ worker and back costs, and too little to be missed by the other calls."""
 QUICK_AT_MOST: Final = 4 * QUICK
 """Seconds that such a batch may take on average, whatever gets in its way."""
 
+APART: Final = 0.00012
+"""Seconds from which a batch is worth the way to the worker, if that has a processor of its own and
+the loop has other calls to see to."""
+
+LOOP_SHARE: Final = 6
+"""It has, where such batches would take more than one part in so many of its time."""
+
+TO_SPARE: Final = 4
+"""Processors from which the worker is taken to have one: some for the loop and gRPC's threads."""
+
 LARGE_SHARE: Final = 4
 """A request larger than a turn gets one part in so many of each turn while others wait."""
 
@@ -86,6 +98,12 @@ AMONG_LARGE: Final = 4
 
 AWHILE: Final = 1.0
 """Seconds without a small request, after which turns are longer."""
+
+_LONG_GAP: Final = 2 * LOOP_SHARE * QUICK
+"""Seconds between two requests beyond which all are alike: there is time for any short batch."""
+
+_GAPS: Final = 8
+"""Requests that the time between two of them is told from, as a moving average."""
 
 MAX_PACES: Final = 256
 """Kinds of batches whose speed is remembered: those that came last."""
@@ -270,6 +288,8 @@ class Batcher(Generic[Key, Payload, Answer]):
         Is told what happens, for metrics.
     clock : callable
         Seconds that never go back; deadlines are times of this clock.
+    processors : int, optional
+        How many there are; by default, those that this process may run on.
     """
 
     def __init__(
@@ -278,8 +298,12 @@ class Batcher(Generic[Key, Payload, Answer]):
         limits: BatchLimits,
         observer: Observer,
         clock: Callable[[], float] = time.monotonic,
+        processors: int | None = None,
     ) -> None:
         self._limits, self._observer, self._clock = limits, observer, clock
+        self._to_spare = (processors or len(os.sched_getaffinity(0))) >= TO_SPARE
+        # When the last request came that might be answered at once, and the usual time between two.
+        self._came_at, self._gap = clock(), _LONG_GAP
         self._lock = threading.Lock()  # entered as it is: the condition adds calls of Python's
         self._changed = threading.Condition(self._lock)
         # Each in the order of turns; the keys in the order in which they were served.
@@ -388,6 +412,10 @@ class Batcher(Generic[Key, Payload, Answer]):
             It is larger than a batch: as in `admit`, a bug.
         """
         self._check_size(rows, nbytes)
+        now = self._clock()
+        gap = min(now - self._came_at, _LONG_GAP)
+        self._gap += (gap - self._gap) / _GAPS
+        self._came_at = now
         with self._lock:
             # The worker rests until it is notified, which only this thread does: nobody else runs.
             if (
@@ -407,7 +435,7 @@ class Batcher(Generic[Key, Payload, Answer]):
             rows=rows,
             nbytes=nbytes,
             deadline=None,
-            admitted=self._clock(),
+            admitted=now,
             pace=pace,
             ticket=0,
             future=asyncio.get_running_loop().create_future(),
@@ -585,7 +613,9 @@ class Batcher(Generic[Key, Payload, Answer]):
         # The worker waits for the interpreter's lock: by the average alone, batches that went there
         # once would seem to belong there.
         average, shortest = pace.times(rows)
-        return 0 < shortest <= QUICK and average <= QUICK_AT_MOST
+        if not (0 < shortest <= QUICK and average <= QUICK_AT_MOST):
+            return False
+        return shortest <= APART or not self._to_spare or shortest * LOOP_SHARE <= self._gap
 
     def _run_quickly(self) -> None:
         """Run what has come since this was called for, unless it has become much."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from functools import partial
 
@@ -654,9 +655,11 @@ async def test_one_that_is_small_ends_long_turns_while_it_waits(make_turns, cloc
     assert rows.sizes[:3] == [[8 * AMONG_LARGE], [1, 7], [8]]
 
 
-async def test_one_that_is_answered_at_once_keeps_turns_short(quick, make_turns, clock):
+async def test_one_that_is_answered_at_once_keeps_turns_short(make_turns, clock):
     batcher, rows = await make_turns(quick=True)
     rows.may_run.set()
+    while not batcher._resting:  # the worker has come so far
+        await asyncio.sleep(0)
     clock.now += AWHILE + 0.1
     batcher._paces.clear()
     batcher._pace("k").observe(1, QUICK / 2)
@@ -826,27 +829,39 @@ class Instant(Rows):
 
 
 @pytest.fixture
-async def quick(observer, clock):
-    rows = Instant(clock)
-    rows.quick = True
-    rows.may_run.set()
-    batcher = Batcher(
-        limits=BatchLimits(
-            max_batch_rows=100,
-            max_batch_bytes=10_000,
-            max_queue_requests=100,
-            max_queue_bytes=10_000,
-            max_batch_seconds=0.005,
-        ),
-        observer=observer,
-        clock=clock,
-    )
-    await batcher.start(lambda: rows)
-    await ask(batcher, range(8))  # of which nothing is known yet
-    while not batcher._resting:
-        await asyncio.sleep(0)
-    yield batcher, rows
-    batcher.stop()
+async def quick_of(observer, clock):
+    """Return a function that makes a batcher of `Instant` rows that knows how long they take."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def make(**settings):
+            rows = Instant(clock)
+            rows.quick = True
+            rows.may_run.set()
+            batcher = Batcher(
+                limits=BatchLimits(
+                    max_batch_rows=100,
+                    max_batch_bytes=10_000,
+                    max_queue_requests=100,
+                    max_queue_bytes=10_000,
+                    max_batch_seconds=0.005,
+                ),
+                observer=observer,
+                clock=clock,
+                **settings,
+            )
+            await batcher.start(lambda: rows)
+            stack.callback(batcher.stop)
+            await ask(batcher, range(8))  # of which nothing is known yet
+            while not batcher._resting:
+                await asyncio.sleep(0)
+            return batcher, rows
+
+        yield make
+
+
+@pytest.fixture
+async def quick(quick_of):
+    return await quick_of()
 
 
 async def test_the_loop_runs_short_batches_itself_with_all_that_has_come(quick):
@@ -916,6 +931,35 @@ async def test_what_cannot_be_answered_at_once_is_left_to_be_admitted(quick, mak
     assert answer_now(batcher, range(1)) is None
     slow, _ = await make_turns(quick=False)
     assert answer_now(slow, range(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("processors", "rows", "gap", "at_once"),
+    [
+        (4, 30, 0.0005, False),  # 0.3 ms of 0.5
+        (4, 30, 0.002, True),
+        (3, 30, 0.0005, True),  # nobody else would be faster
+        (4, 11, 0.0002, True),  # too short to be handed over
+    ],
+)
+async def test_requests_that_come_thick_and_fast_are_left_to_a_worker_with_a_processor_to_itself(  # noqa: PLR0917 - cases and fixtures
+    quick_of, clock, processors, rows, gap, at_once
+):
+    batcher, _ = await quick_of(processors=processors)
+
+    async def come(count, pause):
+        for _ in range(count):
+            clock.now += pause
+            answer = answer_now(batcher, range(rows))
+            if answer is None:
+                answered = batcher.admit("k", range(rows), rows=rows, nbytes=rows, deadline=None)
+                assert await answered == list(range(rows))
+                while not batcher._resting:
+                    await asyncio.sleep(0)
+        return answer is not None
+
+    assert await come(30, gap) == at_once
+    assert await come(30, 1.0)  # alone again
 
 
 async def test_nothing_is_answered_at_once_while_the_worker_works(quick):
