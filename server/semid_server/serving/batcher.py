@@ -289,7 +289,7 @@ class Batcher(Generic[Key, Payload, Answer]):
     clock : callable
         Seconds that never go back; deadlines are times of this clock.
     processors : int, optional
-        How many there are; by default, those that this process may run on.
+        How many there are for this process; by default, those that it may run on.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
+from semid_server.encoding.rows import default_threads
 from semid_server.errors import ConfigurationError, DeviceLostError, SemidError
 from semid_server.serving.addresses import (
     admin_address,
@@ -134,6 +135,7 @@ class Server:
                 max_queue_bytes=config.max_queue_bytes,
             ),
             observer=self._metrics if tracing is None else tracing.observe(self._metrics),
+            processors=max(1, default_threads() // config.processes),
         )
         memory = self._shared_memory = SharedMemory(Bounds(config.shared_memory_bytes))
         self._metrics.watch_shared_memory(lambda: memory.nbytes, lambda: memory.segments)
