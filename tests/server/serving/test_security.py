@@ -231,20 +231,23 @@ async def test_a_probe_of_health_needs_no_token(run_server, ready, token_file):
 
 
 async def services(address):
-    async with grpc.aio.insecure_channel(address) as channel:
+    # In a thread: a client on an event loop that is refused while it still sends may tell of the
+    # sending, in place of the status that it was refused with.
+    return await asyncio.to_thread(services_told, address)
+
+
+def services_told(address):
+    with grpc.insecure_channel(address) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-
-        async def requests():
-            yield reflection_pb2.ServerReflectionRequest(list_services="")
-
-        response = await stub.ServerReflectionInfo(requests()).read()
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        (response,) = stub.ServerReflectionInfo(iter([request]), timeout=60)
         return {service.name for service in response.list_services_response.service}
 
 
 async def test_reflection_can_be_turned_off(run_server, ready):
     assert "semid.v1.SemanticIdService" in await services(await run_server(ready).address())
     address = await run_server(ready, reflection=False).address()
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    with pytest.raises(grpc.RpcError) as caught:
         await services(address)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
@@ -260,7 +263,7 @@ async def test_with_an_admin_port_reflection_is_there_alone(run_server, ready):
     address = await server.address()
     admin = await server.line("admin on ")
     assert "semid.v1.SemanticIdService" in await services(admin)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    with pytest.raises(grpc.RpcError) as caught:
         await services(address)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
     assert await ask(admin) == grpc.StatusCode.UNIMPLEMENTED, "no calls are served there"
@@ -283,7 +286,7 @@ async def test_at_the_admin_port_a_probe_needs_neither_certificate_nor_token(
     device.free()
     await server.address()
     assert await status_of_health(admin) == health_pb2.HealthCheckResponse.SERVING
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    with pytest.raises(grpc.RpcError) as caught:
         await services(admin)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
