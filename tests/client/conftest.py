@@ -109,8 +109,7 @@ class FakeServer(semid_pb2_grpc.SemanticIdServiceServicer):
             layers=[layer] * self.n_layers,
             normalize_residuals=True,
             code_dtype=self.code_dtype,
-            decode_modes=[pb.DECODE_MODE_SUM]
-            + [pb.DECODE_MODE_CALIBRATED] * bool(self.calibration),
+            decode_modes=MODES if self.calibration else MODES[:1],
             calibration=self.calibration,
             limits=pb.Limits(max_message_bytes=self.max_message_bytes, max_rows=self.max_rows),
         )
@@ -153,6 +152,8 @@ class FakeServer(semid_pb2_grpc.SemanticIdServiceServicer):
         if calibrated and not self.calibration:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the checkpoint has no norms")
         rows = self.expected_reconstruction(codes)
+        if calibrated:
+            rows += ord(self.calibration[0])
         tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=rows.shape, data=rows.tobytes())
         return pb.DecodeResponse(
             fingerprint=self.fingerprint,

@@ -257,8 +257,8 @@ class Work:
 
     def publish(self, made: Path) -> None:
         """Give the output its name, when ``made``, in this folder, is complete."""
-        self._publish_bad_rows()
         there = not self._check_free(made)  # once more: the work may have taken hours
+        self._publish_bad_rows()
         self.progress.publishing = True
         if not there:
             if self.place.takes(made):

@@ -252,26 +252,47 @@ def test_a_server_replaced_in_the_middle_is_refused_and_its_return_goes_on(serve
     assert same(folder, "out.npy")
 
 
+def test_an_output_that_appears_meanwhile_is_kept_with_its_list(server, folder):
+    np.save("in.npy", embeddings(8 * BLOCK))
+
+    def appear(_request, _context):
+        (folder / "out.npy").write_bytes(b"another's")
+        (folder / "out.npy.bad-rows.jsonl").write_bytes(b"another's too")
+
+    server.script["Encode"].append(appear)
+    result = semid(*encode(server, "in.npy", "out.npy"))
+    assert result.exit_code == 1
+    assert "out.npy: exists" in result.stderr
+    assert (folder / "out.npy").read_bytes() == b"another's"
+    assert (folder / "out.npy.bad-rows.jsonl").read_bytes() == b"another's too"
+
+
 def decode_calibrated(server, output):
     return ("decode", "in.npy", "-o", output, "--mode", "calibrated", "--target", server.target)
 
 
-@pytest.mark.parametrize("when", ["between two commands", "in the middle of one"])
-def test_vectors_of_two_calibrations_are_never_in_one_file(make_server, folder, when):
+@pytest.mark.parametrize(
+    ("when", "says"),
+    [
+        ("between two commands", "no more"),
+        ("in the middle of one", f"calibration {'b' * 64}, but {'a' * 64} is expected"),
+    ],
+)
+def test_vectors_of_two_calibrations_are_never_in_one_file(make_server, folder, when, says):
     server = make_server(calibration="a" * 64, max_rows=50_000)
     np.save("in.npy", np.zeros((3_000_000, 3), np.uint8))
     whole = semid(*decode_calibrated(server, "whole-out.npy"))
     assert whole.exit_code == 0, whole.output
     half = server.calls("Decode") // 2
 
-    def calibrate(_request, context):
-        if when == "between two commands":
-            no_more(_request, context)
+    def calibrate(_request, _context):
         server.calibration = "b" * 64
 
-    server.script["Decode"] += [None] * half + [calibrate] + [no_more] * 1000
+    ends = [no_more] * 1000 if when == "between two commands" else [calibrate]
+    server.script["Decode"] += [None] * half + ends
     result = semid(*decode_calibrated(server, "out.npy"))
     assert result.exit_code == 1
+    assert says in result.stderr
     server.script["Decode"].clear()
     done = rows_done("out.npy")
     assert done
