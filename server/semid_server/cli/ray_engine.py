@@ -113,10 +113,11 @@ class Task:
 
     def named(self, row: int) -> tuple[str, int]:
         """What a message calls a row: its file, and its index there."""
-        for name, (start, n_rows) in self.files.items():
-            if start <= row < start + n_rows:
-                return self.names[name], row - start
-        return self.source, row
+        return next(
+            (self.names[name], row - start)
+            for name, (start, n_rows) in self.files.items()
+            if start <= row < start + n_rows
+        )
 
 
 class Encoder:

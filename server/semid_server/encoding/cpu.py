@@ -150,15 +150,14 @@ class CpuEncoder(AtOnce):
         n = checked(rows, self.input_dim).shape[0]
         codes = np.empty((n, self.n_layers), dtype=np.int64)
         levels = np.full(n, cpu_kernels.REFERENCE, dtype=np.uint8)
-        if not (n and self._within_range):
-            pass  # all of them by the reference, if there are any
-        elif n <= min(self._least_share, _CHUNK):  # one part: few rows cost no more than they must
-            self._encode_chunk(rows, codes, levels)
-        else:
+        if n and self._within_range:
             # spread evenly over the threads, in blocks of which each thread finishes many
-            share = max(1, min(_CHUNK, -(-n // self._threads)))
-            for start, stop in spans(n, share * self._threads):
-                self._encode_chunk(rows[start:stop], codes[start:stop], levels[start:stop])
+            size = self._threads * min(_CHUNK, -(-n // self._threads))
+            if n <= size:  # without views, which take as long as the loops do for a row
+                self._encode_chunk(rows, codes, levels)
+            else:
+                for start, stop in spans(n, size):
+                    self._encode_chunk(rows[start:stop], codes[start:stop], levels[start:stop])
         fast, float64, undecided = np.bincount(levels, minlength=cpu_kernels.REFERENCE + 1).tolist()
         if undecided:
             left = np.flatnonzero(levels == cpu_kernels.REFERENCE)

@@ -85,7 +85,7 @@ APART: Final = 0.00012
 the loop has other calls to see to."""
 
 LOOP_SHARE: Final = 6
-"""It has, where such batches would take more than one part in so many of its time."""
+"""The loop has, where such batches would take more than one part in so many of its time."""
 
 TO_SPARE: Final = 4
 """Processors from which the worker is taken to have one: some for the loop and gRPC's threads."""
@@ -412,19 +412,15 @@ class Batcher(Generic[Key, Payload, Answer]):
             It is larger than a batch: as in `admit`, a bug.
         """
         self._check_size(rows, nbytes)
+        if not self._runner.quick:
+            return None
         now = self._clock()
         gap = min(now - self._came_at, _LONG_GAP)
         self._gap += (gap - self._gap) / _GAPS
         self._came_at = now
         with self._lock:
             # The worker rests until it is notified, which only this thread does: nobody else runs.
-            if (
-                not self._runner.quick
-                or not self._resting
-                or self._stopped
-                or self._requests
-                or self._quick_due
-            ):
+            if not self._resting or self._stopped or self._requests or self._quick_due:
                 return None
             pace = self._pace(key)
             if not self._is_quick(pace, rows):

@@ -942,14 +942,14 @@ async def test_what_cannot_be_answered_at_once_is_left_to_be_admitted(quick, mak
         (4, 11, 0.0002, True),  # too short to be handed over
     ],
 )
-async def test_requests_that_come_thick_and_fast_are_left_to_a_worker_with_a_processor_to_itself(  # noqa: PLR0917 - cases and fixtures
-    quick_of, clock, processors, rows, gap, at_once
+async def test_frequent_requests_are_left_to_a_worker_with_a_processor_to_itself(
+    quick_of, processors, rows, gap, at_once
 ):
-    batcher, _ = await quick_of(processors=processors)
+    batcher, instant = await quick_of(processors=processors)
 
     async def come(count, pause):
         for _ in range(count):
-            clock.now += pause
+            instant.clock.now += pause
             answer = answer_now(batcher, range(rows))
             if answer is None:
                 answered = batcher.admit("k", range(rows), rows=rows, nbytes=rows, deadline=None)
