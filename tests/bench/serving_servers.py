@@ -87,6 +87,9 @@ class InstantEncoder:
             codes = self._codes[count] = torch.zeros((count, LAYERS), dtype=torch.uint8)
         return codes
 
+    def encode_array(self, rows):
+        return np.zeros((len(rows), LAYERS), np.uint8)
+
     def warm_up(self):
         pass
 

@@ -147,7 +147,19 @@ class CpuEncoder(AtOnce):
 
     def encode(self, rows: Tensor) -> Tensor:
         """Codes ``(n, L)`` of ``rows`` (n, D); see `Encoder.encode`."""
-        n = checked(rows, self.input_dim).shape[0]
+        checked(rows, self.input_dim)
+        if self._network is None and rows.dtype in {torch.float32, torch.float64}:
+            return torch.from_numpy(self.encode_array(rows.numpy()))
+        return torch.from_numpy(self._codes(rows))
+
+    def encode_array(self, rows: Array) -> Array:
+        """Codes ``(n, L)`` of finite ``rows`` (n, D); see `Encoder.encode_array`."""
+        if self._network is None:
+            return self._codes(rows)
+        return self._codes(checked(torch.from_numpy(rows), self.input_dim))
+
+    def _codes(self, rows: Tensor | Array) -> Array:
+        n = len(rows)
         codes = np.empty((n, self.n_layers), dtype=np.int64)
         levels = np.full(n, cpu_kernels.REFERENCE, dtype=np.uint8)
         if n and self._within_range:
@@ -163,22 +175,24 @@ class CpuEncoder(AtOnce):
             left = np.flatnonzero(levels == cpu_kernels.REFERENCE)
             # equal rows, such as those of zeros for items without an embedding, are decided once
             distinct, which = torch.unique(
-                rows[torch.from_numpy(left)].double(), dim=0, return_inverse=True
+                torch.as_tensor(rows)[torch.from_numpy(left)].double(), dim=0, return_inverse=True
             )
             codes[left] = self._reference.codes(distinct)[which].numpy()
         self._counts += EncodeCounts(fast, float64, undecided)
-        return torch.from_numpy(codes.astype(self._code_type))
+        return codes.astype(self._code_type)
 
-    def _encode_chunk(self, rows: Tensor, codes: Array, levels: Array) -> None:
-        n = rows.shape[0]
+    def _encode_chunk(self, rows: Tensor | Array, codes: Array, levels: Array) -> None:
+        n = len(rows)
         offsets = np.zeros(n)
-        if self._network is not None:
-            features, errors = self._network.fast(rows.double())
-            offsets = torch.where(features.isfinite().all(dim=1), errors, torch.inf).numpy()
-            rows = features.nan_to_num(0.0, 0.0, 0.0)
-        elif rows.dtype in {torch.float16, torch.bfloat16}:
-            rows = rows.float()  # exact
-        values = np.ascontiguousarray(rows.numpy())
+        if isinstance(rows, torch.Tensor):
+            if self._network is not None:
+                features, errors = self._network.fast(rows.double())
+                offsets = torch.where(features.isfinite().all(dim=1), errors, torch.inf).numpy()
+                rows = features.nan_to_num(0.0, 0.0, 0.0)
+            elif rows.dtype in {torch.float16, torch.bfloat16}:
+                rows = rows.float()  # exact
+            rows = rows.numpy()
+        values = np.ascontiguousarray(rows)
         products = self._product.of_chunk(values)
         share = max(-(-n // self._threads), self._least_share)
         if n <= share:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
     from semid_server.model import ModelSpec
@@ -92,6 +94,13 @@ class Encoder(Protocol):
         ------
         InvalidInputError
             If the rows are not of that type and shape.
+        """
+
+    def encode_array(self, rows: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.unsignedinteger]:
+        """Codes ``(n, L)`` of finite ``rows`` (n, D) on the host, float32 or float64, contiguous.
+
+        As `encode`, for whoever has them as numpy does. Where an encoder has no need of torch it is
+        left out, whose calls take as long as the codes of a few rows do. The shape is not checked.
         """
 
     def begin(self, rows: Tensor) -> Callable[[], Screened]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,8 @@ from semid_server.errors import InvalidInputError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
 
@@ -56,6 +58,11 @@ class AtOnce(ABC):
     @abstractmethod
     def encode(self, rows: Tensor) -> Tensor:
         """Codes ``(n, L)`` of finite ``rows`` (n, D)."""
+
+    def encode_array(self, rows: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.unsignedinteger]:
+        """Codes ``(n, L)`` of finite ``rows`` (n, D); see `Encoder.encode_array`."""
+        codes: npt.NDArray[np.unsignedinteger] = self.encode(torch.from_numpy(rows)).cpu().numpy()
+        return codes
 
     def begin(self, rows: Tensor) -> Callable[[], Screened]:
         """Encode ``rows`` (n, D) now; see `Encoder.begin`."""

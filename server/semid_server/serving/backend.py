@@ -64,6 +64,9 @@ FILL_TYPES: dict[EmbeddingType, torch.dtype] = {
     "float64": torch.float64,
 }
 
+NUMPY_TYPES: Final = frozenset[EmbeddingType]({"float32", "float64"})
+"""Those of which an encoder takes arrays."""
+
 MAX_VIEWS: Final = 256
 """Sizes of batches whose views are kept."""
 
@@ -162,6 +165,15 @@ class Device(Runner[WorkKey, Payload, "npt.NDArray[Any]"]):
                 )
             ]
         return self._halve(key, payloads)
+
+    def run_alone(self, key: WorkKey, payload: Payload) -> npt.NDArray[Any] | SemidError:
+        """Answer one payload, on a CPU: there is nothing to be tried again."""
+        backend: Backend = key.model.backend
+        self._last = backend
+        if isinstance(key, EncodeKey):
+            return backend.encode_alone(key.dtype, payload)
+        (answer,) = backend.run(key, (payload,))
+        return answer
 
     def _halve(
         self, key: WorkKey, payloads: Sequence[Payload]
@@ -263,7 +275,8 @@ class Backend:
         )
         self._on_verified = on_verified
         self._rng = rng or np.random.default_rng()
-        # The last batch's rows, in the batch buffer, and their codes: until the next one begins.
+        # The batch buffer, and the codes of the rows of the last batch, which are at its beginning
+        # until the next one begins.
         self._encoded: tuple[torch.Tensor, npt.NDArray[np.unsignedinteger]] | None = None
         self._drift = DriftWatch(
             [layer.centroids.detach().cpu().numpy() for layer in self._model.layers],
@@ -366,26 +379,25 @@ class Backend:
         if self._encoded is None:
             return
         (rows, codes), self._encoded = self._encoded, None
-        if not len(codes):
-            return
-        self._to_sample = min(self._to_sample + len(codes) * SAMPLED_SHARE, SAMPLED_ROWS)
+        count = len(codes)
+        self._to_sample += count * SAMPLED_SHARE
         # Seldom, and then many: a few rows take as long as all that may be taken at once.
-        if self._to_sample == SAMPLED_ROWS:
-            count = min(SAMPLED_ROWS, len(codes))
-            self._to_sample -= count
+        if self._to_sample < SAMPLED_ROWS:
+            self._drift.observe(codes)
+        elif count:
+            sampled = min(SAMPLED_ROWS, count)
+            self._to_sample = float(SAMPLED_ROWS - sampled)
             # Spread over the batch: its requests may differ. A view: to gather so few rows, torch
             # would wake its threads.
-            sample = slice(0, len(codes) // count * count, len(codes) // count)
+            sample = slice(0, count // sampled * sampled, count // sampled)
             self._drift.observe(codes, rows[sample], codes[sample])
-        else:
-            self._drift.observe(codes)
-        if self._verifier is not None:
+        if self._verifier is not None and count:
             self._verify(self._verifier, rows, codes)
 
     def _verify(
         self, verifier: Encoder, rows: torch.Tensor, codes: npt.NDArray[np.unsignedinteger]
     ) -> None:
-        kept = np.flatnonzero(self._rng.random(len(rows)) < self._verify_fraction)
+        kept = np.flatnonzero(self._rng.random(len(codes)) < self._verify_fraction)
         if not len(kept):
             return
         again = verifier.encode(rows[torch.from_numpy(kept)]).numpy()
@@ -422,6 +434,28 @@ class Backend:
             start += len(payload)
         return answers
 
+    def encode_alone(
+        self, dtype: EmbeddingType, payload: Payload
+    ) -> npt.NDArray[np.unsignedinteger] | SemidError:
+        """Answer one payload, as `run` does."""
+        total = len(payload)
+        buffer = self._buffers.get(dtype)
+        if buffer is None or len(buffer.host) < total:
+            buffer = self._grow(dtype, total, self._buffers)
+        host = buffer.host[:total]
+        try:
+            finite = _copy(host, payload, dtype)
+            if not finite and (error := _describe_bad_rows(buffer.rows[:total])) is not None:
+                return error
+        except SemidError as unreadable:
+            return unreadable
+        if dtype in NUMPY_TYPES:
+            codes = self._encoder.encode_array(host).astype(self._code_type, copy=False)
+        else:
+            codes = self.encode_rows(buffer.first(total))
+        self._encoded = buffer.rows, codes
+        return codes
+
     def encode_rows(self, rows: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
         """Codes (n, L) of finite rows (n, D) in memory; on a GPU, one call at a time."""
         return self._host(self._encoder.encode(rows))
@@ -457,14 +491,7 @@ class Backend:
         total = sum(map(len, payloads))
         buffer = buffers.get(dtype)
         if buffer is None or len(buffer.host) < total:
-            # Grown at least twofold, so that it seldom is; page-locked where a GPU reads it.
-            capacity = max(total, 2 * len(buffer.host) if buffer is not None else 0)
-            rows = torch.empty(
-                (capacity, self.served.input_dim),
-                dtype=TORCH_TYPES[dtype],
-                pin_memory=self._device.type == "cuda",
-            )
-            buffer = buffers[dtype] = Buffer(rows, dtype)
+            buffer = self._grow(dtype, total, buffers)
         host = buffer.host
         start = 0
         errors: list[SemidError | None] = []
@@ -481,6 +508,19 @@ class Backend:
             if error is None:
                 start = stop
         return buffer.first(start), errors
+
+    def _grow(self, dtype: EmbeddingType, total: int, buffers: Buffers) -> Buffer:
+        """Make the buffer of a type of numbers, or a larger one in its place."""
+        # Grown at least twofold, so that it seldom is; page-locked where a GPU reads it.
+        before = buffers.get(dtype)
+        capacity = max(total, 2 * len(before.host) if before is not None else 0)
+        rows = torch.empty(
+            (capacity, self.served.input_dim),
+            dtype=TORCH_TYPES[dtype],
+            pin_memory=self._device.type == "cuda",
+        )
+        buffer = buffers[dtype] = Buffer(rows, dtype)
+        return buffer
 
     def _decode(
         self, mode: DecodeMode, payloads: Sequence[npt.NDArray[Any]]

@@ -127,6 +127,11 @@ class Runner(ABC, Generic[Key, Payload, Answer]):
     def run(self, key: Key, payloads: Sequence[Payload]) -> Sequence[Answer | SemidError]:
         """Answer each payload, in order; an error in a place answers that payload alone."""
 
+    def run_alone(self, key: Key, payload: Payload) -> Answer | SemidError:
+        """Answer one payload as `run` does. Called by the event loop's thread, if it is quick."""
+        (answer,) = self.run(key, (payload,))
+        return answer
+
     def part(self, payload: Payload, start: int, stop: int) -> Payload:
         """Return rows ``start`` to ``stop`` of a payload."""
         raise NotImplementedError
@@ -322,6 +327,8 @@ class Batcher(Generic[Key, Payload, Answer]):
         self._waiting_for_room: deque[asyncio.Future[None]] = deque()
         # The batch that runs, if one does, and how many have begun.
         self._running: _Batch[Key, Payload, Answer] | None = None
+        # Stands for a batch of one request that the loop runs at once: it is in no list.
+        self._alone: _Batch[Key, Payload, Answer] = _Batch()
         self._begun = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lost: asyncio.Future[DeviceLostError]
@@ -411,9 +418,9 @@ class Batcher(Generic[Key, Payload, Answer]):
         ValueError
             It is larger than a batch: as in `admit`, a bug.
         """
-        self._check_size(rows, nbytes)
         if not self._runner.quick:
             return None
+        self._check_size(rows, nbytes)
         now = self._clock()
         gap = min(now - self._came_at, _LONG_GAP)
         self._gap += (gap - self._gap) / _GAPS
@@ -422,26 +429,13 @@ class Batcher(Generic[Key, Payload, Answer]):
             # The worker rests until it is notified, which only this thread does: nobody else runs.
             if not self._resting or self._stopped or self._requests or self._quick_due:
                 return None
-            pace = self._pace(key)
-            if not self._is_quick(pace, rows):
+            # Without a pace nothing is known of it.
+            pace = self._paces.get(self._runner.kind(key))
+            if pace is None or not self._is_quick(pace, rows):
                 return None
-        entry: _Entry[Key, Payload, Answer] = _Entry(
-            key,
-            payload,
-            rows=rows,
-            nbytes=nbytes,
-            deadline=None,
-            admitted=now,
-            pace=pace,
-            ticket=0,
-            future=asyncio.get_running_loop().create_future(),
-            mark=self._observer.admitted(key, rows),
-        )
-        self._note_size(entry)
-        batch: _Batch[Key, Payload, Answer] = _Batch()
-        batch.add(entry, rows)
-        self._run(batch, self._answer)
-        return entry.future.result()
+        if pace.work(rows) < self._limits.max_batch_seconds / 2:
+            self._small_at = now
+        return self._run_alone(key, payload, rows, pace, now)
 
     async def admit_when_room(
         self, key: Key, payload: Payload, *, rows: int, nbytes: int, deadline: float | None
@@ -905,21 +899,9 @@ class Batcher(Generic[Key, Payload, Answer]):
                 for entry, start, stop in batch.parts
             ]
             finished = self._finish(batch, runner.run(key, payloads))
-        except SemidError as error:
+        except Exception as error:  # noqa: BLE001 - told apart there
             failed = True
-            finished = self._finish(batch, [error] * len(batch.parts))
-            if isinstance(error, DeviceLostError):
-                logger.critical("%s", error)
-                with self._changed:
-                    self._stopped = True  # at once: the loop answers those that wait
-                self._in_loop(self._lose, error)
-        except Exception:
-            # The text stays in the log: it may hold what is no caller's business.
-            logger.exception(
-                "a batch of %d requests with %d rows failed", len(batch.parts), batch.rows
-            )
-            failed = True
-            told = DeviceError("the device failed while it computed this batch")
+            told = self._failure(error, len(batch.parts), batch.rows)
             finished = self._finish(batch, [told] * len(batch.parts))
         seconds = self._clock() - started
         if not failed:
@@ -943,6 +925,50 @@ class Batcher(Generic[Key, Payload, Answer]):
             runner.after()
         except Exception:
             logger.exception("what follows a batch failed; its answers are not affected")
+
+    def _run_alone(self, key: Key, payload: Payload, rows: int, pace: Pace, now: float) -> Answer:
+        """Do as `_run` does with a batch of one request, which came now.
+
+        Half of what Python does for a short batch is for requests that share it.
+        """
+        mark = self._observer.admitted(key, rows)
+        self._begun += 1
+        self._running = self._alone
+        failed = False
+        answer: Answer | SemidError
+        try:
+            answer = self._runner.run_alone(key, payload)
+        except Exception as error:  # noqa: BLE001 - told apart there
+            failed = True
+            answer = self._failure(error, 1, rows)
+        seconds = self._clock() - now
+        try:
+            if not failed:
+                pace.observe(rows, seconds)
+            self._observer.ran(
+                key, rows=rows, waits=(0.0,), seconds=seconds, failed=failed, marks=(mark,)
+            )
+            if not failed:
+                self._runner.after()
+        except Exception:
+            logger.exception("what follows a batch failed; its answers are not affected")
+        self._running = None
+        if isinstance(answer, SemidError):
+            raise answer
+        return answer
+
+    def _failure(self, error: Exception, requests: int, rows: int) -> SemidError:
+        """Return what the callers of a batch that failed are told."""
+        if isinstance(error, DeviceLostError):
+            logger.critical("%s", error)
+            with self._changed:
+                self._stopped = True  # at once: the loop answers those that wait
+            self._in_loop(self._lose, error)
+        if isinstance(error, SemidError):
+            return error
+        # The text stays in the log: it may hold what is no caller's business.
+        logger.error("a batch of %d requests with %d rows failed", requests, rows, exc_info=error)
+        return DeviceError("the device failed while it computed this batch")
 
     def _finish(
         self, batch: _Batch[Key, Payload, Answer], answers: Sequence[Answer | SemidError]

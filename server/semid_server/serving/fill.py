@@ -44,12 +44,18 @@ READER_BYTES: Final = 2 << 20
 MAX_READERS: Final = min(4, len(os.sched_getaffinity(0)))
 """Threads that read one request: more than a few copy no faster."""
 
-_SIGNATURES = [
-    # A message's numbers begin at any byte.
+# A message's numbers begin at any byte.
+_NUMBERS = [
     types.boolean(
-        types.Array(bits, 1, "C"), types.Array(bits, 1, "C", readonly=True, aligned=False), bits
+        types.Array(numbers, 2, "C"), types.Array(numbers, 2, "C", readonly=True, aligned=False)
     )
-    for bits in (types.uint16, types.uint32, types.uint64)
+    for numbers in (types.float32, types.float64)
+]
+_BITS = [
+    types.boolean(
+        types.Array(bits, 2, "C"), types.Array(bits, 2, "C", readonly=True, aligned=False), bits
+    )
+    for bits in (types.uint16,)
 ]
 
 
@@ -63,9 +69,12 @@ def copy_finite(target: npt.NDArray[Any], source: npt.NDArray[Any], dtype: Embed
     dtype : str
         What the numbers are.
     """
-    exponent = EXPONENTS[dtype]
-    bits = exponent.dtype
-    return bool(_copy(target.reshape(-1).view(bits), source.reshape(-1).view(bits), exponent))
+    finite: bool
+    if dtype in {"float32", "float64"}:  # those that numba has
+        finite = _copy_numbers(target, source)
+    else:
+        finite = _copy_bits(target.view(np.uint16), source.view(np.uint16), EXPONENTS[dtype])
+    return finite
 
 
 def read_finite(target: npt.NDArray[Any], rows: SharedRows, dtype: EmbeddingType) -> bool:
@@ -134,12 +143,26 @@ def _are_finite(numbers: Any, exponent: Any) -> bool:
     return beyond == 0
 
 
-@compiled(_SIGNATURES, nogil=True)
-def _copy(target: Any, source: Any, exponent: Any) -> bool:
+# Both add up what they find rather than leave: a loop without a way out takes 16 numbers at a time.
+
+
+@compiled(_NUMBERS, nogil=True)
+def _copy_numbers(target: Any, source: Any) -> bool:
+    to, numbers = target.reshape(-1), source.reshape(-1)
     beyond = 0
-    for i in range(len(source)):
-        bits = source[i]
-        target[i] = bits
-        # Added up rather than left at: a loop without a way out is done 16 numbers at a time.
+    for i in range(len(numbers)):
+        number = numbers[i]
+        to[i] = number
+        beyond += number - number != 0  # NaN, for NaN and the infinities alone
+    return beyond == 0
+
+
+@compiled(_BITS, nogil=True)
+def _copy_bits(target: Any, source: Any, exponent: Any) -> bool:
+    to, numbers = target.reshape(-1), source.reshape(-1)
+    beyond = 0
+    for i in range(len(numbers)):
+        bits = numbers[i]
+        to[i] = bits
         beyond += (bits & exponent) == exponent
     return beyond == 0

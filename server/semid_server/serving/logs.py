@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from pythonjsonlogger.json import JsonFormatter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
 REQUEST_ID_KEY = "x-request-id"
 
@@ -149,12 +149,13 @@ def configure(*, level: str, as_json: bool) -> None:
     root.setLevel(level.upper())
 
 
-def begin_request(metadata: Mapping[str, str | bytes]) -> str:
+def begin_request(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     """Return the id of the call that begins, for the lines of this task from now on."""
-    sent = metadata.get(REQUEST_ID_KEY)
-    if isinstance(sent, str) and _PLAIN.fullmatch(sent):
-        request_id = sent
-    else:
+    request_id = None
+    for key, value in metadata or ():
+        if key == REQUEST_ID_KEY:
+            request_id = value  # of several the last
+    if not isinstance(request_id, str) or not _PLAIN.fullmatch(request_id):
         # A name, no secret: an id of the system's own randomness costs several times as much.
         request_id = f"{random.getrandbits(128):032x}"
     _request_id.set(request_id)

@@ -66,6 +66,11 @@ class PeerBytes:
         self._bytes: dict[str, int] = {}
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody has anything in work."""
+        return not self._bytes
+
     def of(self, caller: str) -> int:
         """Bytes that a caller has in work."""
         return self._bytes.get(caller, 0)

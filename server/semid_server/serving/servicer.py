@@ -119,13 +119,23 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
 
     async def Encode(self, request: ReceivedEncode, context: Context) -> bytes:
         """Codes of each embedding."""
-        asked = await self._read_encode(request, self._catalogue)
-        return await self._answered(asked, context)
+        # Nothing is awaited that need not be: each coroutine more costs a short request its part.
+        if request.head.form == "rows":
+            asked = await self._read_encode_apart(request, self._catalogue)
+        else:
+            asked = self._read_encode(request, self._catalogue)
+        answer = self._begin(asked, context)
+        array = await answer if isinstance(answer, asyncio.Future) else answer
+        if asked.form == "rows":
+            return await self._write(asked, array)
+        return asked.write(array, asked.key.model, asked.form)
 
     async def Decode(self, request: pb.DecodeRequest, context: Context) -> bytes:
         """Reconstruction behind each semantic ID."""
         asked = await self._read_decode(request, self._catalogue)
-        return await self._answered(asked, context)
+        answer = self._begin(asked, context)
+        array = await answer if isinstance(answer, asyncio.Future) else answer
+        return await self._write(asked, array)
 
     async def EncodeStream(
         self, request_iterator: AsyncIterator[ReceivedEncode], context: Context
@@ -134,7 +144,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         pinned = PinnedCatalogue(self._catalogue)
 
         async def admit(message: ReceivedEncode) -> Awaitable[bytes]:
-            asked = await self._read_encode(message, pinned)
+            asked = await self._read_encode_apart(message, pinned)
             return self._written(asked, await self._admit_when_room(asked, context))
 
         async for response in self._stream(request_iterator, admit):
@@ -191,8 +201,8 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
 
     # -- inside ------------------------------------------------------------------------------
 
-    async def _read_encode(self, received: ReceivedEncode, catalogue: Catalogue) -> _Asked:
-        """Check a request to encode."""
+    def _read_encode(self, received: ReceivedEncode, catalogue: Catalogue) -> _Asked:
+        """Check a request to encode, whose embeddings are not written out as numbers."""
         head = received.head
         model, form = catalogue.expect(head.model, head.fingerprint), head.form
         rows: Payload
@@ -206,14 +216,21 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
             )
             self._on_received("shared_memory", rows.nbytes)
         else:
-            read = wire.read_embeddings
-            max_rows = self._max_rows(model)
-            if form == "rows":
-                rows, dtype = await asyncio.to_thread(read, received, model, max_rows)
-            else:
-                rows, dtype = read(received, model, max_rows)
+            rows, dtype = wire.read_embeddings(received, model, self._max_rows(model))
             self._on_received("message", rows.nbytes)
         return _Asked(EncodeKey(model, dtype), rows, rows.nbytes, form, wire.encode_response)
+
+    async def _read_encode_apart(self, received: ReceivedEncode, catalogue: Catalogue) -> _Asked:
+        """Check a request to encode; numbers that are written out are converted by a thread."""
+        head = received.head
+        if head.form != "rows":
+            return self._read_encode(received, catalogue)
+        model = catalogue.expect(head.model, head.fingerprint)
+        rows, dtype = await asyncio.to_thread(
+            wire.read_embeddings, received, model, self._max_rows(model)
+        )
+        self._on_received("message", rows.nbytes)
+        return _Asked(EncodeKey(model, dtype), rows, rows.nbytes, "rows", wire.encode_response)
 
     async def _read_decode(self, request: pb.DecodeRequest, catalogue: Catalogue) -> _Asked:
         """Check a request to decode."""
@@ -248,18 +265,27 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
             return await asyncio.to_thread(asked.write, array, model, form)
         return asked.write(array, model, form)
 
-    async def _answered(self, asked: _Asked, context: Context) -> bytes:
+    def _begin(
+        self, asked: _Asked, context: Context
+    ) -> asyncio.Future[npt.NDArray[Any]] | npt.NDArray[Any]:
         """Have a request answered, at once if that is a short matter; or refuse it at once."""
         key, payload, nbytes = asked.key, asked.payload, asked.nbytes
+        rows = len(payload)
+        answer: asyncio.Future[npt.NDArray[Any]] | npt.NDArray[Any] | None = None
+        # Who calls is no matter where nobody has anything in work, before or after.
+        alone = asked.form == "tensor" and isinstance(key, EncodeKey) and self._peers.idle
+        if alone:
+            answer = self._batcher.answer_now(key, payload, rows=rows, nbytes=nbytes)
+            if answer is not None:
+                return answer
         caller = self._caller(context)
         self._take(key, caller, nbytes)
         if isinstance(payload, SharedRows):
             payload.need()
         let_go = self._let_go(payload, caller, nbytes)
-        rows = len(payload)
-        answer: asyncio.Future[npt.NDArray[Any]] | npt.NDArray[Any] | None
         try:
-            answer = self._batcher.answer_now(key, payload, rows=rows, nbytes=nbytes)
+            if not alone:
+                answer = self._batcher.answer_now(key, payload, rows=rows, nbytes=nbytes)
             if answer is None:
                 answer = self._batcher.admit(
                     key, payload, rows=rows, nbytes=nbytes, deadline=self._deadline(context)
@@ -275,8 +301,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
             answer.add_done_callback(let_go)
         else:
             let_go()
-        array = await answer if isinstance(answer, asyncio.Future) else answer
-        return await self._write(asked, array)
+        return answer
 
     async def _admit_when_room(
         self,

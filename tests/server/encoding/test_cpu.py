@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import encode_cases as cases
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -270,6 +271,24 @@ def test_an_empty_batch_has_no_codes():
         codes = encoder.encode(torch.empty(0, 4))
         assert codes.shape == (0, 2)
         assert codes.dtype == torch.uint16
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("network", [False, True])
+def test_arrays_have_the_codes_of_tensors(network, dtype):
+    if network:
+        model, spec = cases.random_network_model(12, (24,), 8, [30, 20])
+    else:
+        model, spec = cases.random_model(12, [300, 20])
+    rows = np.random.default_rng(3).standard_normal((700, 12)).astype(dtype)
+    for reference in (True, False):
+        encoder = make_encoder(model, spec, device=CPU, reference=reference)
+        for count in (0, 1, 700):
+            codes = encoder.encode_array(rows[:count])
+            tensor = encoder.encode(torch.from_numpy(rows[:count]))
+            assert codes.dtype == tensor.numpy().dtype
+            np.testing.assert_array_equal(codes, tensor.numpy())
+        assert encoder.counts().rows == 2 * 701
 
 
 def test_rows_of_another_shape_or_type_are_refused_with_both_values():

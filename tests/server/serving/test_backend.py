@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from semid_server.errors import ConfigurationError, InvalidInputError
-from semid_server.serving.backend import Backend, choose_device
+from semid_server.serving.backend import Backend, Device, choose_device
 from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.drift import SAMPLED_ROWS
 from semid_server.serving.shared_memory import Segment, SharedRows
@@ -88,6 +88,33 @@ def test_a_payload_with_a_number_that_is_none_fails_alone(make_backend, digits, 
     np.testing.assert_array_equal(answers[2], alone)
     assert isinstance(answers[1], InvalidInputError)
     assert str(answers[1]) == f"embeddings[3]: feature 7 is {value}; expected a finite number"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "bfloat16"])
+@pytest.mark.parametrize("name", ["digits_rkmeans", "digits_rqvae"])
+def test_a_payload_alone_has_the_answer_that_it_has_in_a_batch(
+    make_backend, digits, share_rows, name, dtype
+):
+    backend = make_backend(name)
+    device = Device(quick=True)
+    key = EncodeKey(backend.served, dtype)
+    numbers = torch.from_numpy(digits.embeddings[:60].copy()).to(getattr(torch, dtype))
+    rows = (numbers.view(torch.uint16) if dtype == "bfloat16" else numbers).numpy()
+    bad = rows[:9].copy()
+    bad[5, 3] = 0x7FC0 if dtype == "bfloat16" else np.nan
+    short, fd = share_rows(rows[:9])
+    os.ftruncate(fd, 100)
+    for payload in (rows[:1], rows[:0], rows, bad, rows[7:11], share_rows(rows)[0], short):
+        alone = device.run_alone(key, payload)
+        device.after()
+        (batched,) = make_backend(name).run(key, [payload])
+        assert type(alone) is type(batched)
+        if isinstance(alone, InvalidInputError):
+            assert str(alone) == str(batched)
+        else:
+            assert alone.dtype == batched.dtype
+            np.testing.assert_array_equal(alone, batched)
+    assert sum(backend.proved_rows().values()) == 1 + 60 + 4 + 60
 
 
 def test_numbers_whose_sum_overflows_are_finite_all_the_same(make_backend):
