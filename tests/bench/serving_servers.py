@@ -87,8 +87,8 @@ class InstantEncoder:
             codes = self._codes[count] = torch.zeros((count, LAYERS), dtype=torch.uint8)
         return codes
 
-    def encode_array(self, rows):
-        return np.zeros((len(rows), LAYERS), np.uint8)
+    def prepare(self, rows):
+        return lambda: np.zeros((len(rows), LAYERS), np.uint8)
 
     def warm_up(self):
         pass

@@ -269,6 +269,30 @@ def test_rows_elsewhere_are_refused_and_those_with_a_gradient_are_read_alone():
     assert not any(graph._rows.requires_grad for graph in encoder._host_graphs.values())
 
 
+@pytest.mark.parametrize("count", [1, 20, 256, 700])
+def test_prepared_rows_are_read_anew_beside_other_work(count):
+    model, spec = cases.random_model(48, [300, 70])
+    rows = torch.cat([cases.near_ties(model, spec, 30, dtype=torch.float32), torch.randn(5000, 48)])
+    want = ReferenceEncoder(model, spec, device=CPU).encode(rows)
+    encoder = GpuEncoder(model, spec, device=GPU, piece_bytes=1 << 16)
+    there, pinned = rows.to(GPU), rows.pin_memory()
+    buffer = torch.empty(1000, 48, pin_memory=True)
+    few = buffer[:count]
+    prepared = encoder.prepare(few)
+    for i in range(40):
+        # what is queued in the same stage is not waited for, and must not be disturbed
+        queued = encoder.encode(there[: 300 + i]) if i % 2 else None
+        order = torch.randperm(len(rows))[:count]
+        few.copy_(rows[order])
+        if i % 3:
+            assert torch.equal(encoder.encode(few), want[order])
+        assert torch.equal(torch.from_numpy(prepared()), want[order])
+        if queued is not None:
+            assert torch.equal(queued.cpu(), want[: 300 + i])
+        if i % 4 == 0:
+            assert torch.equal(encoder.encode(pinned[: 2000 + i]), want[: 2000 + i])
+
+
 def other(model, spec, rows):
     return ReferenceEncoder(model, spec, device=CPU).encode(rows.half())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -149,14 +150,15 @@ class CpuEncoder(AtOnce):
         """Codes ``(n, L)`` of ``rows`` (n, D); see `Encoder.encode`."""
         checked(rows, self.input_dim)
         if self._network is None and rows.dtype in {torch.float32, torch.float64}:
-            return torch.from_numpy(self.encode_array(rows.numpy()))
+            return torch.from_numpy(self._codes(rows.numpy()))
         return torch.from_numpy(self._codes(rows))
 
-    def encode_array(self, rows: Array) -> Array:
-        """Codes ``(n, L)`` of finite ``rows`` (n, D); see `Encoder.encode_array`."""
-        if self._network is None:
-            return self._codes(rows)
-        return self._codes(checked(torch.from_numpy(rows), self.input_dim))
+    def prepare(self, rows: Tensor) -> Callable[[], Array]:
+        """Return what encodes ``rows`` (n, D) whenever it is called; see `Encoder.prepare`."""
+        checked(rows, self.input_dim)
+        if self._network is None and rows.dtype in {torch.float32, torch.float64}:
+            return partial(self._codes, rows.numpy())
+        return partial(self._codes, rows)
 
     def _codes(self, rows: Tensor | Array) -> Array:
         n = len(rows)

@@ -32,6 +32,8 @@ from semid_server.model import NORM_EPS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor, nn
 
     from semid_server.model import ModelSpec
@@ -339,9 +341,23 @@ class GpuEncoder(AtOnce):
             if rows.device.type != "cpu":
                 return self._encode_there(rows)
             if len(rows) <= _GRAPH_ROWS[-1]:
-                return self._host_graph(len(rows), rows.dtype).encode(rows)
+                graph = self._host_graph(len(rows), rows.dtype)
+                return torch.from_numpy(graph.encode(rows))
             least = -(-self._most_rows(rows.dtype) // _RAMP)
             return self._begin_from_host(rows, least=least)().codes
+
+    def prepare(self, rows: Tensor) -> Callable[[], npt.NDArray[np.unsignedinteger]]:
+        """Return what encodes ``rows`` (n, D) whenever it is called; see `Encoder.prepare`."""
+        asked = checked(rows, self.input_dim).detach()
+        if not 0 < len(asked) <= _GRAPH_ROWS[-1] or not _can_be_read(asked):
+            return super().prepare(rows)
+        with torch.cuda.device(self._device):
+            graph = self._host_graph(len(asked), asked.dtype)
+
+        def encode() -> npt.NDArray[np.unsignedinteger]:
+            return graph.encode_at(asked.data_ptr(), len(asked))
+
+        return encode
 
     def begin(self, rows: Tensor) -> Callable[[], Screened]:
         """Queue ``rows`` (n, D), and return what waits for their codes; see `Encoder.begin`.
@@ -617,6 +633,7 @@ class _HostGraph:
         self._numbers = self._call.numpy()
         self._numbers[0] = self._rows.data_ptr()
         self._codes = torch.empty(n, encoder.n_layers, dtype=encoder.code_dtype, pin_memory=True)
+        self._codes_there = self._codes.numpy()
         self._levels = torch.zeros(n, dtype=torch.int32, pin_memory=True)
         call = torch.zeros(2, dtype=torch.int64, device=stage.call.device)
         # kept: the graph writes and reads there
@@ -634,32 +651,38 @@ class _HostGraph:
         self._graph, self._queued = stage.recorded(all_of_it)
         stage.release()
 
-    def encode(self, rows: Tensor) -> Tensor:
-        """Codes, on the host, of ``rows`` there."""
+    def encode(self, rows: Tensor) -> npt.NDArray[np.unsignedinteger]:
+        """Codes of ``rows`` on the host."""
         n = len(rows)
-        if (
-            rows.is_pinned()
-            and rows.is_contiguous()
-            and rows.data_ptr() % kernels.ADDRESSES.value == 0
-        ):
-            self._numbers[:] = rows.data_ptr(), n
-        else:
-            self._rows[:n].copy_(rows)
-            self._numbers[:] = self._rows.data_ptr(), n
+        if _can_be_read(rows):
+            return self.encode_at(rows.data_ptr(), n)
+        self._rows[:n].copy_(rows)
+        return self.encode_at(self._rows.data_ptr(), n)
+
+    def encode_at(self, address: int, n: int) -> npt.NDArray[np.unsignedinteger]:
+        """Codes of the ``n`` rows at ``address``, where the kernels can read them."""
+        self._numbers[0], self._numbers[1] = address, n
         self._stage.wait_for_room()
         try:
             self._graph.replay()
         finally:  # it reads what the next call changes
-            self._stage.release()
-            torch.cuda.current_stream().synchronize()
-        codes = self._codes[:n].clone()
+            self._stage.settle()
+        codes: npt.NDArray[np.unsignedinteger] = self._codes_there[:n].copy()
         if self._queued.levels is None or self._queued.wide is None:
             return codes
         left = (self._levels[:n] == kernels.REFERENCE.value).nonzero()[:, 0]
-        if not len(left):
-            return codes
-        wide = self._queued.wide
-        return self._encoder.resolve(wide, codes.to(wide.device), left.to(wide.device)).cpu()
+        if len(left):
+            wide = self._queued.wide
+            there = torch.from_numpy(codes).to(wide.device)
+            codes = self._encoder.resolve(wide, there, left.to(wide.device)).cpu().numpy()
+        return codes
+
+
+def _can_be_read(rows: Tensor) -> bool:
+    """Whether the kernels can read ``rows`` on the host where they are."""
+    return (
+        rows.is_pinned() and rows.is_contiguous() and rows.data_ptr() % kernels.ADDRESSES.value == 0
+    )
 
 
 def _product(rows: Tensor, columns: Tensor) -> Tensor:

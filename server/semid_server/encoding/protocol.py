@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -96,11 +96,17 @@ class Encoder(Protocol):
             If the rows are not of that type and shape.
         """
 
-    def encode_array(self, rows: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.unsignedinteger]:
-        """Codes ``(n, L)`` of finite ``rows`` (n, D) on the host, float32 or float64, contiguous.
+    def prepare(self, rows: Tensor) -> Callable[[], npt.NDArray[np.unsignedinteger]]:
+        """Return what encodes ``rows`` (n, D) on the host, as they are whenever it is called.
 
-        As `encode`, for whoever has them as numpy does. Where an encoder has no need of torch it is
-        left out, whose calls take as long as the codes of a few rows do. The shape is not checked.
+        It returns codes ``(n, L)``. For memory that is filled again and again: to find out about it
+        with every call, and to have torch around arrays, would take as long as the codes of a few
+        rows do. One call at a time, as with `encode`.
+
+        Raises
+        ------
+        InvalidInputError
+            If the rows are not of that type and shape.
         """
 
     def begin(self, rows: Tensor) -> Callable[[], Screened]:

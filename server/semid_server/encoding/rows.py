@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -59,10 +59,15 @@ class AtOnce(ABC):
     def encode(self, rows: Tensor) -> Tensor:
         """Codes ``(n, L)`` of finite ``rows`` (n, D)."""
 
-    def encode_array(self, rows: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.unsignedinteger]:
-        """Codes ``(n, L)`` of finite ``rows`` (n, D); see `Encoder.encode_array`."""
-        codes: npt.NDArray[np.unsignedinteger] = self.encode(torch.from_numpy(rows)).cpu().numpy()
-        return codes
+    def prepare(self, rows: Tensor) -> Callable[[], npt.NDArray[np.unsignedinteger]]:
+        """Return what encodes ``rows`` (n, D) whenever it is called; see `Encoder.prepare`."""
+        checked(rows, self.input_dim)
+
+        def encode() -> npt.NDArray[np.unsignedinteger]:
+            codes: npt.NDArray[np.unsignedinteger] = self.encode(rows).numpy()
+            return codes
+
+        return encode
 
     def begin(self, rows: Tensor) -> Callable[[], Screened]:
         """Encode ``rows`` (n, D) now; see `Encoder.begin`."""

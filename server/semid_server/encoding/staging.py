@@ -116,6 +116,9 @@ class Stage:
         self._graph_memory: Any = torch.cuda.graph_pool_handle()
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
         self._used = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
+        self._in_use = True
+        self._index = self._memory.device.index
+        self._current: torch.cuda.Stream | None = None
         self.release()  # once there are zeros
 
     def point(self, address: int, n: int) -> None:
@@ -169,17 +172,34 @@ class Stage:
 
     def wait_for_room(self) -> None:
         """What is queued from now on waits until the last rows were used."""
-        torch.cuda.current_stream().wait_event(self._used)
+        if self._in_use:
+            self._current_stream().wait_event(self._used)
 
     def release(self) -> None:
         """Let the next rows come once what is queued has run."""
-        self._used.record(torch.cuda.current_stream())
+        self._in_use = True
+        self._used.record(self._current_stream())
+
+    def settle(self) -> None:
+        """Wait here for what is queued, in place of `release`: the next rows need not wait.
+
+        It was queued after `wait_for_room`, so nothing before it is left either.
+        """
+        self._current_stream().synchronize()
+        self._in_use = False
 
     def mark(self) -> torch.cuda.Event:
         """An event that comes once all that has been queued on the stage's stream has run."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's own
         event.record(self.stream)
         return event
+
+    def _current_stream(self) -> torch.cuda.Stream:
+        """`torch.cuda.current_stream`, which takes ten microseconds to make what is known."""
+        address = torch._C._cuda_getCurrentRawStream(self._index)  # noqa: SLF001 - Triton asks it, too
+        if self._current is None or self._current.cuda_stream != address:
+            self._current = torch.cuda.current_stream(self._index)
+        return self._current
 
     def _view(self, memory: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         size = n * self._dim * dtype.itemsize

@@ -64,9 +64,6 @@ FILL_TYPES: dict[EmbeddingType, torch.dtype] = {
     "float64": torch.float64,
 }
 
-NUMPY_TYPES: Final = frozenset[EmbeddingType]({"float32", "float64"})
-"""Those of which an encoder takes arrays."""
-
 MAX_VIEWS: Final = 256
 """Sizes of batches whose views are kept."""
 
@@ -84,12 +81,13 @@ class Buffer:
         The same memory; bfloat16 as its uint16 bits.
     """
 
-    __slots__ = ("_views", "host", "rows")
+    __slots__ = ("_prepared", "_views", "host", "rows")
 
     def __init__(self, rows: torch.Tensor, dtype: EmbeddingType) -> None:
         self.rows = rows
         self.host: npt.NDArray[Any] = rows.view(FILL_TYPES[dtype]).numpy()
         self._views: dict[int, torch.Tensor] = {}
+        self._prepared: dict[int, Callable[[], npt.NDArray[np.unsignedinteger]]] = {}
 
     def first(self, count: int) -> torch.Tensor:
         """Return its first rows."""
@@ -99,6 +97,15 @@ class Buffer:
                 self._views.clear()
             view = self._views[count] = self.rows[:count]
         return view
+
+    def encode(self, count: int, encoder: Encoder) -> npt.NDArray[np.unsignedinteger]:
+        """Codes (n, L) of its first rows, finite; always by the same encoder."""
+        prepared = self._prepared.get(count)
+        if prepared is None:
+            if len(self._prepared) == MAX_VIEWS:
+                self._prepared.clear()
+            prepared = self._prepared[count] = encoder.prepare(self.first(count))
+        return prepared()
 
 
 Buffers: TypeAlias = dict[EmbeddingType, Buffer]
@@ -167,12 +174,15 @@ class Device(Runner[WorkKey, Payload, "npt.NDArray[Any]"]):
         return self._halve(key, payloads)
 
     def run_alone(self, key: WorkKey, payload: Payload) -> npt.NDArray[Any] | SemidError:
-        """Answer one payload, on a CPU: there is nothing to be tried again."""
-        backend: Backend = key.model.backend
-        self._last = backend
+        """Answer one payload as `run` does, which gets it if it fails: that knows what to do."""
         if isinstance(key, EncodeKey):
-            return backend.encode_alone(key.dtype, payload)
-        (answer,) = backend.run(key, (payload,))
+            backend: Backend = key.model.backend
+            self._last = backend
+            try:
+                return backend.encode_alone(key.dtype, payload)
+            except Exception as error:  # noqa: BLE001 - raised again, if it is to be
+                logger.debug("a request of %d rows failed: %r", len(payload), error)
+        (answer,) = self.run(key, (payload,))
         return answer
 
     def _halve(
@@ -286,6 +296,7 @@ class Backend:
         self._to_sample: float = SAMPLED_ROWS
         self._code_type = np.dtype(f"<u{spec.code_bits // 8}")
         self._buffers: Buffers = {}
+        self._has_network = spec.encoder_hidden_dims is not None
         modes: tuple[DecodeModeName, ...] = ("sum",)
         if self._calibration is not None or not spec.normalize_residuals:
             modes = ("sum", "calibrated")
@@ -346,9 +357,12 @@ class Backend:
     def quick(self) -> bool:
         """Whether any thread may run a short batch, and have done in no time.
 
-        So it is on a CPU. A GPU is waited for, and verifying rows takes far longer than encoding.
+        A GPU, too, has the codes of a few rows sooner than another thread could be asked; but a
+        network on it is asked about by the host, more than once. To verify rows takes far longer.
         """
-        return self._device.type == "cpu" and self._verifier is None
+        if self._device.type == "cuda" and self._has_network:
+            return False
+        return self._verifier is None
 
     def drift(self) -> Sequence[LayerDrift]:
         """Code usage and quantisation error of the last rows, by layer."""
@@ -422,7 +436,7 @@ class Backend:
         self, dtype: EmbeddingType, payloads: Sequence[Payload]
     ) -> list[npt.NDArray[Any] | SemidError]:
         rows, errors = self.fill(dtype, payloads, self._buffers)
-        host = self.encode_rows(rows)
+        host = self._buffers[dtype].encode(len(rows), self._encoder)
         self._encoded = rows, host
         answers: list[npt.NDArray[Any] | SemidError] = []
         start = 0
@@ -442,17 +456,13 @@ class Backend:
         buffer = self._buffers.get(dtype)
         if buffer is None or len(buffer.host) < total:
             buffer = self._grow(dtype, total, self._buffers)
-        host = buffer.host[:total]
         try:
-            finite = _copy(host, payload, dtype)
+            finite = _copy(buffer.host[:total], payload, dtype)
             if not finite and (error := _describe_bad_rows(buffer.rows[:total])) is not None:
                 return error
         except SemidError as unreadable:
             return unreadable
-        if dtype in NUMPY_TYPES:
-            codes = self._encoder.encode_array(host).astype(self._code_type, copy=False)
-        else:
-            codes = self.encode_rows(buffer.first(total))
+        codes = buffer.encode(total, self._encoder)
         self._encoded = buffer.rows, codes
         return codes
 

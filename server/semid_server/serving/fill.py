@@ -6,7 +6,7 @@ of the speed of the memory, so that many of them are copied by several threads.
 
 Compiled, since the alternatives cost more than the copy itself: numpy adds float16 one by one, and
 torch wakes its threads for a sum, which then spin on the cores that gRPC needs. The interpreter's
-lock is released meanwhile.
+lock is released meanwhile, but for a few numbers.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ BLOCK_BYTES: Final = 256 * 1024
 READER_BYTES: Final = 2 << 20
 """Bytes of one request from which on it is worth having one more thread read."""
 
+HELD_BYTES: Final = 128 * 1024
+"""Bytes up to which the interpreter's lock is kept: where the event loop wants it too, to have it
+back takes longer than to copy so few."""
+
 MAX_READERS: Final = min(4, len(os.sched_getaffinity(0)))
 """Threads that read one request: more than a few copy no faster."""
 
@@ -70,10 +74,12 @@ def copy_finite(target: npt.NDArray[Any], source: npt.NDArray[Any], dtype: Embed
         What the numbers are.
     """
     finite: bool
+    held = source.nbytes <= HELD_BYTES
     if dtype in {"float32", "float64"}:  # those that numba has
-        finite = _copy_numbers(target, source)
+        finite = (_copy_numbers_held if held else _copy_numbers)(target, source)
     else:
-        finite = _copy_bits(target.view(np.uint16), source.view(np.uint16), EXPONENTS[dtype])
+        copy = _copy_bits_held if held else _copy_bits
+        finite = copy(target.view(np.uint16), source.view(np.uint16), EXPONENTS[dtype])
     return finite
 
 
@@ -166,3 +172,15 @@ def _copy_bits(target: Any, source: Any, exponent: Any) -> bool:
         to[i] = bits
         beyond += (bits & exponent) == exponent
     return beyond == 0
+
+
+@compiled(_NUMBERS)
+def _copy_numbers_held(target: Any, source: Any) -> bool:
+    copied: bool = _copy_numbers(target, source)
+    return copied
+
+
+@compiled(_BITS)
+def _copy_bits_held(target: Any, source: Any, exponent: Any) -> bool:
+    copied: bool = _copy_bits(target, source, exponent)
+    return copied

@@ -273,22 +273,28 @@ def test_an_empty_batch_has_no_codes():
         assert codes.dtype == torch.uint16
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("network", [False, True])
-def test_arrays_have_the_codes_of_tensors(network, dtype):
+def test_prepared_rows_have_the_codes_of_what_they_are_when_asked(network, dtype):
     if network:
         model, spec = cases.random_network_model(12, (24,), 8, [30, 20])
     else:
         model, spec = cases.random_model(12, [300, 20])
-    rows = np.random.default_rng(3).standard_normal((700, 12)).astype(dtype)
+    generator = torch.Generator().manual_seed(3)
+    memory = torch.zeros(700, 12, dtype=dtype)
     for reference in (True, False):
         encoder = make_encoder(model, spec, device=CPU, reference=reference)
         for count in (0, 1, 700):
-            codes = encoder.encode_array(rows[:count])
-            tensor = encoder.encode(torch.from_numpy(rows[:count]))
-            assert codes.dtype == tensor.numpy().dtype
-            np.testing.assert_array_equal(codes, tensor.numpy())
-        assert encoder.counts().rows == 2 * 701
+            prepared = encoder.prepare(memory[:count])
+            for _ in range(2):
+                memory.copy_(torch.randn(700, 12, generator=generator))
+                codes = prepared()
+                tensor = encoder.encode(memory[:count])
+                assert codes.dtype == tensor.numpy().dtype
+                np.testing.assert_array_equal(codes, tensor.numpy())
+        assert encoder.counts().rows == 4 * 701
+        with pytest.raises(InvalidInputError, match=r"shape \(3, 4\); expected \(n, 12\)"):
+            encoder.prepare(memory[:1].view(3, 4))
 
 
 def test_rows_of_another_shape_or_type_are_refused_with_both_values():
