@@ -54,35 +54,44 @@ class FaultyEncoder:
     def __getattr__(self, name):
         return getattr(self._encoder, name)
 
-    def encode(self, rows, *arguments, **named):
-        """Encode, unless told otherwise."""
-        orders = rows[:, 0].tolist()
-        in_loop = threading.current_thread() is threading.main_thread()
-        if HOLD in orders and (in_loop or IN_LOOP not in os.environ):
-            FaultyEncoder.held = True
-            print("held", flush=True)  # noqa: T201 - read by the test
-            with open(os.environ[GATE]) as gate:  # noqa: PTH123 - it is no file
-                gate.read()
-        if NO_MEMORY in orders or (CROWDED in orders and len(rows) > CROWD):
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 0xSECRET")
-        if BUG in orders:
-            raise RuntimeError("a bug at 0xSECRET")
-        if LOST in orders:
-            FaultyEncoder.lost = True
-        if FaultyEncoder.lost:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered at 0xSECRET")
-        if ASSERTED in orders or ASTRAY in orders:
-            import poison  # noqa: PLC0415 - needs Triton, as torch for CUDA brings it
+    def prepare(self, rows):
+        """Return what encodes, unless told otherwise."""
+        prepared = self._encoder.prepare(rows)
 
-            poison.fail_assertion() if ASSERTED in orders else poison.write_astray()
-        return self._encoder.encode(rows, *arguments, **named)
+        def encode():
+            obey(rows[:, 0].tolist())
+            return prepared()
+
+        return encode
+
+
+def obey(orders):
+    """Do what the rows say."""
+    in_loop = threading.current_thread() is threading.main_thread()
+    if HOLD in orders and (in_loop or IN_LOOP not in os.environ):
+        FaultyEncoder.held = True
+        print("held", flush=True)  # noqa: T201 - read by the test
+        with open(os.environ[GATE]) as gate:  # noqa: PTH123 - it is no file
+            gate.read()
+    if NO_MEMORY in orders or (CROWDED in orders and len(orders) > CROWD):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 0xSECRET")
+    if BUG in orders:
+        raise RuntimeError("a bug at 0xSECRET")
+    if LOST in orders:
+        FaultyEncoder.lost = True
+    if FaultyEncoder.lost:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered at 0xSECRET")
+    if ASSERTED in orders or ASTRAY in orders:
+        import poison  # noqa: PLC0415 - needs Triton, as torch for CUDA brings it
+
+        poison.fail_assertion() if ASSERTED in orders else poison.write_astray()
 
 
 def _spoil() -> None:
     make_encoder, device_works = backend.make_encoder, backend.Backend.device_works
     backend.make_encoder = lambda *given, **named: FaultyEncoder(make_encoder(*given, **named))
     backend.Backend.device_works = lambda self: not FaultyEncoder.lost and device_works(self)
-    # As on a GPU: what holds would hold the event loop, which runs what it knows to be short.
+    # What holds would hold the event loop, which runs what it knows to be short.
     if IN_LOOP in os.environ:
         batcher.QUICK = batcher.QUICK_AT_MOST = math.inf
     else:

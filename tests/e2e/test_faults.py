@@ -607,6 +607,24 @@ def test_a_device_that_is_lost_ends_the_process_once_every_call_has_its_answer(
     assert signal.SIGTERM.name not in said
 
 
+def test_what_breaks_while_the_event_loop_runs_it_is_told_as_if_the_worker_had(
+    serve_faulty, checkpoint, digits
+):
+    server = serve_faulty(checkpoint, SEMID_TEST_IN_LOOP="1")
+    with server.channel() as channel:
+        stub = SemanticIdServiceStub(channel)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        for order, code in [(None, OK), (BUG, INTERNAL), (None, OK), (NO_MEMORY, INTERNAL)] * 3:
+            assert stub.Encode.future(encode(digits[:3], order)).code() is code
+        assert stub.Encode.future(encode(digits[:3], LOST)).code() is UNAVAILABLE
+        assert next(watch).status == NOT_SERVING
+    assert server.wait() == 1
+    said = server.stderr()
+    assert said.count("no device memory for 3 rows") == 3
+    assert "Error: the device has failed and can do nothing more for this process" in said
+
+
 def test_a_batch_that_hangs_ends_the_process_once_every_call_has_its_answer(
     serve_faulty, checkpoint, digits
 ):

@@ -298,10 +298,10 @@ ROWS = 40_000
 
 
 @contextlib.contextmanager
-def gated(movies, folder, tmp_path, *arguments):
+def gated(movies, folder, tmp_path, *arguments, **env):
     """Run a server on the GPU whose encoder waits, or fails, when the rows say so."""
     options = settings_of_gated(tmp_path / "gate")
-    options["env"] |= {
+    options["env"] |= env | {
         "TRITON_CACHE_DIR": str(folder / "tmp/triton"),
         "NUMBA_CACHE_DIR": str(folder / "tmp/numba"),
     }
@@ -402,10 +402,13 @@ def test_a_device_without_memory_fails_what_needs_it_and_nothing_else(movies, fo
 # --- broken ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+BROKEN = pytest.mark.parametrize(
     ("order", "error"),
     [(ASSERTED, "device-side assert triggered"), (ASTRAY, "an illegal memory access")],
 )
+
+
+@BROKEN
 def test_a_kernel_that_breaks_the_device_ends_the_process_once_every_call_has_its_answer(
     movies, folder, tmp_path, order, error
 ):
@@ -428,6 +431,32 @@ def test_a_kernel_that_breaks_the_device_ends_the_process_once_every_call_has_it
             # Another server can answer what this one no longer can.
             assert {call.code() for call in calls} == {UNAVAILABLE}, server.stderr()
             assert next(watch).status == NOT_SERVING
+        assert server.wait() == 1, server.stderr()
+        said = server.stderr()
+        assert f"CUDA error: {error}" in said
+        assert "Error: the device has failed and can do nothing more for this process" in said
+
+
+@BROKEN
+def test_a_kernel_that_breaks_the_device_amid_the_event_loop_ends_the_process_as_well(
+    movies, folder, tmp_path, order, error
+):
+    def encode(rows):
+        return stub.Encode.future(pb.EncodeRequest(tensor=float32_tensor(rows)), timeout=120)
+
+    with (
+        gated(movies, folder, tmp_path, SEMID_TEST_IN_LOOP="1") as (server, _),
+        server.stub() as stub,
+        server.channel() as channel,
+    ):
+        for _ in range(9):
+            assert encode(movies.embeddings[:3]).code() is OK
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        breaking = movies.embeddings[:3].copy()
+        breaking[0, 0] = order
+        assert encode(breaking).code() is UNAVAILABLE, server.stderr()
+        assert next(watch).status == NOT_SERVING
         assert server.wait() == 1, server.stderr()
         said = server.stderr()
         assert f"CUDA error: {error}" in said
