@@ -7,6 +7,7 @@ import logging
 import socket
 import sys
 import threading
+import time
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 SCRAPE_PATIENCE: Final = 10.0
 """Seconds that a scraper may take to ask, and to read each piece of the answer."""
+
+SCRAPE_LIMIT: Final = 60.0
+"""Seconds that a scrape may take in all, however little at a time its scraper sends or reads."""
 
 MAX_SCRAPES: Final = 256
 """Scrapes at one moment: many times as many as there are scrapers, and threads do not run out."""
@@ -117,7 +121,8 @@ def _bind(address: Address, *, shared: bool) -> socket.socket:
 class _MetricsServer(ThreadingMixIn, WSGIServer):
     """A thread for each scrape: a slow one holds up neither others nor the end of the process.
 
-    `MAX_SCRAPES` of them at most: beyond, connections are answered 503 and closed.
+    `MAX_SCRAPES` of them at most, for `SCRAPE_LIMIT`: beyond, connections are answered 503 and
+    closed.
     """
 
     daemon_threads = True
@@ -125,6 +130,7 @@ class _MetricsServer(ThreadingMixIn, WSGIServer):
 
     def __init__(self, *arguments: Any) -> None:
         self._free = threading.Semaphore(MAX_SCRAPES)
+        self._ends: dict[socket.socket, float] = {}
         super().__init__(*arguments)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -137,10 +143,11 @@ class _MetricsServer(ThreadingMixIn, WSGIServer):
                 request.sendall(BUSY)
             self.shutdown_request(request)
             return
+        self._ends[request] = time.monotonic() + SCRAPE_LIMIT
         try:
             super().process_request(request, client_address)
         except BaseException:
-            self._free.release()
+            self._forget(request)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -148,7 +155,19 @@ class _MetricsServer(ThreadingMixIn, WSGIServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            self._forget(request)
+
+    def _forget(self, request: socket.socket) -> None:
+        del self._ends[request]
+        self._free.release()
+
+    def service_actions(self) -> None:
+        """End connections whose time is over: called twice a second, and after each connection."""
+        now = time.monotonic()
+        for request, end in list(self._ends.items()):
+            if now > end:
+                with contextlib.suppress(OSError):  # its thread has closed it just now
+                    request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: Any) -> None:  # noqa: ARG002 - inherited
         """Say that a scrape failed: the scraper was too slow, or left."""

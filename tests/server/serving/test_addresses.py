@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
+from semid_server.serving import addresses
 from semid_server.serving.addresses import MAX_SCRAPES, open_metrics
 from semid_server.serving.config import ModelSource, ServeConfig
 
@@ -49,3 +50,16 @@ def test_scrapes_beyond_the_bound_are_told_so_and_later_ones_are_answered(endpoi
             assert "asked_total 0.0" in scrape(endpoint)
             return
         assert time.monotonic() < until
+
+
+def test_a_scraper_that_dribbles_is_shown_the_door(endpoint, monkeypatch):
+    monkeypatch.setattr(addresses, "SCRAPE_LIMIT", 1.0)
+    host, _, port = endpoint.rpartition(":")
+    with socket.create_connection((host, int(port)), 60) as scraper:
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):  # noqa: PT012 - whichever of the bytes it is
+            while time.monotonic() - began < 30:
+                scraper.sendall(b"G")  # far from a second between two bytes
+                time.sleep(0.05)
+        assert time.monotonic() - began >= 1
+    assert "asked_total 0.0" in scrape(endpoint)
