@@ -394,18 +394,20 @@ class Backend:
             return
         (rows, codes), self._encoded = self._encoded, None
         count = len(codes)
+        if not count:
+            return
         self._to_sample += count * SAMPLED_SHARE
         # Seldom, and then many: a few rows take as long as all that may be taken at once.
         if self._to_sample < SAMPLED_ROWS:
             self._drift.observe(codes)
-        elif count:
+        else:
             sampled = min(SAMPLED_ROWS, count)
             self._to_sample = float(SAMPLED_ROWS - sampled)
             # Spread over the batch: its requests may differ. A view: to gather so few rows, torch
             # would wake its threads.
             sample = slice(0, count // sampled * sampled, count // sampled)
             self._drift.observe(codes, rows[sample], codes[sample])
-        if self._verifier is not None and count:
+        if self._verifier is not None:
             self._verify(self._verifier, rows, codes)
 
     def _verify(
