@@ -83,6 +83,7 @@ class Plan:
     sizes: tuple[int, ...] = (64 * KIB, MIB, 4 * MIB, 16 * MIB)
     in_flight: tuple[int, ...] = (1, 8)
     rounds: int = 3
+    spells: int = 5  # parts into which a round of messages up to 1 MiB is cut
     seconds: float = 1.5
     device: str = "cpu"
     without: tuple[str, ...] = ()
@@ -92,7 +93,9 @@ class Plan:
 YIELDING = 10
 """By how much clients lower their priority where the processors should be the server's."""
 
-QUICK = Plan(sizes=(64 * KIB, MIB), in_flight=(8,), rounds=1, seconds=0.3, overload=(1.0, 10.0))
+QUICK = Plan(
+    sizes=(64 * KIB, MIB), in_flight=(8,), rounds=1, spells=1, seconds=0.3, overload=(1.0, 10.0)
+)
 
 
 # -- servers and clients -------------------------------------------------------------------------
@@ -450,12 +453,16 @@ class Bench:
     def _throughput_of(self, servers: list[Server], size: int, in_flight: int) -> None:
         rates: dict[str, list[float]] = {server.name: [] for server in servers}
         costs: dict[str, list[tuple[float, float]]] = {server.name: [] for server in servers}
-        for _ in range(self.plan.rounds):
+        # Where many fit into a moment, short spells: what else runs on the machine changes with it.
+        spells = self.plan.spells if size <= MIB else 1
+        seconds = self.plan.seconds / spells
+        for _ in range(self.plan.rounds * spells):
             for server in servers:
                 body = f"{server.bodies}-{size // ROW_BYTES}"
                 # Without a warm-up, whose processor time could not be told apart.
                 before = server.cpu()
-                result = send(self.load(server, body, in_flight=in_flight, warmup=0))
+                load = self.load(server, body, in_flight=in_flight, warmup=0, seconds=seconds)
+                result = send(load)
                 sent = len(result.answers) * size
                 spent = server.cpu() - before, result.cpu
                 costs[server.name].append(tuple(1000 * cpu / (sent / MIB) for cpu in spent))

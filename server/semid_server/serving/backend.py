@@ -296,7 +296,11 @@ class Backend:
         self._to_sample: float = SAMPLED_ROWS
         self._code_type = np.dtype(f"<u{spec.code_bits // 8}")
         self._buffers: Buffers = {}
-        self._has_network = spec.encoder_hidden_dims is not None
+        # A few rows are on a GPU and back sooner than another thread could be asked to wait for
+        # them; not where a network has the host ask more than once, nor where processes take turns.
+        self._soon = self._device.type == "cpu" or (
+            spec.encoder_hidden_dims is None and config.processes == 1
+        )
         modes: tuple[DecodeModeName, ...] = ("sum",)
         if self._calibration is not None or not spec.normalize_residuals:
             modes = ("sum", "calibrated")
@@ -357,12 +361,9 @@ class Backend:
     def quick(self) -> bool:
         """Whether any thread may run a short batch, and have done in no time.
 
-        A GPU, too, has the codes of a few rows sooner than another thread could be asked; but a
-        network on it is asked about by the host, more than once. To verify rows takes far longer.
+        To verify rows takes far longer than to encode them.
         """
-        if self._device.type == "cuda" and self._has_network:
-            return False
-        return self._verifier is None
+        return self._soon and self._verifier is None
 
     def drift(self) -> Sequence[LayerDrift]:
         """Code usage and quantisation error of the last rows, by layer."""
