@@ -37,6 +37,8 @@ ASSERTED, ASTRAY = 1006.0, 1007.0
 """On a GPU alone: a kernel whose assertion fails, one that writes where there is no memory. What
 comes of it, and when, is CUDA's and torch's affair."""
 
+FAULTS = {NO_MEMORY, CROWDED, BUG, LOST, ASSERTED, ASTRAY}
+
 GATE = "SEMID_TEST_GATE"
 
 IN_LOOP = "SEMID_TEST_IN_LOOP"
@@ -68,6 +70,8 @@ class FaultyEncoder:
 def obey(orders):
     """Do what the rows say."""
     in_loop = threading.current_thread() is threading.main_thread()
+    if in_loop and FAULTS & set(orders):
+        print("in the event loop", flush=True)  # noqa: T201 - read by the test
     if HOLD in orders and (in_loop or IN_LOOP not in os.environ):
         FaultyEncoder.held = True
         print("held", flush=True)  # noqa: T201 - read by the test
@@ -93,7 +97,7 @@ def _spoil() -> None:
     backend.Backend.device_works = lambda self: not FaultyEncoder.lost and device_works(self)
     # What holds would hold the event loop, which runs what it knows to be short.
     if IN_LOOP in os.environ:
-        batcher.QUICK = batcher.QUICK_AT_MOST = math.inf
+        batcher.QUICK = batcher.QUICK_AT_MOST = batcher.APART = math.inf
     else:
         backend.Backend.quick = property(lambda self: False)
     observe = Pace.observe

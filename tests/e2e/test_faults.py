@@ -617,6 +617,7 @@ def test_what_breaks_while_the_event_loop_runs_it_is_told_as_if_the_worker_had(
         assert next(watch).status == SERVING
         for order, code in [(None, OK), (BUG, INTERNAL), (None, OK), (NO_MEMORY, INTERNAL)] * 3:
             assert stub.Encode.future(encode(digits[:3], order)).code() is code
+        server.wait_for("in the event loop")
         assert stub.Encode.future(encode(digits[:3], LOST)).code() is UNAVAILABLE
         assert next(watch).status == NOT_SERVING
     assert server.wait() == 1

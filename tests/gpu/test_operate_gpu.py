@@ -456,6 +456,7 @@ def test_a_kernel_that_breaks_the_device_amid_the_event_loop_ends_the_process_as
         breaking = movies.embeddings[:3].copy()
         breaking[0, 0] = order
         assert encode(breaking).code() is UNAVAILABLE, server.stderr()
+        server.wait_for("in the event loop")
         assert next(watch).status == NOT_SERVING
         assert server.wait() == 1, server.stderr()
         said = server.stderr()

@@ -78,7 +78,7 @@ class Network:
         cls, spec: ModelSpec, state: Mapping[str, Tensor], device: torch.device
     ) -> Network | None:
         """Take the network out of a state dict; None if it is the identity."""
-        if spec.encoder_hidden_dims is None and not spec.batch_norm and not spec.normalize_input:
+        if not spec.has_network:
             return None
 
         def double(name: str) -> Tensor:

@@ -97,6 +97,11 @@ class ModelSpec:
         return len(self.codebook_widths)
 
     @property
+    def has_network(self) -> bool:
+        """Whether rows are changed before the first layer gets them."""
+        return self.encoder_hidden_dims is not None or self.batch_norm or self.normalize_input
+
+    @property
     def code_bits(self) -> int:
         """Bits of the smallest unsigned type that holds every code: 8, 16 or 32."""
         largest = max(self.codebook_widths) - 1

@@ -164,7 +164,7 @@ class _MetricsServer(ThreadingMixIn, WSGIServer):
     def service_actions(self) -> None:
         """End connections whose time is over: called twice a second, and after each connection."""
         now = time.monotonic()
-        for request, end in list(self._ends.items()):
+        for request, end in self._ends.copy().items():  # in one step: threads come and go
             if now > end:
                 with contextlib.suppress(OSError):  # its thread has closed it just now
                     request.shutdown(socket.SHUT_RDWR)

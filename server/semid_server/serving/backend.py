@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from semid_server.encoding import Encoder
+    from semid_server.model import ModelSpec
     from semid_server.serving.config import ModelSource, ServeConfig
 
 logger = logging.getLogger(__name__)
@@ -117,17 +118,25 @@ MAX_NAMED_ROWS = 8
 class Device(Runner[WorkKey, Payload, "npt.NDArray[Any]"]):
     """Hands each batch to the version of the model that it was admitted for.
 
-    Parameters
+    Attributes
     ----------
-    quick : bool
-        Whether short batches may be run by the event loop's thread: see `Backend.quick`.
+    loading : int
+        How many new versions are being loaded beside it.
     """
 
     divisible = True
 
-    def __init__(self, *, quick: bool = False) -> None:
-        self.quick = quick
+    def __init__(self) -> None:
+        self.loading = 0
         self._last: Backend | None = None
+
+    def runs_quickly(self, key: WorkKey) -> bool:
+        """Whether the event loop's thread may run short batches: see `Backend.quick`.
+
+        Not while a version is loaded: a batch may be long in coming then, behind what that does.
+        """
+        backend: Backend = key.model.backend
+        return backend.quick and not self.loading
 
     def run(
         self, key: WorkKey, payloads: Sequence[Payload]
@@ -296,10 +305,8 @@ class Backend:
         self._to_sample: float = SAMPLED_ROWS
         self._code_type = np.dtype(f"<u{spec.code_bits // 8}")
         self._buffers: Buffers = {}
-        # A few rows are on a GPU and back sooner than another thread could be asked to wait for
-        # them; not where a network has the host ask more than once, nor where processes take turns.
-        self._soon = self._device.type == "cpu" or (
-            spec.encoder_hidden_dims is None and config.processes == 1
+        self._quick = self._verifier is None and are_soon_back(
+            spec, self._device, processes=config.processes
         )
         modes: tuple[DecodeModeName, ...] = ("sum",)
         if self._calibration is not None or not spec.normalize_residuals:
@@ -363,7 +370,7 @@ class Backend:
 
         To verify rows takes far longer than to encode them.
         """
-        return self._soon and self._verifier is None
+        return self._quick
 
     def drift(self) -> Sequence[LayerDrift]:
         """Code usage and quantisation error of the last rows, by layer."""
@@ -438,6 +445,7 @@ class Backend:
     def _encode(
         self, dtype: EmbeddingType, payloads: Sequence[Payload]
     ) -> list[npt.NDArray[Any] | SemidError]:
+        self._encoded = None  # of a batch whose rows are about to be overwritten
         rows, errors = self.fill(dtype, payloads, self._buffers)
         host = self._buffers[dtype].encode(len(rows), self._encoder)
         self._encoded = rows, host
@@ -455,6 +463,7 @@ class Backend:
         self, dtype: EmbeddingType, payload: Payload
     ) -> npt.NDArray[np.unsignedinteger] | SemidError:
         """Answer one payload, as `run` does."""
+        self._encoded = None
         total = len(payload)
         buffer = self._buffers.get(dtype)
         if buffer is None or len(buffer.host) < total:
@@ -543,6 +552,15 @@ class Backend:
         host = out.cpu().numpy()
         ends = np.cumsum([len(payload) for payload in payloads])
         return list(np.split(host, ends[:-1]))
+
+
+def are_soon_back(spec: ModelSpec, device: torch.device, *, processes: int) -> bool:
+    """Whether the codes of a few rows are there as soon as another thread could wait for them.
+
+    From a GPU they are not where a network has the host ask for more than once, nor where processes
+    take turns on it.
+    """
+    return device.type == "cpu" or (not spec.has_network and processes == 1)
 
 
 def choose_device(device: str) -> torch.device:

@@ -14,9 +14,9 @@ So a large caller delays small ones by no more than a turn, and small ones never
 Turns cost large callers something, most of all a CPU's: where nobody small has come for a while,
 they are longer, until somebody does.
 
-**Short turns.** Handing work to a thread and back costs more than a small batch itself. Where
-the runner allows it (`Runner.quick`), and only while the worker rests, the event loop runs batches
-that are known to take less than `QUICK` seconds itself, once it has read all that had arrived.
+**Short turns.** Handing work to a thread and back costs more than a small batch itself. Where the
+runner allows it (`Runner.runs_quickly`), and only while the worker rests, the event loop runs
+batches that are known to take less than `QUICK` seconds itself, once it has read all that had come.
 A short request that finds nothing queued it may run at once, alone (`Batcher.answer_now`): to wait
 for others that might share its batch would cost more than a short batch does. Where the worker has
 a processor to itself, requests that come thick and fast are left to it from `APART` seconds on.
@@ -115,7 +115,7 @@ class Runner(ABC, Generic[Key, Payload, Answer]):
     Attributes
     ----------
     quick : bool
-        Whether the event loop's thread may run short batches as well, while the worker rests.
+        What `runs_quickly` returns, if it is not made to.
     divisible : bool
         Whether requests may be run in parts; `part` and `join` are needed then.
     """
@@ -139,6 +139,10 @@ class Runner(ABC, Generic[Key, Payload, Answer]):
     def join(self, answers: Sequence[Answer]) -> Answer:
         """Return the answer to a payload from those to its parts."""
         raise NotImplementedError
+
+    def runs_quickly(self, key: Key) -> bool:  # noqa: ARG002 - for those that differ
+        """Whether the event loop's thread may run short batches as well, while the worker rests."""
+        return self.quick
 
     def kind(self, key: Key) -> Hashable:
         """Return what batches that take equally long have in common.
@@ -418,7 +422,7 @@ class Batcher(Generic[Key, Payload, Answer]):
         ValueError
             It is larger than a batch: as in `admit`, a bug.
         """
-        if not self._runner.quick:
+        if not self._runner.runs_quickly(key):
             return None
         self._check_size(rows, nbytes)
         now = self._clock()
@@ -548,7 +552,7 @@ class Batcher(Generic[Key, Payload, Answer]):
             self._nbytes += nbytes
             self._seconds += entry.seconds
             if self._resting and not self._quick_due:
-                self._rouse(entry.pace)
+                self._rouse(entry)
         entry.future.add_done_callback(
             lambda future: self._withdraw(entry) if future.cancelled() else None
         )
@@ -589,10 +593,10 @@ class Batcher(Generic[Key, Payload, Answer]):
                 retry_after=self._time_to_clear(),
             )
 
-    def _rouse(self, pace: Pace) -> None:
+    def _rouse(self, entry: _Entry[Key, Payload, Answer]) -> None:
         """Have the work that waits be done: by the loop itself if it is short, else the worker."""
         assert self._loop is not None, "start() comes first"  # noqa: S101 - a bug of ours
-        if self._runner.quick and self._is_quick(pace, self._rows):
+        if self._runner.runs_quickly(entry.key) and self._is_quick(entry.pace, self._rows):
             self._quick_due = True
             self._loop.call_soon(self._run_quickly)
         else:
@@ -614,7 +618,8 @@ class Batcher(Generic[Key, Payload, Answer]):
             if not self._queues or not self._resting:
                 return
             (queue, *others) = self._queues.values()
-            if others or not self._is_quick(queue[0].pace, self._rows):
+            quick = self._runner.runs_quickly(queue[0].key) and not others
+            if not quick or not self._is_quick(queue[0].pace, self._rows):
                 self._resting = False
                 self._changed.notify()
                 return
@@ -628,7 +633,7 @@ class Batcher(Generic[Key, Payload, Answer]):
             self._run(batch, self._answer)
         with self._lock:
             if self._queues and self._resting and not self._quick_due:
-                self._rouse(next(iter(self._queues.values()))[0].pace)
+                self._rouse(next(iter(self._queues.values()))[0])
 
     def _lose(self, error: DeviceLostError) -> None:
         if not self._lost.done():
@@ -948,6 +953,9 @@ class Batcher(Generic[Key, Payload, Answer]):
             self._observer.ran(
                 key, rows=rows, waits=(0.0,), seconds=seconds, failed=failed, marks=(mark,)
             )
+        except Exception:
+            logger.exception("a batch could not be noted; its answers are not affected")
+        try:
             if not failed:
                 self._runner.after()
         except Exception:

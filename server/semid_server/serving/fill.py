@@ -69,7 +69,7 @@ def copy_finite(target: npt.NDArray[Any], source: npt.NDArray[Any], dtype: Embed
     Parameters
     ----------
     target, source : numpy.ndarray, shape (n, D)
-        Contiguous, numbers of ``dtype`` or their bits.
+        Contiguous, numbers of ``dtype``; bfloat16 as its uint16 bits.
     dtype : str
         What the numbers are.
     """

@@ -142,6 +142,7 @@ class Server:
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         self._stamps: list[Stamp] = []
+        self._device: Device
         self._calls: Calls
 
     async def run(self) -> None:
@@ -225,7 +226,7 @@ class Server:
 
         def make_device() -> Device:
             backends.extend(self._load_one(source) for source in self._config.models)
-            return Device(quick=all(backend.quick for backend in backends))
+            return Device()
 
         loading = asyncio.ensure_future(self._batcher.start(make_device))
         stopping = asyncio.ensure_future(self._stop.wait())
@@ -233,7 +234,7 @@ class Server:
             await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
                 return False
-            loading.result()
+            self._device = loading.result()
         finally:
             loading.cancel()
             stopping.cancel()
@@ -324,6 +325,7 @@ class Server:
 
         A version that cannot be used changes nothing: the one before goes on.
         """
+        self._device.loading += 1
         try:
             backend = await asyncio.to_thread(self._load_one, source)
         except Exception as error:
@@ -333,6 +335,8 @@ class Server:
             else:
                 logger.exception("%s could not be reloaded, and goes on as it was", source.name)
             return
+        finally:
+            self._device.loading -= 1
         before = self._catalogue.find(backend.served.name).fingerprint
         self._show(backend)
         self._metrics.reloads.labels(source.name, "ok").inc()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from itertools import pairwise
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from semid_server.errors import ConfigurationError, InvalidInputError
-from semid_server.serving.backend import Backend, Device, choose_device
+from semid_server.model import ModelKind, ModelSpec
+from semid_server.serving.backend import Backend, Buffer, Device, are_soon_back, choose_device
 from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.drift import SAMPLED_ROWS
 from semid_server.serving.shared_memory import Segment, SharedRows
@@ -96,7 +98,7 @@ def test_a_payload_alone_has_the_answer_that_it_has_in_a_batch(
     make_backend, digits, share_rows, name, dtype
 ):
     backend = make_backend(name)
-    device = Device(quick=True)
+    device = Device()
     key = EncodeKey(backend.served, dtype)
     numbers = torch.from_numpy(digits.embeddings[:60].copy()).to(getattr(torch, dtype))
     rows = (numbers.view(torch.uint16) if dtype == "bfloat16" else numbers).numpy()
@@ -168,6 +170,64 @@ def test_a_code_that_differs_from_the_reference_is_counted_and_logged(
     backend.after()
     assert (verifications.rows, verifications.mismatches) == (20, 1)
     assert "1 of 20 verified rows differ" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "processes", "soon"),
+    [
+        ({}, "cuda", 1, True),
+        ({}, "cuda", 2, False),
+        ({"normalize_input": True}, "cuda", 1, False),
+        ({"batch_norm": True}, "cuda", 1, False),
+        ({"encoder_hidden_dims": (8,), "decoder_hidden_dims": (8,)}, "cuda", 1, False),
+        ({"normalize_input": True}, "cpu", 2, True),
+    ],
+)
+def test_a_gpu_is_waited_for_by_the_event_loop_only_where_it_is_soon_done(
+    settings, device, processes, soon
+):
+    spec = ModelSpec(
+        kind=ModelKind.RQ_VAE,
+        input_dim=4,
+        codebook_widths=(8,),
+        embedding_dim=4,
+        normalize_residuals=False,
+        **settings,
+    )
+    assert are_soon_back(spec, torch.device(device), processes=processes) == soon
+
+
+def test_short_batches_are_the_workers_while_a_version_is_loaded_and_where_rows_are_verified(
+    make_backend,
+):
+    device = Device()
+    key = EncodeKey(make_backend().served, "float32")
+    assert device.runs_quickly(key)
+    device.loading += 1
+    assert not device.runs_quickly(key)
+    device.loading -= 1
+    assert device.runs_quickly(key)
+    assert not device.runs_quickly(EncodeKey(make_backend(verify_fraction=0.1).served, "float32"))
+
+
+def test_rows_of_a_batch_that_failed_are_not_looked_at_again(
+    make_backend, digits, verifications, monkeypatch
+):
+    backend = make_backend(verify_fraction=1.0)
+    key = EncodeKey(backend.served, "float32")
+    backend.run(key, [digits.embeddings[:9]])
+    with monkeypatch.context() as broken:
+        broken.setattr(Buffer, "encode", Mock(side_effect=RuntimeError("broken")))
+        with pytest.raises(RuntimeError, match="broken"):
+            backend.run(key, [digits.embeddings[100:109]])
+    backend.after()
+    assert (verifications.rows, verifications.mismatches) == (0, 0)
+    backend.run(key, [digits.embeddings[:9]])
+    assert isinstance(
+        backend.encode_alone("float32", np.full((9, 64), np.nan, np.float32)), InvalidInputError
+    )
+    backend.after()
+    assert backend.drift() == []
 
 
 def test_proved_rows_count_what_was_encoded(make_backend, digits):
