@@ -157,7 +157,8 @@ class CheckpointEngine:
                 return self._encode_rows(tensor)
         buffers = self._buffers.get()
         try:
-            filled, (error,) = self._backend.fill(name, [rows], buffers)
+            whole = np.ascontiguousarray(rows)
+            filled, (error,) = self._backend.fill(name, [whole], buffers)
             if error is not None:
                 raise NotFiniteError(str(error)) from error
             return self._encode_rows(filled)

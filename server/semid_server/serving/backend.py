@@ -305,6 +305,7 @@ class Backend:
         self._to_sample: float = SAMPLED_ROWS
         self._code_type = np.dtype(f"<u{spec.code_bits // 8}")
         self._buffers: Buffers = {}
+        self._has_network = spec.has_network
         self._quick = self._verifier is None and are_soon_back(
             spec, self._device, processes=config.processes
         )
@@ -437,7 +438,9 @@ class Backend:
                 again[wrong[0]].tolist(),
             )
 
-    def _features(self, rows: torch.Tensor) -> npt.NDArray[np.float32]:
+    def _features(self, rows: torch.Tensor) -> npt.NDArray[np.floating[Any]]:
+        if not self._has_network:
+            return cast("npt.NDArray[np.float32]", rows.to(torch.float32).numpy())
         with torch.inference_mode():
             features: torch.Tensor = self._model.features(rows.to(self._device, torch.float32))
         return cast("npt.NDArray[np.float32]", features.cpu().numpy())

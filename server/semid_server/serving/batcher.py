@@ -80,11 +80,11 @@ worker and back costs, and too little to be missed by the other calls."""
 QUICK_AT_MOST: Final = 4 * QUICK
 """Seconds that such a batch may take on average, whatever gets in its way."""
 
-APART: Final = 0.00012
+APART: Final = 0.00008
 """Seconds from which a batch is worth the way to the worker, if that has a processor of its own and
 the loop has other calls to see to."""
 
-LOOP_SHARE: Final = 6
+LOOP_SHARE: Final = 7
 """The loop has, where such batches would take more than one part in so many of its time."""
 
 TO_SPARE: Final = 4

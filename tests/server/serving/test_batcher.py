@@ -937,9 +937,9 @@ async def test_what_cannot_be_answered_at_once_is_left_to_be_admitted(quick, mak
     ("processors", "rows", "gap", "at_once"),
     [
         (4, 30, 0.0005, False),  # 0.3 ms of 0.5
-        (4, 30, 0.002, True),
+        (4, 30, 0.0025, True),
         (3, 30, 0.0005, True),  # nobody else would be faster
-        (4, 11, 0.0002, True),  # too short to be handed over
+        (4, 7, 0.0002, True),  # too short to be handed over
     ],
 )
 async def test_frequent_requests_are_left_to_a_worker_with_a_processor_to_itself(
