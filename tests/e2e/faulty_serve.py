@@ -99,7 +99,7 @@ def _spoil() -> None:
     if IN_LOOP in os.environ:
         batcher.QUICK = batcher.QUICK_AT_MOST = batcher.APART = math.inf
     else:
-        backend.Backend.quick = property(lambda self: False)
+        backend.are_soon_back = lambda *_given, **_named: False
     observe = Pace.observe
 
     def observe_unless_held(self, rows, seconds):

@@ -148,17 +148,17 @@ class CpuEncoder(AtOnce):
 
     def encode(self, rows: Tensor) -> Tensor:
         """Codes ``(n, L)`` of ``rows`` (n, D); see `Encoder.encode`."""
-        checked(rows, self.input_dim)
-        if self._network is None and rows.dtype in {torch.float32, torch.float64}:
-            return torch.from_numpy(self._codes(rows.numpy()))
-        return torch.from_numpy(self._codes(rows))
+        return torch.from_numpy(self._codes(self._without_torch(rows)))
 
     def prepare(self, rows: Tensor) -> Callable[[], Array]:
         """Return what encodes ``rows`` (n, D) whenever it is called; see `Encoder.prepare`."""
+        return partial(self._codes, self._without_torch(rows))
+
+    def _without_torch(self, rows: Tensor) -> Tensor | Array:
+        """Return rows as numpy has them, if nothing has to be done to them that torch does."""
         checked(rows, self.input_dim)
-        if self._network is None and rows.dtype in {torch.float32, torch.float64}:
-            return partial(self._codes, rows.numpy())
-        return partial(self._codes, rows)
+        plain = self._network is None and rows.dtype in {torch.float32, torch.float64}
+        return rows.numpy() if plain else rows
 
     def _codes(self, rows: Tensor | Array) -> Array:
         n = len(rows)

@@ -196,7 +196,7 @@ class Stage:
 
     def _current_stream(self) -> torch.cuda.Stream:
         """`torch.cuda.current_stream`, which takes ten microseconds to make what is known."""
-        address = torch._C._cuda_getCurrentRawStream(self._index)  # noqa: SLF001 - Triton asks it, too
+        address = torch._C._cuda_getCurrentRawStream(self._index)  # noqa: SLF001 - as Triton's launcher
         if self._current is None or self._current.cuda_stream != address:
             self._current = torch.cuda.current_stream(self._index)
         return self._current

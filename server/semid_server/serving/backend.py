@@ -189,7 +189,7 @@ class Device(Runner[WorkKey, Payload, "npt.NDArray[Any]"]):
             self._last = backend
             try:
                 return backend.encode_alone(key.dtype, payload)
-            except Exception as error:  # noqa: BLE001 - raised again, if it is to be
+            except Exception as error:  # noqa: BLE001 - `run` meets it again, and tells what it is
                 logger.debug("a request of %d rows failed: %r", len(payload), error)
         (answer,) = self.run(key, (payload,))
         return answer
@@ -246,6 +246,11 @@ class Backend:
         Told, after a sample of rows was encoded again in float64, how many and how many differed.
     rng : numpy.random.Generator, optional
         Chooses the rows that are verified.
+
+    Attributes
+    ----------
+    quick : bool
+        Whether any thread may run a short batch, and have done in no time.
 
     Raises
     ------
@@ -306,7 +311,8 @@ class Backend:
         self._code_type = np.dtype(f"<u{spec.code_bits // 8}")
         self._buffers: Buffers = {}
         self._has_network = spec.has_network
-        self._quick = self._verifier is None and are_soon_back(
+        # To verify rows takes far longer than to encode them.
+        self.quick = self._verifier is None and are_soon_back(
             spec, self._device, processes=config.processes
         )
         modes: tuple[DecodeModeName, ...] = ("sum",)
@@ -365,14 +371,6 @@ class Backend:
             return False
         return True
 
-    @property
-    def quick(self) -> bool:
-        """Whether any thread may run a short batch, and have done in no time.
-
-        To verify rows takes far longer than to encode them.
-        """
-        return self._quick
-
     def drift(self) -> Sequence[LayerDrift]:
         """Code usage and quantisation error of the last rows, by layer."""
         return self._drift.summary()
@@ -402,20 +400,19 @@ class Backend:
         if self._encoded is None:
             return
         (rows, codes), self._encoded = self._encoded, None
-        count = len(codes)
-        if not count:
+        if not len(codes):
             return
-        self._to_sample += count * SAMPLED_SHARE
+        self._to_sample = min(self._to_sample + len(codes) * SAMPLED_SHARE, SAMPLED_ROWS)
         # Seldom, and then many: a few rows take as long as all that may be taken at once.
-        if self._to_sample < SAMPLED_ROWS:
-            self._drift.observe(codes)
-        else:
-            sampled = min(SAMPLED_ROWS, count)
-            self._to_sample = float(SAMPLED_ROWS - sampled)
+        if self._to_sample == SAMPLED_ROWS:
+            count = min(SAMPLED_ROWS, len(codes))
+            self._to_sample -= count
             # Spread over the batch: its requests may differ. A view: to gather so few rows, torch
             # would wake its threads.
-            sample = slice(0, count // sampled * sampled, count // sampled)
+            sample = slice(0, len(codes) // count * count, len(codes) // count)
             self._drift.observe(codes, rows[sample], codes[sample])
+        else:
+            self._drift.observe(codes)
         if self._verifier is not None:
             self._verify(self._verifier, rows, codes)
 

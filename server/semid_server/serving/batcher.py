@@ -114,13 +114,10 @@ class Runner(ABC, Generic[Key, Payload, Answer]):
 
     Attributes
     ----------
-    quick : bool
-        What `runs_quickly` returns, if it is not made to.
     divisible : bool
         Whether requests may be run in parts; `part` and `join` are needed then.
     """
 
-    quick: bool = False
     divisible: bool = False
 
     @abstractmethod
@@ -140,9 +137,9 @@ class Runner(ABC, Generic[Key, Payload, Answer]):
         """Return the answer to a payload from those to its parts."""
         raise NotImplementedError
 
-    def runs_quickly(self, key: Key) -> bool:  # noqa: ARG002 - for those that differ
+    def runs_quickly(self, key: Key) -> bool:  # noqa: ARG002 - here none of them is
         """Whether the event loop's thread may run short batches as well, while the worker rests."""
-        return self.quick
+        return False
 
     def kind(self, key: Key) -> Hashable:
         """Return what batches that take equally long have in common.

@@ -160,18 +160,12 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         assert write is not None  # noqa: S101
 
         async def answer(message: bytes, context: Context) -> bytes:
-            call = _Call(self, name, metrics, context)
-            # As `with` does, without its two calls: a short request takes no longer than a few.
-            try:
-                self.check(name)
-                written: bytes = write(await behaviour(_read(read, message), context))
-            except Exception as error:  # noqa: BLE001 - told apart there
-                with call:
+            with _Call(self, name, metrics, context) as call:
+                try:
+                    self.check(name)
+                    written: bytes = write(await behaviour(_read(read, message), context))
+                except Exception as error:  # noqa: BLE001 - told apart there
                     await call.fail(error)
-            except BaseException as error:
-                call.__exit__(None, error, None)
-                raise
-            call.done()
             return written
 
         return grpc.unary_unary_rpc_method_handler(answer)
@@ -297,7 +291,7 @@ class _Requests:
 
 
 class _Call:
-    """One call, from its start, which is when this is made, to its status."""
+    """One call, from its start to its status."""
 
     __slots__ = (
         "_calls",
@@ -318,10 +312,10 @@ class _Call:
         self._code = grpc.StatusCode.OK
         self._counted = False
         self._started = time.perf_counter()
-        calls.begin()
-        metrics.started.value += 1
 
     def __enter__(self) -> Self:
+        self._calls.begin()
+        self._metrics.started.value += 1
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
@@ -330,11 +324,6 @@ class _Call:
             if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
                 self._code = code_of_cancelled(seconds, self._context.time_remaining())
             self._count(seconds)
-        self._calls.end()
-
-    def done(self) -> None:
-        """End the call, which went well."""
-        self._count(time.perf_counter() - self._started)
         self._calls.end()
 
     async def fail(self, error: Exception) -> NoReturn:

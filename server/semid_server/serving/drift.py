@@ -113,14 +113,15 @@ class DriftWatch:
 
         The codes are kept, and counted with those of other batches when there are enough.
         """
+        errors = None
         if sample_codes is not None and len(sample_codes):
-            entering, left = self._squared_lengths(sample, sample_codes)
-            with self._lock:
-                self._entering = self._entering + entering
-                self._left = self._left + left
+            errors = self._squared_lengths(sample, sample_codes)
         with self._lock:
             self._uncounted.append(codes)
             self._uncounted_rows += len(codes)
+            if errors is not None:
+                self._entering = self._entering + errors[0]
+                self._left = self._left + errors[1]
             if self._uncounted_rows >= self._part_rows // 2 or len(self._uncounted) >= _BATCHES:
                 self._count()
 

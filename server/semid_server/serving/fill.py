@@ -48,18 +48,12 @@ back takes longer than to copy so few."""
 MAX_READERS: Final = min(4, len(os.sched_getaffinity(0)))
 """Threads that read one request: more than a few copy no faster."""
 
-# A message's numbers begin at any byte.
-_NUMBERS = [
-    types.boolean(
-        types.Array(numbers, 2, "C"), types.Array(numbers, 2, "C", readonly=True, aligned=False)
-    )
-    for numbers in (types.float32, types.float64)
-]
-_BITS = [
+_SIGNATURES = [
+    # A message's numbers begin at any byte.
     types.boolean(
         types.Array(bits, 2, "C"), types.Array(bits, 2, "C", readonly=True, aligned=False), bits
     )
-    for bits in (types.uint16,)
+    for bits in (types.uint16, types.uint32, types.uint64)
 ]
 
 
@@ -69,18 +63,14 @@ def copy_finite(target: npt.NDArray[Any], source: npt.NDArray[Any], dtype: Embed
     Parameters
     ----------
     target, source : numpy.ndarray, shape (n, D)
-        Contiguous, numbers of ``dtype``; bfloat16 as its uint16 bits.
+        Contiguous, numbers of ``dtype`` or their bits.
     dtype : str
         What the numbers are.
     """
-    finite: bool
-    held = source.nbytes <= HELD_BYTES
-    if dtype in {"float32", "float64"}:  # those that numba has
-        finite = (_copy_numbers_held if held else _copy_numbers)(target, source)
-    else:
-        copy = _copy_bits_held if held else _copy_bits
-        finite = copy(target.view(np.uint16), source.view(np.uint16), EXPONENTS[dtype])
-    return finite
+    exponent = EXPONENTS[dtype]
+    bits = exponent.dtype
+    copy = _copy_held if source.nbytes <= HELD_BYTES else _copy
+    return bool(copy(target.view(bits), source.view(bits), exponent))
 
 
 def read_finite(target: npt.NDArray[Any], rows: SharedRows, dtype: EmbeddingType) -> bool:
@@ -149,38 +139,19 @@ def _are_finite(numbers: Any, exponent: Any) -> bool:
     return beyond == 0
 
 
-# Both add up what they find rather than leave: a loop without a way out takes 16 numbers at a time.
-
-
-@compiled(_NUMBERS, nogil=True)
-def _copy_numbers(target: Any, source: Any) -> bool:
-    to, numbers = target.reshape(-1), source.reshape(-1)
-    beyond = 0
-    for i in range(len(numbers)):
-        number = numbers[i]
-        to[i] = number
-        beyond += number - number != 0  # NaN, for NaN and the infinities alone
-    return beyond == 0
-
-
-@compiled(_BITS, nogil=True)
-def _copy_bits(target: Any, source: Any, exponent: Any) -> bool:
+@compiled(_SIGNATURES, nogil=True)
+def _copy(target: Any, source: Any, exponent: Any) -> bool:
     to, numbers = target.reshape(-1), source.reshape(-1)
     beyond = 0
     for i in range(len(numbers)):
         bits = numbers[i]
         to[i] = bits
+        # Added up rather than left at: a loop without a way out is done 16 numbers at a time.
         beyond += (bits & exponent) == exponent
     return beyond == 0
 
 
-@compiled(_NUMBERS)
-def _copy_numbers_held(target: Any, source: Any) -> bool:
-    copied: bool = _copy_numbers(target, source)
-    return copied
-
-
-@compiled(_BITS)
-def _copy_bits_held(target: Any, source: Any, exponent: Any) -> bool:
-    copied: bool = _copy_bits(target, source, exponent)
-    return copied
+@compiled(_SIGNATURES)
+def _copy_held(target: Any, source: Any, exponent: Any) -> bool:
+    finite: bool = _copy(target, source, exponent)
+    return finite

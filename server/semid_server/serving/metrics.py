@@ -262,7 +262,7 @@ class Metrics:
         marks: Sequence[object],
     ) -> None:
         """Record a batch."""
-        batches = self._batches[getattr(key, "operation", "unknown")]
+        batches = self._batches[_operation(key)]
         if failed:
             batches.failed_batches.inc()
         else:

@@ -121,7 +121,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         """Codes of each embedding."""
         # Nothing is awaited that need not be: each coroutine more costs a short request its part.
         if request.head.form == "rows":
-            asked = await self._read_encode_apart(request, self._catalogue)
+            asked = await self._read_any_encode(request, self._catalogue)
         else:
             asked = self._read_encode(request, self._catalogue)
         answer = self._begin(asked, context)
@@ -144,7 +144,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         pinned = PinnedCatalogue(self._catalogue)
 
         async def admit(message: ReceivedEncode) -> Awaitable[bytes]:
-            asked = await self._read_encode_apart(message, pinned)
+            asked = await self._read_any_encode(message, pinned)
             return self._written(asked, await self._admit_when_room(asked, context))
 
         async for response in self._stream(request_iterator, admit):
@@ -220,7 +220,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
             self._on_received("message", rows.nbytes)
         return _Asked(EncodeKey(model, dtype), rows, rows.nbytes, form, wire.encode_response)
 
-    async def _read_encode_apart(self, received: ReceivedEncode, catalogue: Catalogue) -> _Asked:
+    async def _read_any_encode(self, received: ReceivedEncode, catalogue: Catalogue) -> _Asked:
         """Check a request to encode; numbers that are written out are converted by a thread."""
         head = received.head
         if head.form != "rows":

@@ -532,6 +532,11 @@ class Rows(Runner):
 
     divisible = True
 
+    quick = False
+
+    def runs_quickly(self, key):
+        return self.quick
+
     def __init__(self, clock, *, bad=()):
         self.clock, self.bad = clock, set(bad)
         self.batches = []
