@@ -43,7 +43,8 @@ if [ "$(cat "$venv/.semid" 2>/dev/null)" != "$wanted" ]; then
     rm -rf "$venv"
     "$python" -m venv "$venv" || die "cannot make a virtual environment in $venv"
     : >"$venv/.semid" # empty: ours, and not finished
-    "$venv/bin/pip" install -q --disable-pip-version-check \
+    # What is imported is compiled then: that is a small part.
+    "$venv/bin/pip" install -q --disable-pip-version-check --no-compile \
         -c docker/constraints.txt -e '.[dev]' || die "cannot install the pinned packages"
     echo "$wanted" >"$venv/.semid"
 fi

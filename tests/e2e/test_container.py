@@ -1,9 +1,10 @@
 """What docker/Dockerfile promises, tested without a container engine.
 
-Where mount namespaces can be made, its steps are run as they stand in an empty folder that is
-mounted where the image has it, and the result is started as a container would be: another user, a
-read-only root, nothing but /tmp to write to, no compiler. In the place of the base image is this
-machine, with the interpreter of the tests in the place of the image's.
+What it says is looked at always. Where mount namespaces can be made, `pytest -m slow` also runs its
+steps, as they stand, in an empty folder that is mounted where the image has it, and starts the
+result as a container would be: another user, a read-only root, nothing but /tmp to write to, no
+compiler. In the place of the base image is this machine, with the interpreter of the tests in the
+place of the image's.
 """
 
 from __future__ import annotations
@@ -135,7 +136,12 @@ def _namespace_refused() -> str:
 
 
 REFUSED = _namespace_refused()
-in_place = pytest.mark.skipif(bool(REFUSED), reason=REFUSED or "it can")
+
+
+def in_place(test):
+    """Mark a test of the image: minutes, for all packages are installed in an empty place."""
+    return pytest.mark.slow(pytest.mark.skipif(bool(REFUSED), reason=REFUSED or "it can")(test))
+
 
 OUTSIDE = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 # How packages are reached is this machine's business.

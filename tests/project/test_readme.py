@@ -166,6 +166,7 @@ def test_a_block_runs_as_written_and_prints_what_it_says(block, checkout, server
         assert line in printed
 
 
+@pytest.mark.slow  # two minutes: it makes an environment
 def test_the_first_command_takes_a_fresh_checkout_to_the_demo(checkout):
     block = _with_beginning(SET_UP)
     assert len(block.text.strip().splitlines()) == 1, "one line to paste"
