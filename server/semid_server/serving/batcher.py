@@ -99,6 +99,9 @@ AMONG_LARGE: Final = 4
 AWHILE: Final = 1.0
 """Seconds without a small request, after which turns are longer."""
 
+ALIKE: Final = 0.01
+"""Seconds in which a full queue hardly changes: so long, all get the same refusal."""
+
 _LONG_GAP: Final = 2 * LOOP_SHARE * QUICK
 """Seconds between two requests beyond which all are alike: there is time for any short batch."""
 
@@ -317,6 +320,9 @@ class Batcher(Generic[Key, Payload, Answer]):
         self._paces: dict[Hashable, Pace] = {}
         self._next_ticket = 0
         self._requests = self._rows = self._nbytes = 0
+        # What was refused last before it was read, and when.
+        self._refusal: OverloadedError | None = None
+        self._refused_at = 0.0
         # Seconds of work that wait, and the time at which what runs is expected to end.
         self._seconds = self._busy_until = 0.0
         self._stopped = False
@@ -354,7 +360,8 @@ class Batcher(Generic[Key, Payload, Answer]):
     def refusal(self) -> OverloadedError | None:
         """Return what a request would be refused with now, whatever it is; None if it may come.
 
-        Cheap: for refusing a call before its message is read.
+        Cheap: for refusing a call before its message is read. What is refused within `ALIKE`
+        seconds is refused with one and the same error.
         """
         # Without the lock: a number that is a moment old refuses or admits one call more.
         limits = self._limits
@@ -362,7 +369,10 @@ class Batcher(Generic[Key, Payload, Answer]):
             self._requests < limits.max_queue_requests and self._nbytes < limits.max_queue_bytes
         ):
             return None
-        return self._overloaded()
+        now = self._clock()
+        if self._refusal is None or now - self._refused_at > ALIKE:
+            self._refusal, self._refused_at = self._overloaded(), now
+        return self._refusal
 
     def admit(
         self, key: Key, payload: Payload, *, rows: int, nbytes: int, deadline: float | None

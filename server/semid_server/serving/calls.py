@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     from semid_server.serving.metrics import MethodMetrics, Metrics
+    from semid_server.serving.status import WireStatus
     from semid_server.serving.tokens import TokenFile
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -89,6 +90,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         self._calls = self._in_progress = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        # The last refusal, and its status.
+        self._refused_with: SemidError | None = None
+        self._refused_status: WireStatus
 
     def serve(
         self, handlers: Mapping[str, Handler], refusals: Mapping[str, Refusal] | None = None
@@ -162,7 +166,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         async def answer(message: bytes, context: Context) -> bytes:
             with _Call(self, name, metrics, context) as call:
                 try:
-                    self.check(name)
+                    self.check(metrics)
                     written: bytes = write(await behaviour(_read(read, message), context))
                 except Exception as error:  # noqa: BLE001 - told apart there
                     await call.fail(error)
@@ -178,7 +182,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         async def answer(message: bytes, context: Context) -> AsyncIterator[Any]:
             with _Call(self, name, metrics, context) as call:
                 try:
-                    self.check(name)
+                    self.check(metrics)
                     async for response in behaviour(_read(read, message), context):
                         yield response
                 except Exception as error:  # noqa: BLE001 - told apart there
@@ -196,7 +200,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         async def answer(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
             with _Call(self, name, metrics, context) as call:
                 try:
-                    self.check(name)
+                    self.check(metrics)
                     async for response in behaviour(_Requests(messages, read), context):
                         yield response
                 except Exception as error:  # noqa: BLE001 - told apart there
@@ -214,10 +218,16 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
                 if self._draining:
                     await call.fail(_shutting_down())
                 if isinstance(error, OverloadedError):
-                    self._metrics.refused_call(method.name)
-                await call.fail(error)
+                    method.metrics.refused.value += 1
+                await call.end(self._status_of_refusal(error))
 
         return self._traced(method.name, grpc.stream_unary_rpc_method_handler(refuse))
+
+    def _status_of_refusal(self, error: SemidError) -> WireStatus:
+        """Return what tells of ``error``: where many are refused, many get the same one."""
+        if error is not self._refused_with:
+            self._refused_with, self._refused_status = error, status_of(error)
+        return self._refused_status
 
     def _too_many(self) -> OverloadedError:
         return OverloadedError(
@@ -250,13 +260,13 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             return error
         return None
 
-    def check(self, method: str) -> None:
+    def check(self, metrics: MethodMetrics) -> None:
         """Raise unless this call may be made now."""
         if self._draining:
             raise _shutting_down()
         # Others may have begun while the message was on its way.
         if self._max_calls is not None and self._in_progress > self._max_calls:
-            self._metrics.refused_call(method)
+            metrics.refused.value += 1
             raise self._too_many()
 
 
@@ -329,11 +339,15 @@ class _Call:
     async def fail(self, error: Exception) -> NoReturn:
         """End the call with the status of ``error``."""
         if isinstance(error, SemidError):
-            status = status_of(error)
-            trailing = self._trailing + status.trailing_metadata
-            await self._abort(status.code, status.message, trailing)
+            await self.end(status_of(error))
         logger.error("%s failed", self._method, exc_info=error)
         await self._abort(grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE, self._trailing)
+        raise AssertionError("abort() raises")  # pragma: no cover
+
+    async def end(self, status: WireStatus) -> NoReturn:
+        """End the call with a status that is no success."""
+        trailing = self._trailing + status.trailing_metadata
+        await self._abort(status.code, status.message, trailing)
         raise AssertionError("abort() raises")  # pragma: no cover
 
     async def _abort(self, code: grpc.StatusCode, message: str, trailing: Metadata) -> None:

@@ -21,7 +21,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from semid_server.serving.tally import Counts, Tallies
+from semid_server.serving.tally import Count, Counts, Tallies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from semid_server.serving.batcher import QueueState
     from semid_server.serving.device_use import DeviceUse
     from semid_server.serving.drift import LayerDrift
-    from semid_server.serving.tally import Count
     from semid_server.serving.types import ServedModel
 
 SECONDS = (
@@ -59,6 +58,9 @@ class MethodMetrics:
         Of the seconds they took.
     ok : Count
         Of the calls that ended well.
+    refused : Count
+        Of those that were refused before their message was read, with the requests of others that
+        found no room; of a method that has no queue, a count that nobody sees.
     """
 
     def __init__(self, metrics: Metrics, call: tuple[str, str, str]) -> None:
@@ -67,6 +69,10 @@ class MethodMetrics:
         self._handled, self._call = metrics.handled, call
         self._by_code: dict[grpc.StatusCode, Count] = {}
         self.ok = self.handled(grpc.StatusCode.OK)
+        operation = call[-1].removesuffix("Stream").lower()
+        self.refused = (
+            metrics.refused_requests.labels(operation) if operation in OPERATIONS else Count()
+        )
 
     def handled(self, code: grpc.StatusCode) -> Count:
         """Of the calls that ended with ``code``."""
@@ -155,7 +161,7 @@ class Metrics:
         self.queue_bytes = Gauge(
             "semid_queue_bytes", "Bytes that wait for a batch.", registry=registry
         )
-        self.refused_requests = Counter(
+        self.refused_requests = Counts(
             "semid_refused_requests_total",
             "Requests refused because the queue was full.",
             ("operation",),
@@ -241,7 +247,7 @@ class Metrics:
 
     def refused(self, key: Hashable) -> None:
         """Count a request that found no room."""
-        self.refused_requests.labels(_operation(key)).inc()
+        self.refused_requests.labels(_operation(key)).value += 1
 
     def expired(self, key: Hashable) -> None:
         """Count a request whose deadline passed in the queue."""
@@ -278,12 +284,6 @@ class Metrics:
     def of_method(self, call: tuple[str, str, str]) -> MethodMetrics:
         """Return the metrics of a method's calls: of its ``grpc_type``, service and name."""
         return MethodMetrics(self, call)
-
-    def refused_call(self, method: str) -> None:
-        """Count a call of ``method`` that was refused before its message was read."""
-        operation = method.removesuffix("Stream").lower()
-        if operation in OPERATIONS:
-            self.refused_requests.labels(operation).inc()
 
     def expect_method(self, call: tuple[str, str, str], codes: Iterable[grpc.StatusCode]) -> None:
         """Start the series of a method at 0, so that rates exist from the first call on."""

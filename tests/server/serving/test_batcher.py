@@ -20,6 +20,7 @@ from semid_server.errors import (
     OverloadedError,
 )
 from semid_server.serving.batcher import (
+    ALIKE,
     AMONG_LARGE,
     AWHILE,
     QUICK,
@@ -819,6 +820,20 @@ async def test_a_refusal_is_told_before_there_is_a_request(make_turns):
     assert refusal.retry_after == caught.value.retry_after
     rows.may_run.set()
     await asyncio.gather(first, *queued)
+
+
+async def test_what_is_refused_in_one_moment_is_refused_alike(make_turns, clock):
+    batcher, rows = await make_turns(max_queue_requests=1)
+    first = await hold(batcher, rows)
+    queued = ask(batcher, range(1))
+    refusal = batcher.refusal()
+    clock.now += ALIKE / 2
+    assert batcher.refusal() is refusal
+    clock.now += ALIKE
+    assert batcher.refusal() is not refusal
+    rows.may_run.set()
+    await asyncio.gather(first, queued)
+    assert batcher.refusal() is None, "there is room, however little ago there was none"
 
 
 # -- short batches -------------------------------------------------------------------------------

@@ -8,10 +8,14 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
+from semid_server.errors import OverloadedError
 from semid_server.serving.calls import Calls
+from semid_server.serving.logs import REQUEST_ID_KEY
 from semid_server.serving.metrics import Metrics
+from semid_server.serving.status import PUSHBACK_KEY
 
 METHOD = "/toy.Service/Encode"
+CALL = {"grpc_type": "unary", "grpc_service": "toy.Service", "grpc_method": "Encode"}
 
 
 class AbortedError(Exception):
@@ -22,7 +26,7 @@ class Context:
     """One call, as a handler sees it."""
 
     def __init__(self):
-        self.status = None
+        self.status, self.trailing = None, {}
 
     def invocation_metadata(self):
         return ()
@@ -33,7 +37,7 @@ class Context:
         return None
 
     async def abort(self, code, details, trailing_metadata=()):
-        self.status = code
+        self.status, self.trailing = code, dict(trailing_metadata)
         raise AbortedError(details)
 
 
@@ -82,3 +86,27 @@ async def test_of_calls_that_waited_for_their_messages_no_more_than_the_limit_be
     gate.set()
     assert await asyncio.gather(*tasks[:2]) == [b"message"] * 2
     await calls.idle()
+
+
+async def test_calls_that_are_refused_alike_have_each_the_whole_status(calls, metrics):
+    refusals = [OverloadedError("full", retry_after=0.25)] * 2
+    refusals.append(OverloadedError("still full", retry_after=0.5))
+    handler = grpc.unary_unary_rpc_method_handler(lambda message, context: message, bytes, bytes)
+    calls.serve({"Encode": handler}, {"Encode": lambda: refusals[len(contexts)]})
+    contexts: list[Context] = []
+    for error in refusals:
+        refuse = calls.service(SimpleNamespace(method=METHOD)).stream_unary
+        contexts.append(Context())
+        with pytest.raises(AbortedError, match=f"^{error}$"):
+            await refuse(None, contexts[-1])
+    assert {context.status for context in contexts} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert [context.trailing[PUSHBACK_KEY] for context in contexts] == ["250", "250", "500"]
+    assert len({context.trailing[REQUEST_ID_KEY] for context in contexts}) == len(contexts)
+    counted = {
+        name: metrics.registry.get_sample_value(name, labels | extra)
+        for name, labels, extra in (
+            ("semid_refused_requests_total", {"operation": "encode"}, {}),
+            ("grpc_server_handled_total", CALL, {"grpc_code": "RESOURCE_EXHAUSTED"}),
+        )
+    }
+    assert set(counted.values()) == {len(contexts)}
