@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -90,7 +91,7 @@ class Plan:
     overload: tuple[float, ...] = (1.0, 2.0, 10.0)
 
 
-YIELDING = 10
+YIELDING = 19
 """By how much clients lower their priority where the processors should be the server's."""
 
 QUICK = Plan(
@@ -235,6 +236,16 @@ class Result:
     def statuses(self) -> str:
         names = [status for _, status, _, _ in self.answers]
         return ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
+
+
+def together(results: list[Result]) -> Result:
+    """Several loads as one; times since the load began stay those of each."""
+    return Result(
+        sum(result.seconds for result in results),
+        [answer for result in results for answer in result.answers],
+        max(result.lag for result in results),
+        sum(result.cpu for result in results),
+    )
 
 
 @dataclass(frozen=True)
@@ -591,86 +602,137 @@ class Bench:
         title("One row at a constant rate of 200 requests/s (open loop), 384 x 64 x 3")
         print(
             "beside bulk: one more client keeps 8 requests of 8192 rows (12 MiB) under way;\n"
-            "beside bulk alone: the same, on a server that does each of them in one batch.\n"
+            "undivided: the same, on a server that does each of them in one batch; echo: the same\n"
+            "on the echo, which computes nothing: what messages of 12 MiB do to small ones.\n"
         )
         whole = self._semid("whole", MOVIES, "--max-batch-seconds", 3600)
-        for server, name in (
-            (self.on_movies[1], "alone"),
-            (self.on_movies[1], "beside bulk"),
-            (whole, "beside bulk, undivided"),
-        ):
-            seconds = 2 * self.plan.seconds
-            clients = ready(self.load(server, "one-384", rate=200, seconds=seconds))
-            if name == "alone":
-                result, rows = release(clients, time.monotonic() + 0.05).finish(), 0.0
-            else:
-                bulk = begin(self.load(server, "bulk-384", in_flight=8, seconds=1.5 * seconds))
-                result = release(clients, bulk.begin + 0.25 * seconds).finish()
-                rows = bulk.finish().rate * 8192
-                self.keep(f"under_load.bulk_rows.{name}", rows)
-            latencies = result.latencies()
-            self.keep(f"under_load.p99.{name}", np.percentile(latencies, 99))
-            line = f"  {name:24} {percentiles(latencies)}   {result.statuses()}"
-            print(line + (f"; the bulk caller: {rows:.0f} rows/s" if rows else ""), flush=True)
+        echo, server = self.on_movies[:2]
+        cases = {
+            "alone": (server, False),
+            "beside bulk": (server, True),
+            "beside bulk, undivided": (whole, True),
+            "beside bulk, echo": (echo, True),
+        }
+        results: dict[str, list[Result]] = {name: [] for name in cases}
+        bulk_rows: dict[str, list[float]] = {name: [] for name in cases}
+        seconds = 2 * self.plan.seconds
+        for _ in range(self.plan.rounds):
+            for name, (beside, busy) in cases.items():
+                clients = ready(self.load(beside, "one-384", rate=200, seconds=seconds))
+                if not busy:
+                    results[name].append(release(clients, time.monotonic() + 0.05).finish())
+                    continue
+                bulk = begin(self.load(beside, "bulk-384", in_flight=8, seconds=1.5 * seconds))
+                running = release(clients, bulk.begin + 0.25 * seconds)
+                results[name].append(running.finish())
+                bulk_rows[name].append(bulk.finish().rate * 8192)
+        for name, rounds in results.items():
+            answers = together(rounds)
+            self.keep(f"under_load.p99.{name}", np.percentile(answers.latencies(), 99))
+            line = f"  {name:24} {percentiles(answers.latencies())}   {answers.statuses()}"
+            if bulk_rows[name]:
+                rows = self.keep(f"under_load.bulk_rows.{name}", median(bulk_rows[name]))
+                line += f"; the bulk caller: {rows:.0f} rows/s"
+            print(line, flush=True)
 
     def overload(self) -> None:
         """Goodput beyond capacity, what a refusal costs the caller, and the way back."""
         title("Overload: 16 rows a request, 384 x 4096 x 3, open loop, a queue of 16 requests")
         print(
             "The float64 reference encodes (--reference, one thread): the device is too slow, not\n"
-            "the wire. Capacity (closed loop, 16 in flight), goodput: answers OK a second in the\n"
-            "last four fifths of the load. Latency from when a request was due.\n"
+            "the wire. Capacity (closed loop, 16 in flight) is measured before each load; goodput\n"
+            "is answers OK a second in the last four fifths of it. Medians (least to most) of the\n"
+            "rounds; latencies, from when a request was due, are of all rounds.\n"
             "Recovery: from the load's end to the first answer as fast as when idle.\n"
             f"yielding: the clients at nice {YIELDING}, so that what they spend on being refused\n"
             "is taken from the device less, as if they were on machines of their own.\n"
+            "elsewhere: the load goes to the echo, and semid's capacity is measured beside it:\n"
+            "what clients and gRPC take from a device that need not refuse anybody.\n"
         )
         server = self.on_slow[0]
         load = self.load(server, "some-384", seconds=2 * self.plan.seconds)
         idle = float(np.percentile(send(load).latencies(), 99))
-        steady = 0.2 * load.seconds, load.seconds
-        capacity = send(replace(load, in_flight=16)).rate_between(*steady)
-        self.keep("overload.capacity", capacity)
-        print(f"  capacity {capacity:.1f} requests/s; idle p99 {idle:.1f} ms")
-        for times in self.plan.overload:
-            self._overload_at(server, load, capacity, times, idle)
-        yielding = replace(load, nice=YIELDING)
-        self._overload_at(server, yielding, capacity, self.plan.overload[-1], idle)
+        most = self.plan.overload[-1]
+        levels = {f"{times:g}x": (times, 0) for times in self.plan.overload}
+        levels[f"{most:g}x, yielding"] = most, YIELDING
+        capacities: list[float] = []
+        loads: dict[str, list[Overloaded]] = {name: [] for name in levels}
+        elsewhere: list[float] = []
+        for _ in range(self.plan.rounds):
+            for name, (times, nice) in levels.items():
+                capacities.append(self._capacity(load))
+                beyond = replace(load, rate=times * capacities[-1], nice=nice, warmup=0)
+                loads[name].append(self._overloaded(server, beyond, capacities[-1], idle))
+            capacities.append(self._capacity(load))
+            beyond = replace(load, target=self.echo.target, rate=most * capacities[-1], warmup=0)
+            running = begin(beyond, clients=2)
+            elsewhere.append(self._capacity(load) / capacities[-1])
+            running.finish()
+        self.keep("overload.capacity", median(capacities))
+        print(f"  capacity {spread(capacities, '.1f')} requests/s; idle p99 {idle:.1f} ms")
+        for name, rounds in loads.items():
+            self._print_overload(name, rounds)
+        self.keep(f"overload.{most:g}x, elsewhere.capacity_of_capacity", median(elsewhere))
+        print(f"  {most:3g}x, elsewhere: capacity {spread(elsewhere)} of capacity")
 
-    def _overload_at(
-        self, server: Server, load: Load, capacity: float, times: float, idle: float
-    ) -> None:
-        before = server.rss()
-        probing = ready(replace(load, seconds=1.5, warmup=0, nice=0))
-        running = begin(replace(load, rate=times * capacity, warmup=0), clients=2)
+    def _capacity(self, load: Load) -> float:
+        """Requests a second that a closed loop gets, of 16 in flight."""
+        return send(replace(load, in_flight=16)).rate_between(0.2 * load.seconds, load.seconds)
+
+    def _overloaded(self, server: Server, load: Load, capacity: float, idle: float) -> Overloaded:
+        before = most = server.rss()
+        probing = ready(replace(load, rate=None, seconds=1.5, nice=0))
+        running = begin(load, clients=2)
         probe = release(probing, running.begin + load.seconds)
-        most = before
         while time.monotonic() < running.begin + load.seconds:
             most = max(most, server.rss())
             time.sleep(0.05)
         result = running.finish()
-        after = probe.finish()
-        goodput = result.rate_between(0.2 * load.seconds, load.seconds)
-        name = f"overload.{times:g}x" + ".yielding" * bool(load.nice)
-        self.keep(f"{name}.goodput_of_capacity", goodput / capacity)
-        refusals = result.latencies(None)
-        line = f"  {times:4g} x{', yielding' * bool(load.nice)}: "
-        line += f"goodput {goodput / capacity:5.2f} of capacity"
-        line += f"   answered {percentiles(result.latencies())}"
-        if len(refusals):
-            self.keep(f"{name}.refusal_p99", np.percentile(refusals, 99))
-            line += f"   refused {percentiles(refusals)}"
-        line += f"   RSS {before / MIB:.0f} -> {most / MIB:.0f} MiB"
-        recovered = None
-        for _, status, microseconds, at in after.answers:
-            if status == "OK" and microseconds / 1000 <= 1.5 * idle:
-                recovered = self.keep(f"{name}.recovery_s", at / 1e6)
-                break
-        line += f"   recovery {'not within 1.5 s' if recovered is None else f'{recovered:.2f} s'}"
-        print(line)
-        print(
-            f"         {result.statuses()}; the client was at most {result.lag * 1000:.0f} ms late"
+        recovered = [
+            at / 1e6
+            for _, status, microseconds, at in probe.finish().answers
+            if status == "OK" and microseconds / 1000 <= 1.5 * idle
+        ]
+        return Overloaded(
+            goodput=result.rate_between(0.2 * load.seconds, load.seconds) / capacity,
+            result=result,
+            rss=(before, most),
+            recovery=min(recovered, default=math.inf),
         )
-        self.keep(f"{name}.rss_growth_mib", (most - before) / MIB)
+
+    def _print_overload(self, name: str, rounds: list[Overloaded]) -> None:
+        goodputs = [load.goodput for load in rounds]
+        results = together([load.result for load in rounds])
+        answered, refused = results.latencies(), results.latencies(None)
+        before, most = (max(load.rss[place] for load in rounds) / MIB for place in (0, 1))
+        recoveries = [load.recovery for load in rounds]
+        self.keep(f"overload.{name}.goodput_of_capacity", median(goodputs))
+        self.keep(f"overload.{name}.rss_growth_mib", most - before)
+        self.keep(f"overload.{name}.recovery_s", median(recoveries))
+        line = f"  {name:>4}: goodput {spread(goodputs)} of capacity"
+        line += f"   answered {percentiles(answered)}"
+        if len(refused):
+            self.keep(f"overload.{name}.refusal_p99", np.percentile(refused, 99))
+            line += f"   refused {percentiles(refused)}"
+        line += f"   RSS {before:.0f} -> {most:.0f} MiB"
+        print(f"{line}   recovery {spread(recoveries)} s")
+        late = f"the client was at most {results.lag * 1000:.0f} ms late"
+        print(f"        {results.statuses()}; {late}", flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overloaded:
+    """What one load beyond capacity showed: RSS before and at most, seconds to recover."""
+
+    goodput: float
+    result: Result
+    rss: tuple[int, int]
+    recovery: float
+
+
+def spread(values: list[float], form: str = ".2f") -> str:
+    """The median, the least and the most."""
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def make_checkpoint(folder: Path, dim: int, width: int) -> Path:
