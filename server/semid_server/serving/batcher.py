@@ -109,7 +109,7 @@ _GAPS: Final = 8
 """Requests that the time between two of them is told from, as a moving average."""
 
 MAX_PACES: Final = 256
-"""Kinds of batches whose speed is remembered: those that came last."""
+"""Kinds of batches whose speed is remembered: the oldest is forgotten for a new one."""
 
 
 class Runner(ABC, Generic[Key, Payload, Answer]):
@@ -178,6 +178,7 @@ class Observer(Protocol):
         key: Hashable,
         *,
         rows: int,
+        answered: int,
         waits: Sequence[float],
         seconds: float,
         failed: bool,
@@ -185,6 +186,8 @@ class Observer(Protocol):
     ) -> None:
         """Told that a batch ran: its rows, the seconds each request waited, and its own.
 
+        ``answered`` are those of its rows whose requests it did not end with an error. ``failed``
+        tells that the device failed to run it, or failed with a part of it.
         ``marks`` are what `admitted` returned for each of its requests; ``waits`` leave out those
         that an earlier batch had begun with.
         """
@@ -457,17 +460,19 @@ class Batcher(Generic[Key, Payload, Answer]):
         """
         my_turn = not self._waiting_for_room
         while True:
+            waiter: asyncio.Future[None] | None = None
             with self._lock:
-                stopped, room = self._stopped, self._has_room(nbytes)
-            if stopped or (room and my_turn):
+                if not (self._stopped or (my_turn and self._has_room(nbytes))):
+                    # In line before the lock is let go of: whoever makes room looks for it there.
+                    waiter = asyncio.get_running_loop().create_future()
+                    if my_turn:  # the room went to a caller that does not wait: still the first
+                        self._waiting_for_room.appendleft(waiter)
+                    else:
+                        self._waiting_for_room.append(waiter)
+            if waiter is None:
                 future = self._admit(key, payload, rows, nbytes, deadline, patient=True)
                 self._wake_next_waiter()
                 return future
-            waiter = asyncio.get_running_loop().create_future()
-            if my_turn:  # the room went to a caller that does not wait: still the first
-                self._waiting_for_room.appendleft(waiter)
-            else:
-                self._waiting_for_room.append(waiter)
             my_turn = True
             try:
                 await waiter
@@ -785,16 +790,19 @@ class Batcher(Generic[Key, Payload, Answer]):
         expired: list[_Entry[Key, Payload, Answer]],
     ) -> set[_Entry[Key, Payload, Answer]]:
         """Fill a batch from the queue of a key; returns the requests that are in it no more."""
-        room, pace = self._limits.max_batch_rows, queue[0].pace
-        if self._limits.max_batch_seconds < math.inf:
-            room = min(room, pace.rows_within(self._turn_seconds()))
+        pace = queue[0].pace
+        room = self._turn_rows(pace)
         # What cannot be divided is never too large: it makes its turn longer.
         large = {entry for entry in queue if self._runner.divisible and entry.left > room}
         gone: set[_Entry[Key, Payload, Answer]] = set()
+        alone = len(queue) == 1 and not self._queues
 
         def drop_if_late(entry: _Entry[Key, Payload, Answer]) -> bool:
-            # The first is given a try, as nothing better could be done meanwhile.
+            # The first is given a try, as nothing better could be done meanwhile; but while others
+            # wait, no part of one whose other parts cannot be done in time as well.
             needed = pace.predict(min(entry.left, room)) if batch.parts else 0.0
+            if not alone:
+                needed = max(needed, pace.work(entry.left) if entry in large else 0.0)
             if entry.deadline is None or entry.deadline > self._clock() + needed:
                 return False
             gone.add(entry)
@@ -802,7 +810,10 @@ class Batcher(Generic[Key, Payload, Answer]):
             self._uncount(entry)
             return True
 
-        for_small = room - room // LARGE_SHARE if large else room
+        for_small = room
+        if large:  # however few rows a turn has, some are for either
+            room = max(room, 2)
+            for_small = room - max(1, room // LARGE_SHARE)
         for entry in queue:
             if batch.parts and batch.rows >= for_small:
                 break
@@ -814,11 +825,17 @@ class Batcher(Generic[Key, Payload, Answer]):
                 gone.add(entry)
                 self._uncount(entry)
                 batch.add(entry, entry.left)
-        if large:
-            for entry in queue:
-                if entry in large and batch.rows < room and not drop_if_late(entry):
-                    self._take_part(entry, batch, room)
+        for entry in [entry for entry in queue if entry in large]:
+            if batch.rows < room and not drop_if_late(entry):
+                self._take_part(entry, batch, room)
         return gone
+
+    def _turn_rows(self, pace: Pace) -> int:
+        """Rows that a turn may have now."""
+        rows = self._limits.max_batch_rows
+        if self._limits.max_batch_seconds == math.inf:
+            return rows
+        return min(rows, pace.rows_within(self._turn_seconds()))
 
     def _fits(
         self, entry: _Entry[Key, Payload, Answer], batch: _Batch[Key, Payload, Answer], room: int
@@ -850,6 +867,7 @@ class Batcher(Generic[Key, Payload, Answer]):
             while (batch := self._take()) is not None:
                 if batch.parts:  # else all that was reached had expired
                     self._run(batch, self._answer_from_worker)
+                del batch  # what it holds on to is let go of before the next is waited for
         except Exception:  # a bug of ours: without this thread nobody would be answered, ever
             logger.critical("the worker has failed", exc_info=True)
             told = DeviceLostError("the server has failed; its log says more")
@@ -867,9 +885,10 @@ class Batcher(Generic[Key, Payload, Answer]):
                     break
                 self._resting = True
                 self._changed.wait()
+            waited_for = bool(self._waiting_for_room)
         if expired:
             self._drop(expired, self._answer_from_worker)
-        if self._waiting_for_room:
+        if waited_for:
             self._in_loop(self._wake_next_waiter)
         return batch
 
@@ -902,6 +921,7 @@ class Batcher(Generic[Key, Payload, Answer]):
         runner, key = self._runner, batch.parts[0][0].key
         started = self._clock()
         failed = False
+        answers: Sequence[Answer | SemidError]
         finished: list[tuple[_Entry[Key, Payload, Answer], Answer | SemidError]]
         try:
             payloads = [
@@ -910,22 +930,30 @@ class Batcher(Generic[Key, Payload, Answer]):
                 else runner.part(entry.payload, start, stop)
                 for entry, start, stop in batch.parts
             ]
-            finished = self._finish(batch, runner.run(key, payloads))
+            answers = runner.run(key, payloads)
+            finished = self._finish(batch, answers)
         except Exception as error:  # noqa: BLE001 - told apart there
             failed = True
             told = self._failure(error, len(batch.parts), batch.rows)
-            finished = self._finish(batch, [told] * len(batch.parts))
+            answers = [told] * len(batch.parts)
+            finished = self._finish(batch, answers)
         seconds = self._clock() - started
         if not failed:
             batch.parts[0][0].pace.observe(batch.rows, seconds)
         self._busy_until = 0.0
         try:
+            unanswered = [
+                stop - start
+                for (_, start, stop), answer in zip(batch.parts, answers, strict=True)
+                if isinstance(answer, SemidError)
+            ]
             self._observer.ran(
                 key,
                 rows=batch.rows,
+                answered=batch.rows - sum(unanswered),
                 waits=[started - entry.admitted for entry, start, _ in batch.parts if start == 0],
                 seconds=seconds,
-                failed=failed,
+                failed=failed or any(isinstance(answer, DeviceError) for answer in answers),
                 marks=[entry.mark for entry, _, _ in batch.parts],
             )
         except Exception:
@@ -958,7 +986,13 @@ class Batcher(Generic[Key, Payload, Answer]):
             if not failed:
                 pace.observe(rows, seconds)
             self._observer.ran(
-                key, rows=rows, waits=(0.0,), seconds=seconds, failed=failed, marks=(mark,)
+                key,
+                rows=rows,
+                answered=0 if isinstance(answer, SemidError) else rows,
+                waits=(0.0,),
+                seconds=seconds,
+                failed=failed or isinstance(answer, DeviceError),
+                marks=(mark,),
             )
         except Exception:
             logger.exception("a batch could not be noted; its answers are not affected")

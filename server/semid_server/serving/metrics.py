@@ -6,6 +6,9 @@ Units are in the names; every series that can be known beforehand starts at 0.
 
 from __future__ import annotations
 
+import threading
+import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
@@ -163,25 +166,26 @@ class Metrics:
         )
         self.refused_requests = Counts(
             "semid_refused_requests_total",
-            "Requests refused because the queue was full.",
+            "Requests refused for lack of room or time.",
             ("operation",),
             registry=registry,
         )
         self.expired_requests = Counter(
             "semid_expired_requests_total",
-            "Requests whose deadline passed in the queue; nothing was computed for them.",
+            "Requests whose deadline passed, or could no longer be met, in the queue; nothing more "
+            "was computed for them.",
             ("operation",),
             registry=registry,
         )
         self.withdrawn_requests = Counter(
             "semid_withdrawn_requests_total",
-            "Requests whose caller left while they were queued; nothing was computed for them.",
+            "Requests whose caller left while they waited; nothing more was computed for them.",
             ("operation",),
             registry=registry,
         )
         self.failed_batches = Counter(
             "semid_failed_batches_total",
-            "Batches that the device failed to run.",
+            "Batches that the device failed to run, or failed with a part of.",
             ("operation",),
             registry=registry,
         )
@@ -262,6 +266,7 @@ class Metrics:
         key: Hashable,
         *,
         rows: int,
+        answered: int,
         waits: Sequence[float],
         seconds: float,
         failed: bool,
@@ -271,8 +276,7 @@ class Metrics:
         batches = self._batches[_operation(key)]
         if failed:
             batches.failed_batches.inc()
-        else:
-            batches.rows.value += rows
+        batches.rows.value += answered
         batches.batch_rows.observe(rows)
         batches.batch_requests.observe(len(marks))
         batches.device_seconds.observe(seconds)
@@ -322,8 +326,8 @@ class Metrics:
     ) -> None:
         """Tell that this version of a model is served now, in place of the one before.
 
-        Read at every scrape: ``proved_rows``, its rows by the precision that proved their codes,
-        and ``drift``, the figures of each layer.
+        Read at every scrape: ``proved_rows``, a method that tells its rows by the precision that
+        proved their codes, and ``drift``, the figures of each layer.
         """
         labels = (
             model.name,
@@ -349,18 +353,31 @@ class Metrics:
         self.verify_mismatches.inc(mismatches)
 
 
+@dataclass(slots=True)
+class _Version:
+    """A version of a model that may still encode, and the rows of it that were counted already."""
+
+    model: str
+    counts: weakref.WeakMethod[Callable[[], Mapping[str, int]]]
+    counted: Mapping[str, int]
+
+
 class _ProvedRows(Collector):
     """Rows by model and by the level of precision that proved their codes."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # of scrapes, which may be several at once
         self._current: dict[str, Callable[[], Mapping[str, int]]] = {}
-        # What versions that were replaced had counted, so that no counter goes back.
-        self._before: dict[str, Mapping[str, int]] = {}
+        # One that was replaced still encodes for streams that began with it. They keep it.
+        self._versions: list[_Version] = []
+        self._totals: dict[str, dict[str, int]] = {}
 
     def watch(self, model: str, counts: Callable[[], Mapping[str, int]]) -> None:
-        if model in self._current:
-            self._before[model] = self._total(model)
-        self._current[model] = counts
+        with self._lock:
+            self._count()  # the version before, while it is surely there
+            self._current[model] = counts
+            self._versions.append(_Version(model, weakref.WeakMethod(counts), {}))
+            self._totals.setdefault(model, {})
 
     def collect(self) -> Iterable[Metric]:
         """Yield the one family."""
@@ -369,16 +386,25 @@ class _ProvedRows(Collector):
             "Rows encoded, by the level of precision that proved their codes.",
             labels=("model", "level"),
         )
-        for model in list(self._current):
-            for level, rows in self._total(model).items():
-                family.add_metric((model, level), rows)
+        with self._lock:
+            self._count()
+            for model, total in self._totals.items():
+                for level, rows in total.items():
+                    family.add_metric((model, level), rows)
         yield family
 
-    def _total(self, model: str) -> Mapping[str, int]:
-        before = self._before.get(model, {})
-        return {
-            level: before.get(level, 0) + rows for level, rows in self._current[model]().items()
-        }
+    def _count(self) -> None:
+        """Add what each version has encoded since; forget those that are gone."""
+        there: list[_Version] = []
+        for version in self._versions:
+            if (counts := version.counts()) is None:
+                continue
+            now, total = counts(), self._totals[version.model]
+            for level, rows in now.items():
+                total[level] = total.get(level, 0) + rows - version.counted.get(level, 0)
+            version.counted = now
+            there.append(version)
+        self._versions = there
 
 
 class _Drift(Collector):

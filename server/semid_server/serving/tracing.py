@@ -262,13 +262,21 @@ class _BatchSpans:
         key: Hashable,
         *,
         rows: int,
+        answered: int,
         waits: Sequence[float],
         seconds: float,
         failed: bool,
         marks: Sequence[Any],
     ) -> None:
-        inner = [mark.inner for mark in marks]
-        self._inner.ran(key, rows=rows, waits=waits, seconds=seconds, failed=failed, marks=inner)
+        self._inner.ran(
+            key,
+            rows=rows,
+            answered=answered,
+            waits=waits,
+            seconds=seconds,
+            failed=failed,
+            marks=[mark.inner for mark in marks],
+        )
         ended, started = time.time_ns(), self._clock() - seconds
         spans: dict[Span, None] = {}  # each once: a stream has several requests in a batch
         for mark in marks:

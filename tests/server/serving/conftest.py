@@ -71,6 +71,7 @@ class NotingObserver:
     expiries: list = field(default_factory=list)
     withdrawals: list = field(default_factory=list)
     runs: list = field(default_factory=list)
+    answered: list = field(default_factory=list)
     admissions: int = 0
     marks: list = field(default_factory=list)
 
@@ -87,8 +88,9 @@ class NotingObserver:
     def withdrawn(self, key):
         self.withdrawals.append(key)
 
-    def ran(self, key, *, rows, waits, seconds, failed, marks):
+    def ran(self, key, *, rows, answered, waits, seconds, failed, marks):
         self.marks.append(tuple(marks))
+        self.answered.append(answered)
         self.runs.append((key, rows, tuple(waits), seconds, failed))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import weakref
 from functools import partial
 
 import pytest
@@ -716,6 +717,92 @@ async def test_a_batch_that_fails_ends_the_large_request_that_was_partly_in_it(m
     assert await ask(batcher, range(3)) == [0, 1, 2]
 
 
+async def test_a_large_request_is_not_starved_where_a_turn_has_few_rows(make_turns):
+    batcher, rows = await make_turns(max_batch_seconds=0.02)
+    first = await hold(batcher, rows)
+    large = ask(batcher, range(10, 16))
+    small = [ask(batcher, range(1)) for _ in range(20)]
+    rows.may_run.set()
+    assert await large == list(range(10, 16))
+    await asyncio.gather(first, *small)
+    # Until no more than a turn of it is left, which then is ordered as others are.
+    turns = [payloads for _, payloads in rows.batches[1:5]]
+    assert turns == [[[0], [row]] for row in range(10, 14)]
+
+
+async def test_no_part_of_a_large_request_is_run_that_cannot_be_done_in_time(
+    make_turns, clock, observer
+):
+    batcher, rows = await make_turns()
+    first = await hold(batcher, rows)
+    # Admitted, since nothing is ahead of it but what runs; until others come.
+    large = ask(batcher, range(60), deadline=clock.now + 0.62)
+    small = [ask(batcher, range(2)) for _ in range(3)]
+    clock.now += 0.1
+    rows.may_run.set()
+    await asyncio.gather(first, *small)
+    with pytest.raises(DeadlineExpiredError, match="nothing was computed"):
+        await large
+    assert rows.sizes == [[1], [2, 2, 2]]
+
+
+async def test_a_large_request_that_is_alone_is_tried_whatever_its_deadline(make_turns, clock):
+    batcher, rows = await make_turns()
+    first = await hold(batcher, rows)
+    large = ask(batcher, range(60), deadline=clock.now + 0.62)
+    clock.now += 0.1
+    rows.may_run.set()
+    await first
+    with pytest.raises(DeadlineExpiredError, match="of 60 rows were"):
+        await large
+
+
+async def test_what_is_answered_is_let_go_of_before_more_comes(make_turns):
+    class Payload(list):
+        """A list that can be referred to weakly."""
+
+    batcher, rows = await make_turns()
+    rows.may_run.set()
+    payload = Payload([1])
+    gone = weakref.ref(payload)
+    assert await ask(batcher, payload) == [1]
+    del payload
+    async with asyncio.timeout(10):
+        while gone() is not None:  # until the worker has come to rest
+            await asyncio.sleep(0.01)
+
+
+class _Interrupted:
+    """A lock. The first time that it is let go of, something happens at once."""
+
+    def __init__(self, lock, happen):
+        self._lock, self._happen = lock, happen
+
+    def __enter__(self):
+        return self._lock.__enter__()
+
+    def __exit__(self, *error):
+        self._lock.__exit__(*error)
+        if (happen := self._happen) is not None:
+            self._happen = None
+            happen()
+
+
+async def test_room_that_is_made_while_somebody_begins_to_wait_is_not_missed(make_turns):
+    batcher, rows = await make_turns(max_queue_requests=1)
+    first = await hold(batcher, rows)
+    queued = ask(batcher, range(1))
+
+    def make_room():
+        rows.may_run.set()
+        assert rows.began.acquire(timeout=30)  # the queue is empty by now
+
+    batcher._lock = _Interrupted(batcher._lock, make_room)
+    waits = batcher.admit_when_room("k", range(2), rows=2, nbytes=2, deadline=None)
+    future = await asyncio.wait_for(waits, 10)
+    assert await asyncio.gather(first, queued, future) == [[0], [0], [0, 1]]
+
+
 async def test_a_large_request_withdrawn_between_its_parts_gives_its_room_back(
     make_turns, observer
 ):
@@ -1098,3 +1185,58 @@ def test_whatever_is_asked_each_gets_its_own_answer_and_nothing_is_left(
         batcher.stop()
 
     asyncio.run(scenario())
+
+
+def _told(observer):
+    """Of each batch: its rows, those answered, whether the device failed."""
+    return [
+        (rows, answered, failed)
+        for (_, rows, _, _, failed), answered in zip(observer.runs, observer.answered, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        (["a", "b"], (5, False)),
+        ([InvalidInputError("NaN"), "b"], (3, False)),
+        (["a", DeviceError("no memory")], (2, True)),
+        ([InvalidInputError("NaN"), DeviceError("no memory")], (0, True)),
+    ],
+)
+async def test_the_observer_is_told_of_rows_that_were_answered_and_whether_the_device_failed(
+    make_batcher, device, observer, answers, told
+):
+    batcher = await make_batcher()
+    first = await occupy(batcher, device)
+    requests = [admit(batcher, "a", rows=2), admit(batcher, "b", rows=3)]
+    device.outcomes.put(lambda payloads: payloads)
+    device.outcomes.put(lambda payloads: answers)
+    await first
+    await asyncio.gather(*requests, return_exceptions=True)
+    assert _told(observer) == [(1, 1, False), (5, *told)]
+
+
+async def test_the_observer_is_told_that_a_batch_which_raises_answers_nothing(
+    make_batcher, device, observer
+):
+    batcher = await make_batcher()
+    device.outcomes.put(ValueError())
+    with pytest.raises(DeviceError):
+        await admit(batcher, "a", rows=2)
+    assert _told(observer) == [(2, 0, True)]
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"), [(InvalidInputError("NaN"), False), (DeviceError("no memory"), True)]
+)
+async def test_the_observer_is_told_the_same_of_what_is_answered_at_once(
+    quick, observer, error, failed
+):
+    batcher, rows = quick
+    observer.runs.clear()
+    observer.answered.clear()
+    rows.run = lambda key, payloads: [error]
+    with pytest.raises(type(error)):
+        answer_now(batcher, range(3))
+    assert _told(observer) == [(3, 0, failed)]
