@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
@@ -68,7 +69,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
     tokens : TokenFile, optional
         Who may call what; everybody everything without it.
     max_calls : int, optional
-        Calls in progress, at most: one more is refused.
+        Calls in progress, at most, with those whose message is on its way: one more is refused.
     trace : callable, optional
         Given a method's full name and what answers its calls, returns what does so in its place:
         for spans. Without it, calls are answered by what it would have been given.
@@ -88,6 +89,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         self._methods: dict[str, _Method] = {}
         self._draining = False
         self._calls = self._in_progress = 0
+        # Tasks of the calls whose message is on its way, and of some that ended before it came.
+        self._coming: dict[asyncio.Task[Any] | None, None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         # The last refusal, and its status.
@@ -120,7 +123,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         if self._tokens is not None:
             error = self._unknown(self._tokens, method, handler_call_details)
         error = error or method.refusal()
-        if error is None and (self._max_calls is None or self._in_progress < self._max_calls):
+        if error is None and self._has_room():
+            # gRPC asks in the task that will answer the call, once its message has come.
+            self._coming[asyncio.current_task()] = None
             return method.handler
         return self._refusing(method, error or self._too_many())
 
@@ -183,8 +188,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             with _Call(self, name, metrics, context) as call:
                 try:
                     self.check(metrics)
-                    async for response in behaviour(_read(read, message), context):
-                        yield response
+                    async with aclosing(behaviour(_read(read, message), context)) as responses:
+                        async for response in responses:
+                            yield response
                 except Exception as error:  # noqa: BLE001 - told apart there
                     await call.fail(error)
 
@@ -201,8 +207,10 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             with _Call(self, name, metrics, context) as call:
                 try:
                     self.check(metrics)
-                    async for response in behaviour(_Requests(messages, read), context):
-                        yield response
+                    requests = _Requests(messages, read)
+                    async with aclosing(behaviour(requests, context)) as responses:
+                        async for response in responses:
+                            yield response
                 except Exception as error:  # noqa: BLE001 - told apart there
                     await call.fail(error)
 
@@ -229,14 +237,25 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             self._refused_with, self._refused_status = error, status_of(error)
         return self._refused_status
 
+    def _has_room(self) -> bool:
+        """Whether one more call may begin, beside those in progress and those on their way."""
+        most = self._max_calls
+        if most is None or self._in_progress + len(self._coming) < most:
+            return True
+        # Of those whose caller left before its message had come, nobody has told.
+        self._coming = {task: None for task in self._coming if task and not task.done()}
+        return self._in_progress + len(self._coming) < most
+
     def _too_many(self) -> OverloadedError:
         return OverloadedError(
-            f"{self._in_progress} calls are in progress; this server takes {self._max_calls}",
+            f"{self._in_progress + len(self._coming)} calls are in progress; this server takes "
+            f"{self._max_calls}",
             retry_after=TOO_MANY_RETRY_AFTER,
         )
 
     def begin(self) -> None:
         """Count a call that begins."""
+        self._coming.pop(asyncio.current_task(), None)
         self._calls += 1
         if not self._in_progress:
             self._idle.clear()

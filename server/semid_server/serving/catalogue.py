@@ -78,8 +78,10 @@ class PinnedCatalogue(Catalogue):
         self._found: dict[str, ServedModel] = {}
 
     def find(self, name: str) -> ServedModel:
-        """Return what this view has found under ``name`` before, or the model served now."""
+        """Return the version that this view has found before, by whichever name, or the present."""
         model = self._found.get(name)
         if model is None:
-            model = self._found[name] = self._catalogue.find(name)
+            model = self._catalogue.find(name)
+            # The default model has two names: its own, and the empty one.
+            model = self._found[name] = self._found.setdefault(model.name, model)
         return model

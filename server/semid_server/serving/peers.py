@@ -64,7 +64,7 @@ class PeerBytes:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._bytes: dict[str, int] = {}
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, deque[tuple[asyncio.Future[None], int]]] = {}
 
     @property
     def idle(self) -> bool:
@@ -83,50 +83,58 @@ class PeerBytes:
         OverloadedError
             Its caller has too much in work.
         """
-        used = self._bytes.get(caller, 0)
-        if used and used + nbytes > self._limit:
+        if not self._has_room(caller, nbytes):
+            used = self._bytes[caller]
             raise OverloadedError(
                 f"{used} bytes of this caller are in work, and {nbytes} more are beyond the limit "
                 f"of {self._limit} (--max-peer-bytes)",
                 retry_after=RETRY_AFTER,
             )
-        self._bytes[caller] = used + nbytes
+        self._count_in(caller, nbytes)
 
     async def take_when_room(self, caller: str, nbytes: int) -> None:
-        """Count a request in once there is room: for flow-controlled streams."""
-        woken = False
-        while (used := self._bytes.get(caller, 0)) and used + nbytes > self._limit:
-            waiter = asyncio.get_running_loop().create_future()
-            waiting = self._waiting.setdefault(caller, deque())
-            if woken:  # there was not room enough: still the first
-                waiting.appendleft(waiter)
-            else:
-                waiting.append(waiter)
-            woken = True
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                if waiter not in waiting:  # woken and cancelled at once: the next may go
-                    self._wake(caller)
-                else:
-                    waiting.remove(waiter)
-                raise
-        self._bytes[caller] = used + nbytes
-        self._wake(caller)
+        """Count a request in once there is room: for flow-controlled streams.
+
+        It waits behind those of its caller that wait already, even if there is room for it: small
+        ones would keep a large one waiting for ever.
+        """
+        if caller not in self._waiting and self._has_room(caller, nbytes):
+            self._count_in(caller, nbytes)
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(caller, deque()).append((waiter, nbytes))
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.cancelled():
+                self._count_in_waiting(caller)  # it may have been in the way of the next
+            else:  # counted in and cancelled at once
+                self.give_back(caller, nbytes)
+            raise
 
     def give_back(self, caller: str, nbytes: int) -> None:
         """Count a request out."""
         left = self._bytes.pop(caller, 0) - nbytes
         if left:
             self._bytes[caller] = left
-        self._wake(caller)
+        self._count_in_waiting(caller)
 
-    def _wake(self, caller: str) -> None:
-        """Let the first who waits look again; it wakes the next if there is room for it."""
+    def _has_room(self, caller: str, nbytes: int) -> bool:
+        used = self._bytes.get(caller, 0)
+        return not used or used + nbytes <= self._limit
+
+    def _count_in(self, caller: str, nbytes: int) -> None:
+        self._bytes[caller] = self._bytes.get(caller, 0) + nbytes
+
+    def _count_in_waiting(self, caller: str) -> None:
+        """Count in those that wait, in their order, as far as there is room, and let them go on."""
         waiting = self._waiting.get(caller)
         while waiting:
-            waiter = waiting.popleft()
-            if not waiter.done():
+            waiter, nbytes = waiting[0]
+            if not waiter.done():  # else it was cancelled
+                if not self._has_room(caller, nbytes):
+                    return
+                self._count_in(caller, nbytes)
                 waiter.set_result(None)
-                return
+            waiting.popleft()
         self._waiting.pop(caller, None)

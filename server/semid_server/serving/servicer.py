@@ -142,24 +142,29 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
     ) -> AsyncIterator[bytes]:
         """Encode, message by message, in order."""
         pinned = PinnedCatalogue(self._catalogue)
+        # Asked once, while the call is known to be there: it may end while a message is read.
+        caller, deadline = self._caller(context), self._deadline(context)
 
         async def admit(message: ReceivedEncode) -> Awaitable[bytes]:
             asked = await self._read_any_encode(message, pinned)
-            return self._written(asked, await self._admit_when_room(asked, context))
+            return self._written(asked, await self._admit_when_room(asked, caller, deadline))
 
-        async for response in self._stream(request_iterator, admit):
-            yield wire.in_stream(response)
+        async with aclosing(self._stream(request_iterator, admit)) as responses:
+            async for response in responses:
+                yield wire.in_stream(response)
 
     async def DecodeStream(
         self, request_iterator: AsyncIterator[pb.DecodeStreamRequest], context: Context
     ) -> AsyncIterator[bytes]:
         """Decode, message by message, in order."""
         pinned = PinnedCatalogue(self._catalogue)
+        caller, deadline = self._caller(context), self._deadline(context)
         untaken: deque[Callable[[], None]] = deque()
 
         async def admit(message: pb.DecodeStreamRequest) -> Awaitable[bytes]:
             asked = await self._read_decode(message.request, pinned)
-            return self._written(asked, await self._admit_when_room(asked, context, untaken))
+            admitted = await self._admit_when_room(asked, caller, deadline, untaken)
+            return self._written(asked, admitted)
 
         try:
             # Closed first: what is admitted no more cannot be left behind.
@@ -306,7 +311,8 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
     async def _admit_when_room(
         self,
         asked: _Asked,
-        context: Context,
+        caller: str,
+        deadline: float | None,
         untaken: deque[Callable[[], None]] | None = None,
     ) -> asyncio.Future[npt.NDArray[Any]]:
         """Admit a request of a stream once there is room for it.
@@ -315,7 +321,6 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         been taken.
         """
         key, payload, nbytes = asked.key, asked.payload, asked.nbytes
-        caller, deadline = self._caller(context), self._deadline(context)
         if isinstance(payload, SharedRows):
             payload.need()
         try:
@@ -392,6 +397,8 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
             while not answers.empty():
                 if isinstance(answer := answers.get_nowait(), asyncio.Future):
                     answer.cancel()
+            # It reads from the call, which ends with this.
+            await asyncio.wait({reader})
 
     async def _read_stream(
         self,
@@ -505,5 +512,8 @@ class _Methods:
 
 
 def _in_message(error: SemidError, index: int) -> SemidError:
-    error.args = (f"message {index} of the stream: {error}",)
-    return error
+    """Return what ``error`` is to a stream. It stays as it was: other callers may get the same."""
+    # Not copy.copy: that calls constructors, whose arguments errors do not keep.
+    told = type(error).__new__(type(error), f"message {index} of the stream: {error}")
+    vars(told).update(vars(error))
+    return told

@@ -51,7 +51,9 @@ hold the rows of its next request by then: codes of a mixture, which nobody woul
 **Bounded, and on unless told otherwise.** The memory is the caller's own (the kernel charges it
 to who filled it); what the server spends is a file descriptor each. All callers together, and each
 connection, may share so many bytes and files; one more is RESOURCE_EXHAUSTED, and clients then send
-bytes as ever. It is on because it asks for nothing, opens nothing by itself, and reads only what
+bytes as ever. Not each caller: those of one machine mostly have one address, and would have one
+share between them. So who opens four connections can have everything; what the others lose by it is
+speed. It is on because it asks for nothing, opens nothing by itself, and reads only what
 was proved to be the caller's; ``--shared-memory-bytes 0`` turns it off.
 """
 
@@ -89,7 +91,7 @@ NAME: Final = re.compile(r"semid-[0-9a-f]{32}")
 PROOF_BYTES: Final = range(16, 65)
 
 CONNECTION_SHARE: Final = 4
-"""One connection may have a quarter of everything: one caller cannot shut out all others."""
+"""One connection may have a quarter of everything: no client takes it all by mistake."""
 
 MAX_SEGMENTS: Final = 256
 """Files of all callers: far below the descriptors that a process may have open."""

@@ -110,3 +110,30 @@ async def test_calls_that_are_refused_alike_have_each_the_whole_status(calls, me
         )
     }
     assert set(counted.values()) == {len(contexts)}
+
+
+async def test_calls_whose_message_is_on_its_way_count_until_they_begin_or_end(calls, gate):
+    details = SimpleNamespace(method=METHOD)
+
+    async def come():
+        """Ask what answers a call, as the task does that will answer it, and wait."""
+        handler = calls.service(details)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            handlers.append(handler)
+
+    handlers = []
+    coming = [asyncio.create_task(come()) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert calls.service(details).stream_unary is not None, "one too many is refused unread"
+    coming[0].cancel()  # its caller leaves before the message has come
+    await asyncio.wait(coming[:1])
+    assert calls.service(details).unary_unary is not None
+    # That one begins, and counts once.
+    begun = asyncio.create_task(handlers[0].unary_unary(b"message", Context()))
+    await asyncio.sleep(0)
+    coming[1].cancel()
+    gate.set()
+    assert await begun == b"message"
+    await asyncio.wait(coming)

@@ -67,5 +67,17 @@ def test_a_pinned_view_keeps_the_version_that_it_found_first(catalogue, models):
         pinned.expect("a", "e" * 64)
 
 
+def test_a_pinned_view_has_one_version_of_the_default_model_whichever_way_it_is_asked_for(
+    catalogue, models
+):
+    by_none_first, by_name_first = PinnedCatalogue(catalogue), PinnedCatalogue(catalogue)
+    by_none_first.find("")
+    by_name_first.find("b")
+    catalogue.put(replace(models["b"], fingerprint="e" * 64))
+    for pinned in (by_none_first, by_name_first):
+        for name in ("b", "", "b"):
+            assert pinned.find(name) is models["b"]
+
+
 def test_versions_of_one_model_never_share_a_batch(models):
     assert replace(models["a"]) != models["a"]

@@ -135,6 +135,36 @@ async def test_streams_wait_for_room_in_the_order_in_which_they_came():
     await tasks[2]
 
 
+async def test_small_requests_that_keep_coming_do_not_keep_a_large_one_waiting():
+    peers = PeerBytes(100)
+    for _ in range(10):
+        peers.take("a", 10)
+    large = asyncio.create_task(peers.take_when_room("a", 50))
+    await asyncio.sleep(0)
+    small = []
+    for _ in range(5):  # each as soon as there is room for it, before the large one can look
+        peers.give_back("a", 10)
+        small.append(asyncio.create_task(peers.take_when_room("a", 10)))
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert large.done()
+    assert not any(task.done() for task in small)
+    peers.give_back("a", 50)
+    await asyncio.gather(*small)
+    assert peers.of("a") == 100
+
+
+async def test_those_behind_one_who_leaves_take_the_room_that_there_is():
+    peers = PeerBytes(100)
+    peers.take("a", 60)
+    large, small = (asyncio.create_task(peers.take_when_room("a", size)) for size in (50, 40))
+    await asyncio.sleep(0)
+    assert peers.of("a") == 60
+    large.cancel()
+    await small
+    assert peers.of("a") == 100
+
+
 async def test_one_who_gives_up_waiting_does_not_block_the_next():
     peers = PeerBytes(100)
     peers.take("a", 100)

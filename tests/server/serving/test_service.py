@@ -14,11 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from semid.v1 import semid_pb2 as pb
-from semid_server.errors import InvalidInputError
+from semid_server.errors import (
+    DeviceLostError,
+    FingerprintMismatchError,
+    InvalidInputError,
+    ModelNotFoundError,
+    OverloadedError,
+)
 from semid_server.serving.batcher import Runner
 from semid_server.serving.calls import Calls
 from semid_server.serving.metrics import Metrics
-from semid_server.serving.servicer import STREAM_WINDOW
+from semid_server.serving.servicer import STREAM_WINDOW, _in_message
 from semid_server.serving.types import DecodeKey, EncodeKey
 
 FLOAT_TYPES = {
@@ -449,6 +455,49 @@ async def test_an_error_ends_a_stream_after_the_answers_before_it_and_names_the_
     assert len(answers) == 3
 
 
+async def test_an_error_that_several_callers_get_names_to_each_its_own_message(
+    serve_runner, device
+):
+    service = await serve_runner(device)
+    occupying = asyncio.ensure_future(service.stub.Encode(encode_request(ROWS)))
+    await asyncio.to_thread(device.began.get)
+
+    async def read(count):
+        async for _ in service.stub.EncodeStream(requests_of([ROWS] * count)):
+            pass
+
+    streams = [asyncio.ensure_future(failure(read(count))) for count in (1, 2)]
+    unary = asyncio.ensure_future(failure(service.stub.Encode(encode_request(ROWS))))
+    while service.batcher.queue.requests < 4:
+        await asyncio.sleep(0)
+    device.outcomes.put(RuntimeError("no"))
+    await failure(occupying)
+    device.outcomes.put(RuntimeError("no"))  # of all four at once
+    said = "the device failed while it computed this batch"
+    assert (await unary)[:2] == (grpc.StatusCode.INTERNAL, said)
+    for stream in streams:
+        assert (await stream)[:2] == (grpc.StatusCode.INTERNAL, f"message 0 of the stream: {said}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidInputError.at("embeddings[3]", "is NaN"),
+        FingerprintMismatchError(model="toy", expected="e", actual="f"),
+        ModelNotFoundError(name="x", available=["toy"]),
+        OverloadedError("full", retry_after=0.5),
+        DeviceLostError("lost"),
+    ],
+)
+def test_an_error_in_a_stream_is_a_copy_that_has_all_of_it(error):
+    text, attributes = str(error), dict(vars(error))
+    told = _in_message(_in_message(error, 7), 2)
+    assert type(told) is type(error)
+    assert str(told) == f"message 2 of the stream: message 7 of the stream: {text}"
+    assert vars(told) == attributes
+    assert str(error) == text
+
+
 async def test_a_stream_is_read_no_further_ahead_than_its_window(serve_runner, device):
     service = await serve_runner(device, max_batch_rows=1)
     sent = 0
@@ -519,6 +568,35 @@ async def test_draining_ends_a_stream_after_the_answers_to_all_that_was_read(toy
     assert code == grpc.StatusCode.UNAVAILABLE
     assert "message 5 of the stream" in message
     assert len(answers) == 5
+
+
+@pytest.mark.parametrize("method", ["EncodeStream", "DecodeStream"])
+async def test_a_stream_asks_its_call_who_it_is_of_before_it_reads(toy, monkeypatch, method):
+    """The call may have ended when a message is read, and gRPC must not be asked of it then."""
+    asked = []
+
+    def caller(context, **_settings):
+        asked.append(context)
+        return "somebody"
+
+    monkeypatch.setattr("semid_server.serving.servicer.caller_of", caller)
+    sent = asyncio.Event()
+
+    async def requests():
+        await sent.wait()
+        for _ in range(3):
+            if method == "EncodeStream":
+                yield pb.EncodeStreamRequest(request=encode_request(ROWS))
+            else:
+                yield pb.DecodeStreamRequest(request=decode_request(np.zeros((1, 2), "u2")))
+
+    answers = getattr(toy.stub, method)(requests())
+    async with asyncio.timeout(10):
+        while not asked:
+            await asyncio.sleep(0.01)
+        sent.set()
+        assert len([answer async for answer in answers]) == 3
+    assert len(asked) == 1
 
 
 async def test_calls_are_counted_by_method_and_code(toy):
