@@ -646,6 +646,19 @@ def test_a_batch_that_hangs_ends_the_process_once_every_call_has_its_answer(
 
 
 @pytest.mark.slow  # a server of its own, and the limit
+def test_a_batch_that_hangs_while_the_server_drains_is_told_too(serve_faulty, checkpoint, digits):
+    server = serve_faulty(checkpoint, "--max-stall=3", "--grace=40")
+    with server.channel() as channel:
+        call = SemanticIdServiceStub(channel).Encode.future(encode(digits[:1], HOLD))
+        server.wait_for("held")  # and is never let go
+        server.signal(signal.SIGTERM)
+        assert call.code() is UNAVAILABLE
+        assert "a batch has not ended within 3 s" in call.details()
+    assert server.wait() == 0
+    assert "in encode" in server.stderr(), "the stack of what hangs is in the log"
+
+
+@pytest.mark.slow  # a server of its own, and the limit
 def test_a_batch_that_hangs_the_event_loop_ends_the_process_and_callers_hear_of_it(
     serve_faulty, checkpoint, digits
 ):

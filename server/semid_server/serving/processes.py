@@ -46,7 +46,8 @@ from semid_server.serving.server import Server
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from multiprocessing.connection import Connection
-    from multiprocessing.context import SpawnProcess
+    from multiprocessing.context import BaseContext
+    from multiprocessing.process import BaseProcess
 
     from semid_server.serving.config import ServeConfig
 
@@ -60,6 +61,10 @@ STEADY: Final = 60.0
 
 METRICS_PATIENCE: Final = 2.0
 """Seconds that a scrape waits for a child; then that child's last figures have to do."""
+
+LAST_RESORT: Final = 20.0
+"""Seconds beyond ``grace`` after which a child that was told to end is killed: its own watchdog, if
+it still runs, has ended it by then."""
 
 SUMMED: Final = frozenset(
     {
@@ -93,6 +98,8 @@ class Processes:
         Told, a line each, where metrics and service can be reached: once all of them serve.
     prepare : callable
         Called first in each child; must be picklable. Sets up its logging.
+    context : BaseContext, optional
+        Makes the children's processes and pipes.
     """
 
     def __init__(
@@ -101,11 +108,14 @@ class Processes:
         *,
         announce: Callable[[str], None],
         prepare: Callable[[], None],
+        context: BaseContext | None = None,
     ) -> None:
         self._config, self._announce, self._prepare = config, announce, prepare
+        self._context = context or multiprocessing.get_context("spawn")
         self._children: set[_Child] = set()
         self._past: dict[str, Metric] = {}
         self._stop = asyncio.Event()
+        self._last_resort: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then have all children drain. SIGHUP goes to them too.
@@ -148,13 +158,15 @@ class Processes:
             for first in begun:
                 first.cancel()
             await asyncio.gather(*keepers)
+            if self._last_resort is not None:
+                self._last_resort.cancel()
 
     async def _keep(self, config: ServeConfig, first: asyncio.Future[str]) -> None:
         """Start a child, and start it again whenever it ends untold; `first` is its first word."""
         shortest, longest = PAUSES
         pause = shortest
         while not self._stop.is_set():
-            child = _Child(config, self._prepare)
+            child = _Child(config, self._prepare, self._context)
             self._children.add(child)
             started = time.monotonic()
             try:
@@ -205,13 +217,13 @@ class Processes:
 
     async def _collect(self) -> list[Metric]:
         """Ask every child for its metrics, and add them up with those of children past."""
-        children = list(self._children)
-        answers = [child.ask_for_metrics() for child in children]
+        answers = [child.ask_for_metrics() for child in self._children]
         if answers:
             await asyncio.wait(answers, timeout=METRICS_PATIENCE)
         together: dict[str, Metric] = {}
         merge(together, self._past.values())
-        for child in children:
+        # Those that there are by now: one that ended meanwhile is among those past.
+        for child in self._children:
             merge(together, child.metrics)
         return list(together.values())
 
@@ -239,21 +251,29 @@ class Processes:
     def _tell_to_end(self) -> None:
         for child in self._children:
             child.tell(signal.SIGTERM)
+        if self._last_resort is None:
+            patience = self._config.grace + LAST_RESORT
+            self._last_resort = asyncio.get_running_loop().call_later(patience, self._kill)
+
+    def _kill(self) -> None:
+        for child in self._children:
+            logger.error("server process %d does not end by itself: it is killed", child.pid)
+            child.tell(signal.SIGKILL)
 
     def _reload(self) -> None:
         for child in self._children:
-            if child.serving.done():  # one that is starting reads the newest version anyway
-                child.tell(signal.SIGHUP)
+            child.reload()
 
 
 class _Child:
     """One server process, seen from the parent's event loop."""
 
-    def __init__(self, config: ServeConfig, prepare: Callable[[], None]) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(
+        self, config: ServeConfig, prepare: Callable[[], None], context: BaseContext
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._connection, theirs = context.Pipe()
-        self._process: SpawnProcess = context.Process(
+        self._process: BaseProcess = context.Process(  # type: ignore[attr-defined]  # each has one
             target=_serve, args=(config, prepare, theirs), daemon=True
         )
         self._process.start()
@@ -262,7 +282,8 @@ class _Child:
         self.metrics: list[Metric] = []
         self.serving: asyncio.Future[str] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
-        self._asked: list[asyncio.Future[None]] = []
+        self._asked: asyncio.Future[None] | None = None
+        self._reload_due = False
         _call_when_readable(self._loop, self._connection, self._listen)
 
     @property
@@ -275,15 +296,29 @@ class _Child:
         if self._process.is_alive() and self.pid is not None:
             os.kill(self.pid, number)
 
+    def reload(self) -> None:
+        """Have it read its files again, once it serves.
+
+        One that is starting may have read them already, or may not yet be able to take the signal.
+        """
+        if self.serving.done():
+            self.tell(signal.SIGHUP)
+        else:
+            self._reload_due = True
+
     def ask_for_metrics(self) -> asyncio.Future[None]:
-        """Return a future that is done when `metrics` are fresh, or the child has ended."""
-        asked: asyncio.Future[None] = self._loop.create_future()
-        self._asked.append(asked)
-        try:
-            self._connection.send("metrics")
-        except OSError:  # it has ended; `_listen` is about to hear of it
-            asked.set_result(None)
-        return asked
+        """Return a future that is done when `metrics` are fresh, or the child has ended.
+
+        All who ask before the answer has come share it: a pipe that a child does not read takes
+        some questions, and the next one would block the loop.
+        """
+        if self._asked is None:
+            self._asked = self._loop.create_future()
+            try:
+                self._connection.send("metrics")
+            except OSError:  # it has ended; `_listen` is about to hear of it
+                self._asked.set_result(None)
+        return self._asked
 
     def _listen(self) -> None:
         try:
@@ -297,6 +332,8 @@ class _Child:
         elif not self.serving.done():
             if kind == "serving":
                 self.serving.set_result(what)
+                if self._reload_due:
+                    self.tell(signal.SIGHUP)
             else:
                 self.serving.set_exception(ConfigurationError(what))
 
@@ -316,9 +353,9 @@ class _Child:
             self.ended.set_result(None)
 
     def _answer(self) -> None:
-        while self._asked:
-            if not (asked := self._asked.pop()).done():
-                asked.set_result(None)
+        if self._asked is not None and not self._asked.done():
+            self._asked.set_result(None)
+        self._asked = None
 
 
 class _Together(Collector):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import gc
 import logging
 import math
 import signal
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import threading
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from semid_server.serving.types import Payload, WorkKey
 
 Stamp = tuple[tuple[int, int, int], ...] | None
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +86,8 @@ MAX_MILLISECONDS = (1 << 31) - 1
 """What gRPC takes as a time: 24 days."""
 
 OTHERS = 1 << 16
-"""Calls in progress beyond ``max_concurrent_rpcs``: those whose message is on its way, and those of
-health and reflection. Each connection of a client keeps one that watches the health."""
+"""Calls in progress beyond ``max_concurrent_rpcs``: those being refused, and those of health and
+reflection. Each connection of a client keeps one that watches the health."""
 
 QUIET = 0.05
 """Seconds without a call after which gRPC may stop."""
@@ -142,6 +145,7 @@ class Server:
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         self._stamps: list[Stamp] = []
+        self._reading: set[asyncio.Future[Backend]] = set()
         self._device: Device
         self._calls: Calls
 
@@ -199,20 +203,21 @@ class Server:
         server, address = await self._open_grpc(servicer, health_servicer)
         admin = await self._open_admin(health_servicer)
         await server.start()
-        try:
-            if await self._load():
-                await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
-                self._metrics.serving.set(1)
-                names = ", ".join(model.name for model in self._catalogue.models)
-                self._announce(f"serving {names} on {address}")
-                await self._serve_until_stopped()
-                logger.info("draining, for at most %g s", self._config.grace)
-        finally:
-            self._metrics.serving.set(0)
-            await health_servicer.enter_graceful_shutdown()
-            await self._drain(server, servicer)
-            if admin is not None:
-                await admin.stop(None)
+        with self._watchdog():  # of the drain too: what hangs there keeps the process for ever
+            try:
+                if await self._load():
+                    await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
+                    self._metrics.serving.set(1)
+                    names = ", ".join(model.name for model in self._catalogue.models)
+                    self._announce(f"serving {names} on {address}")
+                    await self._serve_until_stopped()
+                    logger.info("draining, for at most %g s", self._config.grace)
+            finally:
+                self._metrics.serving.set(0)
+                await health_servicer.enter_graceful_shutdown()
+                await self._drain(server, servicer)
+                if admin is not None:
+                    await admin.stop(None)
 
     async def _load(self) -> bool:
         """Load and warm up the models; False if told to stop before that was done."""
@@ -264,21 +269,19 @@ class Server:
 
     async def _serve_until_stopped(self) -> None:
         """Wait for the end; meanwhile load new versions when told to, or when files change."""
-        sources = [
-            replace(source, name=name)
-            for source, name in zip(self._config.models, self._catalogue.names, strict=True)
+        models = [
+            _Model(replace(source, name=name), read)
+            for source, name, read in zip(
+                self._config.models, self._catalogue.names, self._stamps, strict=True
+            )
         ]
-        watchers = [asyncio.create_task(self._reload_when_told(sources))]
+        watchers = [asyncio.create_task(self._reload_when_told(models))]
         if self._config.watch:
-            watchers += [
-                asyncio.create_task(self._reload_on_change(source, loaded))
-                for source, loaded in zip(sources, self._stamps, strict=True)
-            ]
+            watchers += [asyncio.create_task(self._reload_on_change(model)) for model in models]
         stopping = asyncio.create_task(self._stop.wait())
         lost = asyncio.create_task(self._batcher.lost())
         try:
-            with self._watchdog():
-                await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
             if lost.done():
                 # A supervisor starts another process; this one has nothing left to serve with.
                 raise lost.result()
@@ -302,32 +305,37 @@ class Server:
             patience=self._config.grace + 10 * LAST_WORDS,
         )
 
-    async def _reload_when_told(self, sources: list[ModelSource]) -> None:
+    async def _reload_when_told(self, models: list[_Model]) -> None:
         while True:
             await self._reload.wait()
             self._reload.clear()
-            for source in sources:
-                await self._replace(source)
+            for model in models:
+                async with model.reloading:
+                    await self._replace(model)
 
-    async def _reload_on_change(self, source: ModelSource, loaded: Stamp) -> None:
-        seen = loaded
+    async def _reload_on_change(self, model: _Model) -> None:
+        seen = model.read
         while True:
             await asyncio.sleep(self._config.watch)
-            now = stamp(source.path)
-            # Twice the same: whoever writes the files has finished.
-            if now is not None and now == seen and now != loaded:
-                loaded = now
-                await self._replace(source)
+            now = stamp(model.source.path)
+            async with model.reloading:
+                # Twice the same: whoever writes the files has finished.
+                if now is not None and now == seen and now != model.read:
+                    await self._replace(model)
             seen = now
 
-    async def _replace(self, source: ModelSource) -> None:
+    async def _replace(self, model: _Model) -> None:
         """Load a version beside the one that serves, warm it up, and put it in its place.
 
-        A version that cannot be used changes nothing: the one before goes on.
+        A version that cannot be used changes nothing: the one before goes on. The caller holds
+        `_Model.reloading`.
         """
+        source = model.source
+        # Looked at before they are read: what changes from here on is a new version.
+        model.read = stamp(source.path)
         self._device.loading += 1
         try:
-            backend = await asyncio.to_thread(self._load_one, source)
+            backend = await self._begin_to_read(source)
         except Exception as error:
             self._metrics.reloads.labels(source.name, "failed").inc()
             if isinstance(error, SemidError):
@@ -348,13 +356,25 @@ class Server:
             before,
         )
 
+    def _begin_to_read(self, source: ModelSource) -> asyncio.Future[Backend]:
+        """Return the future of a new version; the drain waits for it though nobody else does."""
+        reading = _in_daemon(self._load_one, source)
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
+        return asyncio.shield(reading)
+
     async def _drain(self, server: grpc.aio.Server, servicer: SemanticIdServicer) -> None:
         """Turn new calls away, finish those that began, and end by the grace period.
 
         Streams are read no further. What is still queued when the period ends is told so, rather
         than cut off. Only then does gRPC stop, at a moment when no calls come: it would cancel
         those that it has received and not handed over yet, and wait for who watches the health.
+
+        A new version that is being read has the rest of the period too: a thread that is left in
+        the middle of it may abort the process at its end.
         """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._config.grace
         self._calls.drain()
         servicer.drain()
         idle = asyncio.ensure_future(self._calls.idle())
@@ -368,6 +388,11 @@ class Server:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._calls.quiet(QUIET), LAST_WORDS)
         await server.stop(LAST_WORDS)
+        if self._reading:
+            _, unread = await asyncio.wait(self._reading, timeout=max(0.0, end - loop.time()))
+            for reading in unread:
+                reading.cancel()
+                logger.warning("the grace period ended with a new version still being read")
 
     async def _open_grpc(
         self, servicer: SemanticIdServicer, health_servicer: Any
@@ -494,19 +519,62 @@ class Server:
         self.request_stop()
 
 
+@dataclass(slots=True, eq=False)
+class _Model:
+    """One model that is served, while the server serves.
+
+    Attributes
+    ----------
+    source : ModelSource
+        Where its files are, and its name.
+    read : Stamp
+        The state of the files when they were read last.
+    reloading : asyncio.Lock
+        Held while they are read: an older version must not be ready after a newer one.
+    """
+
+    source: ModelSource
+    read: Stamp
+    reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
 def stamp(path: Path) -> Stamp:
     """Return what tells one version of a checkpoint's files from the next; None if there is none.
 
     Links are followed, so that a folder that is switched by a link is seen to change.
     """
-    files = [path / name for name in CHECKPOINT_FILES] if path.is_dir() else [path]
     try:
+        files = [path / name for name in CHECKPOINT_FILES] if path.is_dir() else [path]
         return tuple(
             (status.st_mtime_ns, status.st_size, status.st_ino)
             for status in (file.stat() for file in files)
         )
-    except OSError:  # in the middle of being replaced, or gone: the version in memory serves on
+    # In the middle of being replaced, or gone, or a disk that fails, which even `is_dir` may tell
+    # so: the version in memory serves on.
+    except OSError:
         return None
+
+
+def _in_daemon(work: Callable[..., T], *args: object) -> asyncio.Future[T]:
+    """Do as `asyncio.to_thread`, in a thread that does not keep the process from ending.
+
+    Storage may take for ever to be read; the interpreter waits at its end for the threads of
+    `asyncio.to_thread`.
+    """
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()  # who waits may leave, and the thread goes on
+    threading.Thread(
+        target=_settle, args=(done, work, *args), name="semid-reload", daemon=True
+    ).start()
+    return asyncio.wrap_future(done)
+
+
+def _settle(done: concurrent.futures.Future[T], work: Callable[..., T], *args: object) -> None:
+    try:
+        done.set_result(work(*args))
+    except BaseException as error:  # noqa: BLE001 - handed to whoever awaits it
+        done.set_exception(error)
+        del done  # which has the error, which has this frame: what it holds would stay
 
 
 def _open_tracing() -> Tracing:

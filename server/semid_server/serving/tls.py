@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Stamps = list[tuple[int, int, int]]
+"""What tells one state of the files from the next."""
+
 ATTEMPTS: Final = 3
 """How often files that change while they are read are read again."""
 
@@ -73,6 +76,8 @@ class Certificates:
         self._files = files
         self._stamps = self._look()
         self._initial = self._load()
+        # The state of files that could not be used, and why: the last that the log has.
+        self._refused: tuple[Stamps | None, str] | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
         """Server credentials that follow the files."""
@@ -86,21 +91,28 @@ class Certificates:
         """Return what the files hold if they have changed, else None.
 
         While they cannot be used (a renewal that has written one file of two, say) the last good
-        ones stay, and the log says why.
+        ones stay, and the log says why: once for each state of the files, not at each handshake.
+        They are tried at each all the same, since what is in their way (who may read them, say)
+        need not show in their state.
         """
+        stamps = None
         try:
             stamps = self._look()
             if stamps == self._stamps:
+                self._refused = None
                 return None
             loaded = self._load()
         except ConfigurationError as error:
-            logger.error("%s; the certificates read before stay in use", error)  # noqa: TRY400 - no bug
+            refused = stamps, str(error)
+            if refused != self._refused:
+                logger.error("%s; the certificates read before stay in use", error)  # noqa: TRY400 - no bug
+            self._refused = refused
             return None
-        self._stamps = stamps
+        self._stamps, self._refused = stamps, None
         logger.info("new certificates read from %s", self._files.certificate)
         return loaded
 
-    def _look(self) -> list[tuple[int, int, int]]:
+    def _look(self) -> Stamps:
         return [
             (status.st_mtime_ns, status.st_size, status.st_ino)
             for status in map(_stat, self._files.all)

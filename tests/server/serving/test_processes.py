@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
+import signal
+import subprocess
 import threading
+import urllib.request
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 import uvloop
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.metrics import Metrics
-from semid_server.serving.processes import LEAST, SUMMED, _call_when_readable, merge
+from semid_server.serving.processes import (
+    LEAST,
+    SUMMED,
+    Processes,
+    _call_when_readable,
+    _Child,
+    merge,
+)
 
 
 def families(make, *changes):
@@ -101,3 +115,158 @@ def test_a_message_that_comes_in_pieces_is_heard_whole(run):
             theirs.close()
 
     assert run(listen()) == long
+
+
+CONFIG = ServeConfig(
+    models=(ModelSource(Path("toy")),), host="127.0.0.1", port=0, metrics_port=0, processes=2
+)
+
+
+class FakeProcess:
+    """A process that does nothing until a signal ends it; its end of the pipe is the test's."""
+
+    def __init__(self, *, target, args, daemon):
+        _config, _prepare, theirs = args
+        self.pipe = Connection(os.dup(theirs.fileno()))
+
+    def start(self):
+        self._sleeps = subprocess.Popen(["/bin/sleep", "600"])
+        self.pid = self._sleeps.pid
+
+    @property
+    def exitcode(self):
+        return self._sleeps.returncode
+
+    def is_alive(self):
+        return self._sleeps.poll() is None
+
+    def join(self):
+        self._sleeps.wait(30)
+
+    async def end(self):
+        """Wait for the signal that ends it, and let the parent hear of it."""
+        await asyncio.to_thread(self.join)
+        self.pipe.close()
+
+    async def asked(self):
+        """Wait for a message of the parent."""
+        while not self.pipe.poll():
+            await asyncio.sleep(0)
+        return self.pipe.recv()
+
+    def answer(self, count):
+        calls = Counter("calls_total", "Calls.", registry=(registry := CollectorRegistry()))
+        calls.inc(count)
+        self.pipe.send(("metrics", list(registry.collect())))
+
+
+class FakeContext:
+    """Makes such processes, and real pipes."""
+
+    def __init__(self):
+        self.made = []
+
+    Pipe = staticmethod(multiprocessing.Pipe)
+
+    def Process(self, **given):  # noqa: N802 - as multiprocessing calls it
+        self.made.append(FakeProcess(**given))
+        return self.made[-1]
+
+
+class Kept:
+    """Two such processes that are kept by a task of the test's loop."""
+
+    def __init__(self):
+        self._context, self.lines = FakeContext(), []
+        processes = Processes(
+            CONFIG, announce=self.lines.append, prepare=lambda: None, context=self._context
+        )
+        self._run = asyncio.create_task(processes.run())
+
+    async def children(self):
+        while len(self._context.made) < 2:
+            await asyncio.sleep(0)
+        return self._context.made
+
+    def scrape(self):
+        """Begin to ask the metrics endpoint; return the task of its answer: all calls counted."""
+
+        def ask():
+            (address,) = [line for line in self.lines if line.startswith("metrics on ")]
+            url = f"http://{address.removeprefix('metrics on ')}/metrics"
+            text = urllib.request.urlopen(url).read().decode()
+            (count,) = [line for line in text.splitlines() if line.startswith("calls_total ")]
+            return float(count.split()[1])
+
+        return asyncio.create_task(asyncio.to_thread(ask))
+
+    async def end(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not self._run.done():
+            for child in self._context.made:
+                if not child.is_alive():
+                    child.pipe.close()
+            await asyncio.sleep(0)
+        await self._run
+
+
+@pytest.fixture
+async def kept():
+    made = Kept()
+    yield made
+    await made.end()
+
+
+async def test_a_child_that_does_not_read_is_asked_for_its_metrics_once():
+    context = FakeContext()
+    child = _Child(CONFIG, lambda: None, context)
+    (process,) = context.made
+    asked = [child.ask_for_metrics() for _ in range(3)]
+    await process.asked()
+    assert not process.pipe.poll()
+    process.answer(1)
+    await asyncio.gather(*asked)
+    again = child.ask_for_metrics()
+    await process.asked()
+    child.tell(signal.SIGTERM)
+    await process.end()
+    await again
+    await child.ended
+
+
+async def test_what_a_child_counted_that_ends_during_a_scrape_is_counted_once(kept):
+    one, other = await kept.children()
+    first = kept.scrape()
+    for child in (one, other):
+        child.pipe.send(("serving", "toy"))
+        await child.asked()
+        child.answer(1000)
+    assert await first == 2000
+    second = kept.scrape()
+    await one.asked()
+    os.kill(one.pid, signal.SIGKILL)
+    await one.end()
+    await other.asked()
+    other.answer(1000)
+    assert await second == 2000
+
+
+async def test_a_child_that_is_starting_hears_of_sighup_once_it_serves(kept):
+    one, other = await kept.children()
+    one.pipe.send(("serving", "toy"))
+    os.kill(os.getpid(), signal.SIGHUP)
+    await one.end()
+    assert one.exitcode == -signal.SIGHUP
+    assert other.is_alive()
+    other.pipe.send(("serving", "toy"))
+    await other.end()
+    assert other.exitcode == -signal.SIGHUP
+
+
+async def test_a_child_that_does_not_end_by_itself_is_killed(kept, monkeypatch):
+    monkeypatch.setattr("semid_server.serving.processes.LAST_RESORT", 0.1 - CONFIG.grace)
+    stopped, other = await kept.children()
+    os.kill(stopped.pid, signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.gather(stopped.end(), other.end())
+    assert (stopped.exitcode, other.exitcode) == (-signal.SIGKILL, -signal.SIGTERM)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import signal
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +20,8 @@ import pytest
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
 from semid_server.errors import ConfigurationError, MalformedCheckpointError
-from semid_server.serving.config import ModelSource
-from semid_server.serving.server import stamp
+from semid_server.serving.config import ModelSource, ServeConfig
+from semid_server.serving.server import Server, stamp
 
 REQUEST = pb.EncodeRequest(
     tensor=pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=[1, 4], data=np.ones(4, "f4").tobytes())
@@ -199,6 +201,128 @@ async def test_with_watch_a_changed_file_is_loaded_without_being_told(
     newer.replace(file)
     await reloaded(server, "ok")
     assert number_in(await stub.Encode(REQUEST)) == 2
+
+
+class WrittenVersions:
+    """Makes the version that its file names; reading version 2 lasts until the test says so."""
+
+    def __init__(self, served, folder):
+        self._served, self._folder = replace(served, name="toy"), folder
+        self.file = folder / "toy"
+        self.read = []
+        self.may_end = threading.Event()
+
+    def write(self, number):
+        new = self._folder / "new"
+        new.write_text(str(number))
+        new.replace(self.file)
+
+    def __call__(self, source, config, *, on_verified):
+        number = int(source.path.read_text())
+        self.read.append(number)
+        if number == 2:
+            self.may_end.wait(60)
+        return Version(number, self._served)
+
+
+@pytest.fixture
+def written(toy_served, tmp_path):
+    made = WrittenVersions(toy_served, tmp_path)
+    made.write(1)
+    yield made
+    made.may_end.set()
+
+
+async def test_with_watch_a_version_that_is_read_slowly_is_not_put_over_a_newer_one(
+    run_server, written, stub_of
+):
+    server = run_server(written, models=(ModelSource(written.file),), watch=0.01)
+    stub = stub_of(await server.address())
+    written.write(2)
+    os.kill(os.getpid(), signal.SIGHUP)
+    while 2 not in written.read:
+        await asyncio.sleep(0)
+    written.write(3)
+    await asyncio.sleep(0.2)  # it is seen meanwhile, and would be read at once
+    written.may_end.set()
+    await reloaded(server, "ok", 2)
+    assert number_in(await stub.Encode(REQUEST)) == 3
+    assert written.read == [1, 2, 3]
+
+
+async def test_with_watch_what_was_read_on_sighup_is_not_read_again(run_server, written):
+    server = run_server(written, models=(ModelSource(written.file),), watch=0.01)
+    await server.address()
+    written.may_end.set()
+    written.write(2)
+    os.kill(os.getpid(), signal.SIGHUP)
+    await reloaded(server, "ok")
+    await asyncio.sleep(0.2)  # it is seen meanwhile, and would be read
+    assert written.read == [1, 2]
+
+
+class SlowReload:
+    """A server that is told to end while it reads a new version, which lasts for 30 s at most."""
+
+    def __init__(self, versions, **settings):
+        self._versions = versions
+        self._settings = {"models": TWO[:1], "host": "127.0.0.1", "port": 0, "metrics": False}
+        self._settings |= settings
+        self._began, self.may_end, self.ended = (threading.Event() for _ in range(3))
+
+    def __call__(self, source, config, *, on_verified):
+        if self._versions.made:
+            self._began.set()
+            self.may_end.wait(30)
+            self.ended.set()
+        return self._versions(source, config, on_verified=on_verified)
+
+    async def run(self):
+        """Return the task of the server, once it has been told to end."""
+        serves = asyncio.Event()
+        config = ServeConfig(**self._settings)
+        server = Server(config, announce=lambda line: serves.set(), make_backend=self)
+        running = asyncio.create_task(server.run())
+        await serves.wait()
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.to_thread(self._began.wait, 60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return running
+
+
+def test_a_reload_that_hangs_does_not_keep_the_process_from_ending(versions, caplog):
+    reload = SlowReload(versions, grace=0.2)
+
+    async def run():
+        await (await reload.run())
+
+    asyncio.run(run())  # returns once the threads have ended for which a process waits
+    try:
+        assert not reload.ended.is_set()
+        assert "ended with a new version still being read" in caplog.text
+    finally:
+        reload.may_end.set()
+
+
+async def test_a_reload_that_ends_within_the_grace_period_is_waited_for(versions):
+    reload = SlowReload(versions, grace=30)
+    running = await reload.run()
+    await asyncio.wait({running}, timeout=0.5)  # all that it would take else
+    assert not running.done()
+    reload.may_end.set()
+    await running
+    assert reload.ended.is_set()
+
+
+class StaleFolder(type(Path())):
+    """A folder on a disk that fails."""
+
+    def stat(self, **_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def test_files_on_a_disk_that_fails_have_no_stamp():
+    assert stamp(StaleFolder("checkpoint")) is None
 
 
 def test_a_stamp_tells_versions_of_a_folder_apart(tmp_path):

@@ -130,6 +130,20 @@ async def test_while_renewed_files_do_not_fit_the_old_certificate_stays(
     assert "the certificates read before stay in use" in caplog.text
 
 
+async def test_files_that_do_not_fit_are_told_of_once_for_each_state(
+    run_server, ready, identity, caplog
+):
+    address = await run_server(ready, tls=identity.files()).address()
+    old = grpc.ssl_channel_credentials(identity.root)
+    kept = identity.certificate.read_bytes()
+    for states in (1, 2):
+        identity.renew()
+        identity.certificate.write_bytes(kept)
+        for _ in range(3):
+            assert await ask(address, old) == grpc.StatusCode.OK
+        assert caplog.text.count("the certificates read before stay in use") == states
+
+
 @pytest.mark.parametrize(
     ("break_it", "text"),
     [
