@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import socket
 import ssl
 import threading
@@ -132,3 +135,36 @@ def test_certificates_renewed_under_load_fail_no_call(serve, reference_dir, digi
     assert [caller.failure for caller in (lasting, first, second)] == [None] * 3
     assert len(set(shown)) == 4
     assert server.stop() == 0
+
+
+JUNK = 700
+"""Handshakes that fail: twice as many as there are lines of gRPC's own in the 64 KiB of a pipe."""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_handshakes_that_fail_neither_write_to_the_log_nor_wait_for_who_reads_it(
+    serve, reference_dir, tmp_path, processes
+):
+    identity = Identity(tmp_path)
+    reader, writer = os.pipe()
+    server = serve(
+        reference_dir / "digits_rkmeans/model.ckpt",
+        *("--tls-cert", identity.certificate, "--tls-key", identity.key),
+        *("--log-format", "json", "--processes", processes),
+        stderr=writer,
+    )
+    os.close(writer)
+    port = int(server.target.rpartition(":")[2])
+    for _ in range(JUNK):
+        with socket.create_connection(("127.0.0.1", port), 60) as peer:
+            peer.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                peer.recv(100)  # an alert: the handshake has failed
+    credentials = grpc.ssl_channel_credentials(identity.root)
+    with grpc.secure_channel(f"localhost:{port}", credentials) as channel:
+        SemanticIdServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=60)
+    assert server.stop() == 0
+    with os.fdopen(reader) as log:
+        lines = log.read().splitlines()
+    assert lines
+    assert all(isinstance(json.loads(line), dict) for line in lines)

@@ -31,6 +31,15 @@ def test_a_metrics_port_in_use(refused, digits_server, checkpoint):
     assert "--metrics-port" in told
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_admin_port_that_is_the_service_s(refused, checkpoint, processes):
+    told = refused(
+        *("--checkpoint", checkpoint, "--port", 7000, "--admin-port", 7000, "--metrics-port", 0),
+        *("--processes", processes),
+    )
+    assert "it would share its connections with 127.0.0.1:7000, of --port or --host" in told
+
+
 def test_a_missing_checkpoint(refused):
     assert "nowhere.ckpt" in refused("--checkpoint", "nowhere.ckpt", *FREE)
 
@@ -81,6 +90,7 @@ def root_checkpoint(request):
         (("--max-batch-rows", "0"), "max-batch-rows"),
         (("--max-batch-bytes", "1000"), "max_batch_bytes"),
         (("--grace", "soon"), "soon"),
+        (("--max-stall", "inf"), "max_stall is inf"),
     ],
 )
 def test_a_bad_flag(refused, checkpoint, arguments, words):
@@ -104,6 +114,7 @@ def test_a_bad_environment_twin(refused, checkpoint):
         ("max_batch_rowz = 3", "max_batch_rowz"),
         ("max_batch_rows = ", "TOML"),
         ("max_batch_rows = -1", "-1"),
+        ("tls_cert = true", "'tls_cert' to true"),
         ("[limits]\nmax_batch_rows = 1", "limits"),
     ],
 )

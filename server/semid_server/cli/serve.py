@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import semid_server.cli.quiet_grpc  # before whatever imports grpc
 import semid_server.cli.quiet_threads  # noqa: F401 - before whatever imports torch
 
 # isort: split
@@ -21,6 +22,7 @@ from semid_server.cli import errors_as_sentences
 from semid_server.cli.checkpoint_options import override_options
 from semid_server.errors import ConfigurationError
 from semid_server.serving import logs
+from semid_server.serving.addresses import check_apart
 from semid_server.serving.allocator import keep_large_buffers
 from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.processes import Processes
@@ -45,34 +47,64 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: Path
         settings = tomllib.loads(value.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{value} is not valid TOML: {error}", param=parameter) from error
-    known = {str(option.name) for option in context.command.params} - {"config"}
-    defaults = {name.replace("-", "_"): setting for name, setting in settings.items()}
-    if unknown := sorted(defaults.keys() - known):
+    options = {str(option.name): option for option in context.command.params}
+    del options["config"]
+    defaults: dict[str, Any] = {}
+    written: dict[str, str] = {}
+    for key, setting in settings.items():
+        name = key.replace("-", "_")
+        if name in defaults:
+            raise click.BadParameter(
+                f"{value} sets {written[name]!r} to {_as_written(defaults[name])} and {key!r} to "
+                f"{_as_written(setting)}, which are the same flag; expected one of them",
+                param=parameter,
+            )
+        defaults[name], written[name] = setting, key
+    if unknown := sorted(defaults.keys() - options.keys()):
         raise click.BadParameter(
             f"{value} sets {', '.join(map(repr, unknown))}, which no flag has as its name; "
-            f"known: {', '.join(sorted(known))}",
+            f"known: {', '.join(sorted(options))}",
             param=parameter,
         )
-    several = {str(option.name) for option in context.command.params if option.multiple}
     tables = sorted(
         name
-        for name, value in defaults.items()
-        if isinstance(value, dict) or (isinstance(value, list) and name not in several)
+        for name, setting in defaults.items()
+        if isinstance(setting, dict) or (isinstance(setting, list) and not options[name].multiple)
     )
     if tables:
         raise click.BadParameter(
             f"{value} gives {', '.join(map(repr, tables))} more than one value; expected one",
             param=parameter,
         )
-    # Strings, as the command line would give them: every flag's own type checks them.
-    context.default_map = {
-        name: [*map(str, setting if isinstance(setting, list) else [setting])]
-        if name in several
-        else setting
-        if isinstance(setting, bool)
-        else str(setting)
-        for name, setting in defaults.items()
-    }
+    # As the command line would give them: every flag's own type checks what the value is.
+    context.default_map = {}
+    for name, setting in defaults.items():
+        kinds, expected = _kinds(options[name])
+        several = setting if isinstance(setting, list) else [setting]
+        for one in several:
+            if type(one) not in kinds:  # not isinstance: to Python true is a 1
+                raise click.BadParameter(
+                    f"{value} sets {written[name]!r} to {_as_written(one)}; expected {expected}",
+                    param=parameter,
+                )
+        given = several if bool in kinds else [*map(str, several)]
+        context.default_map[name] = given if options[name].multiple else given[0]
+
+
+def _kinds(option: click.Parameter) -> tuple[set[type], str]:
+    """What a file may say of an option: the types of its values, and what to call them."""
+    if isinstance(option.type, click.types.BoolParamType):
+        return {bool}, "true or false"
+    if isinstance(option.type, click.types.IntParamType):
+        return {int}, "an integer"
+    if isinstance(option.type, click.types.FloatParamType):
+        return {int, float}, "a number"
+    return {str}, "a string"
+
+
+def _as_written(setting: object) -> str:
+    """Write a value as TOML has it."""
+    return str(setting).lower() if isinstance(setting, bool) else repr(setting)
 
 
 def _option(*names: str, **attributes: Any) -> Callable[[F], F]:
@@ -246,7 +278,9 @@ def _default(name: str) -> dict[str, Any]:
     "--max-concurrent-rpcs",
     type=click.IntRange(1),
     **_default("max_concurrent_rpcs"),
-    help="Calls in progress, of every service; more are refused with RESOURCE_EXHAUSTED.",
+    help="Calls in progress, those included whose message is on its way; more are refused with "
+    "RESOURCE_EXHAUSTED. Nothing else bounds what messages on their way take, each up to "
+    "--max-message-bytes: lower either where callers are not to be trusted with memory.",
 )
 @_option(
     "--shared-memory-bytes",
@@ -430,6 +464,7 @@ def serve(
         overrides = replace(overrides, allow_degenerate=allow_degenerate)
         tls = _tls_files(tls_cert, tls_key, tls_client_ca)
         config = ServeConfig(models=checkpoint, overrides=overrides, tls=tls, **settings)
+        check_apart(config)
 
         async def run() -> None:
             if config.processes > 1:

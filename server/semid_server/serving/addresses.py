@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import itertools
 import logging
 import socket
 import sys
@@ -84,6 +86,48 @@ def admin_address(config: ServeConfig) -> Address | None:
     return Address(
         config.admin_host or config.host, config.admin_port, "--admin-port or --admin-host"
     )
+
+
+def metrics_address(config: ServeConfig) -> Address:
+    """Where metrics are shown, if they are."""
+    return Address(
+        config.metrics_host or config.host, config.metrics_port, "--metrics-port or --metrics-host"
+    )
+
+
+def check_apart(config: ServeConfig) -> None:
+    """See that no two addresses of one configuration are in each other's way.
+
+    Several processes bind theirs so that others may bind the same (SO_REUSEPORT): service and
+    admin port on one address would start, and share the connections at random.
+
+    Raises
+    ------
+    ConfigurationError
+        Two are, or the host of one is not known.
+    """
+    addresses = [service_address(config)]
+    if (admin := admin_address(config)) is not None:
+        addresses.append(admin)
+    if config.metrics:
+        addresses.append(metrics_address(config))
+    for first, second in itertools.combinations(addresses, 2):
+        if first.port == second.port != 0 and _meet(first, second):
+            raise second.refused(f"it would share its connections with {first}, of {first.flags}")
+
+
+def _meet(first: Address, second: Address) -> bool:
+    """Whether two addresses of one port are the same, or one is any address of the machine."""
+    hosts = []
+    for address in (first, second):
+        try:
+            where = address.find()[3]
+        except OSError as error:
+            raise address.refused(error.strerror or str(error)) from error
+        hosts.append(where)
+        if ipaddress.ip_address(where[0].partition("%")[0]).is_unspecified:
+            return True
+    return bool(hosts[0] == hosts[1])
 
 
 def check_address(address: Address) -> None:
@@ -189,9 +233,7 @@ def open_metrics(config: ServeConfig, registry: CollectorRegistry) -> tuple[WSGI
     ConfigurationError
         Its address cannot be had.
     """
-    address = Address(
-        config.metrics_host or config.host, config.metrics_port, "--metrics-port or --metrics-host"
-    )
+    address = metrics_address(config)
     try:
         family, _, _, where = address.find()
         kind = type("_MetricsServer", (_MetricsServer,), {"address_family": family})

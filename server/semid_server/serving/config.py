@@ -54,6 +54,12 @@ RANGES = {
 }
 """Least and greatest value of each number, and its unit where the name has none."""
 
+LONGEST = 365 * 24 * 3600
+"""Seconds that a timer of this process may have: Python's own take no infinity, nor any number."""
+
+TIMERS = ("max_batch_seconds", "grace", "max_stall", "watch")
+"""What such a timer is set by. Times of connections are gRPC's: the server cuts them to its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
@@ -121,6 +127,9 @@ class ServeConfig:
             if value is not None and not least <= value <= most:
                 expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
                 raise ConfigurationError(f"{name} is {value}; expected {expected}{unit}")
+        for name in TIMERS:
+            if (value := getattr(self, name)) > LONGEST:
+                raise ConfigurationError(f"{name} is {value}; expected at most {LONGEST} seconds")
         if self.max_message_bytes <= MESSAGE_OVERHEAD:
             raise ConfigurationError(
                 f"max_message_bytes is {self.max_message_bytes}; "

@@ -121,7 +121,17 @@ def test_booleans_and_files_of_settings_can_come_from_the_environment(served, tm
         ("port = [1, 2]", "gives 'port' more than one value"),
         ("prot = 1", "sets 'prot', which no flag has as its name; known: activation"),
         ("port = ", "is not valid TOML"),
-        ("port = 'many'", "'many' is not a valid integer"),
+        ("port = 'many'", "sets 'port' to 'many'; expected an integer"),
+        ("max_queue_requests = true", "sets 'max_queue_requests' to true; expected an integer"),
+        ("grace = 'soon'", "sets 'grace' to 'soon'; expected a number"),
+        ("tls-cert = true", "sets 'tls-cert' to true; expected a string"),
+        ("device = 0", "sets 'device' to 0; expected a string"),
+        ("tracing = 1", "sets 'tracing' to 1; expected true or false"),
+        ('checkpoint = ["x", 2]', "sets 'checkpoint' to 2; expected a string"),
+        (
+            "max-queue-requests = 5\nmax_queue_requests = 6",
+            "sets 'max-queue-requests' to 5 and 'max_queue_requests' to 6, which are the same flag",
+        ),
     ],
 )
 def test_a_bad_configuration_file_is_told_the_place(served, tmp_path, content, text):
@@ -131,6 +141,69 @@ def test_a_bad_configuration_file_is_told_the_place(served, tmp_path, content, t
     assert result.exit_code == 2
     assert text in " ".join(result.output.split())
     assert not served
+
+
+@pytest.mark.parametrize("flag", ["max-stall", "max-batch-seconds", "grace", "watch"])
+@pytest.mark.parametrize("value", ["inf", "nan", "1e300"])
+def test_seconds_that_no_timer_takes_are_refused(served, flag, value):
+    result = run("--checkpoint", "x", f"--{flag}", value)
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {flag.replace('-', '_')} is {float(value)}; expected")
+    assert result.output.count("\n") == 1
+    assert not served
+
+
+@pytest.fixture
+def bound(monkeypatch):
+    """Record which configurations come as far as to have their addresses bound."""
+    configs = []
+
+    class Serving:
+        def __init__(self, config, **_):
+            configs.append(config)
+
+        async def run(self): ...
+
+    monkeypatch.setattr(module, "Server", Serving)
+    monkeypatch.setattr(module, "Processes", Serving)
+    return configs
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("addresses", "first", "second"),
+    [
+        ("--admin-port=7000", "0.0.0.0:7000", "--admin-port"),
+        ("--admin-port=7000 --admin-host=127.0.0.1", "0.0.0.0:7000", "--admin-port"),
+        ("--admin-port=7000 --host=::1 --admin-host=::", "[::1]:7000", "--admin-port"),
+        ("--admin-port=7000 --host=127.1 --admin-host=127.0.0.1", "127.1:7000", "--admin-port"),
+        ("--metrics-port=7000", "0.0.0.0:7000", "--metrics-port"),
+        ("--admin-port=8000 --metrics-port=8000", "0.0.0.0:8000", "--metrics-port"),
+    ],
+)
+def test_two_addresses_that_meet_are_refused_before_either_is_bound(
+    bound, processes, addresses, first, second
+):
+    result = run("--checkpoint=x", f"--processes={processes}", "--port=7000", *addresses.split(" "))
+    assert result.exit_code == 1
+    assert f"{first}, of " in result.output
+    assert f"choose another with {second}" in result.output
+    assert result.output.count("\n") == 1
+    assert not bound
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        "--port=0 --admin-port=0 --metrics-port=0",
+        "--port=7000 --metrics-port=7000 --no-metrics",
+        "--port=7000 --host=127.0.0.1 --admin-port=7000 --admin-host=127.0.0.2",
+    ],
+)
+def test_addresses_that_do_not_meet_are_taken(bound, addresses):
+    result = run("--checkpoint=x", *addresses.split(" "))
+    assert result.exit_code == 0, result.output
+    assert len(bound) == 1
 
 
 def test_what_the_server_refuses_is_one_sentence_and_status_one(monkeypatch):
