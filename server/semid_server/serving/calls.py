@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from asyncio import current_task
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
@@ -90,7 +91,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         self._draining = False
         self._calls = self._in_progress = 0
         # Tasks of the calls whose message is on its way, and of some that ended before it came.
-        self._coming: dict[asyncio.Task[Any] | None, None] = {}
+        self._coming: set[asyncio.Task[Any] | None] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         # The last refusal, and its status.
@@ -123,9 +124,12 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         if self._tokens is not None:
             error = self._unknown(self._tokens, method, handler_call_details)
         error = error or method.refusal()
-        if error is None and self._has_room():
+        most = self._max_calls
+        if error is None and (
+            most is None or self._in_progress + len(self._coming) < most or self._made_room(most)
+        ):
             # gRPC asks in the task that will answer the call, once its message has come.
-            self._coming[asyncio.current_task()] = None
+            self._coming.add(current_task())
             return method.handler
         return self._refusing(method, error or self._too_many())
 
@@ -237,13 +241,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             self._refused_with, self._refused_status = error, status_of(error)
         return self._refused_status
 
-    def _has_room(self) -> bool:
-        """Whether one more call may begin, beside those in progress and those on their way."""
-        most = self._max_calls
-        if most is None or self._in_progress + len(self._coming) < most:
-            return True
-        # Of those whose caller left before its message had come, nobody has told.
-        self._coming = {task: None for task in self._coming if task and not task.done()}
+    def _made_room(self, most: int) -> bool:
+        """Forget the calls whose caller left before their message had come: nobody told of them."""
+        self._coming = {task for task in self._coming if task is not None and not task.done()}
         return self._in_progress + len(self._coming) < most
 
     def _too_many(self) -> OverloadedError:
@@ -255,7 +255,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
 
     def begin(self) -> None:
         """Count a call that begins."""
-        self._coming.pop(asyncio.current_task(), None)
+        self._coming.discard(current_task())
         self._calls += 1
         if not self._in_progress:
             self._idle.clear()

@@ -145,7 +145,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         # Asked once, while the call is known to be there: it may end while a message is read.
         caller, deadline = self._caller(context), self._deadline(context)
 
-        async def admit(message: ReceivedEncode) -> Awaitable[bytes]:
+        async def admit(message: ReceivedEncode) -> asyncio.Future[bytes]:
             asked = await self._read_any_encode(message, pinned)
             return self._written(asked, await self._admit_when_room(asked, caller, deadline))
 
@@ -161,7 +161,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         caller, deadline = self._caller(context), self._deadline(context)
         untaken: deque[Callable[[], None]] = deque()
 
-        async def admit(message: pb.DecodeStreamRequest) -> Awaitable[bytes]:
+        async def admit(message: pb.DecodeStreamRequest) -> asyncio.Future[bytes]:
             asked = await self._read_decode(message.request, pinned)
             admitted = await self._admit_when_room(asked, caller, deadline, untaken)
             return self._written(asked, admitted)
@@ -260,9 +260,21 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         write = partial(wire.decode_response, calibration=calibration)
         return _Asked(key, codes, nbytes, form, write)
 
-    async def _written(self, asked: _Asked, answer: asyncio.Future[npt.NDArray[Any]]) -> bytes:
-        """Wait for the answer to a request, and write it in the form in which it was asked."""
-        return await self._write(asked, await answer)
+    def _written(
+        self, asked: _Asked, answer: asyncio.Future[npt.NDArray[Any]]
+    ) -> asyncio.Future[bytes]:
+        """Have the answer to a request written, once it is there, in the form that was asked for.
+
+        To cancel that withdraws the request.
+        """
+
+        async def write() -> bytes:
+            return await self._write(asked, await answer)
+
+        written = asyncio.ensure_future(write())
+        # One that is cancelled before it has begun does not pass that on by itself.
+        written.add_done_callback(lambda done: _abandon(answer) if done.cancelled() else None)
+        return written
 
     async def _write(self, asked: _Asked, array: npt.NDArray[Any]) -> bytes:
         model, form = asked.key.model, asked.form
@@ -370,7 +382,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
     async def _stream(
         self,
         messages: AsyncIterator[Request],
-        admit: Callable[[Request], Awaitable[Awaitable[Response]]],
+        admit: Callable[[Request], Awaitable[asyncio.Future[Response]]],
     ) -> AsyncGenerator[Response, None]:
         """Answer messages in order, with up to `STREAM_WINDOW` of them in work.
 
@@ -396,14 +408,14 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
             reader.cancel()
             while not answers.empty():
                 if isinstance(answer := answers.get_nowait(), asyncio.Future):
-                    answer.cancel()
+                    _abandon(answer)
             # It reads from the call, which ends with this.
             await asyncio.wait({reader})
 
     async def _read_stream(
         self,
         messages: AsyncIterator[Request],
-        admit: Callable[[Request], Awaitable[Awaitable[Response]]],
+        admit: Callable[[Request], Awaitable[asyncio.Future[Response]]],
         answers: asyncio.Queue[asyncio.Future[Response] | Exception | None],
     ) -> None:
         """Read, admit and queue messages until they end, one fails, or the server drains.
@@ -422,11 +434,10 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
                     answer = await admit(message.result())
                 finally:
                     message.cancel()
-                waiting = asyncio.ensure_future(answer)
                 try:
-                    await answers.put(waiting)
+                    await answers.put(answer)
                 except asyncio.CancelledError:  # it is not among those that the stream cancels
-                    waiting.cancel()
+                    _abandon(answer)
                     raise
                 index += 1
         except StopAsyncIteration:
@@ -509,6 +520,12 @@ class _Methods:
     ) -> None:
         """Keep the handlers of the methods."""
         self.handlers.update(handlers)
+
+
+def _abandon(future: asyncio.Future[Any]) -> None:
+    """Cancel what nobody waits for any more. If it has failed already, that is no news."""
+    if not future.cancel() and not future.cancelled():
+        future.exception()
 
 
 def _in_message(error: SemidError, index: int) -> SemidError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from types import SimpleNamespace
 
 import grpc
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from semid.v1 import semid_pb2 as pb
 from semid_server.errors import (
+    DeadlineExpiredError,
     DeviceLostError,
     FingerprintMismatchError,
     InvalidInputError,
@@ -597,6 +599,27 @@ async def test_a_stream_asks_its_call_who_it_is_of_before_it_reads(toy, monkeypa
         sent.set()
         assert len([answer async for answer in answers]) == 3
     assert len(asked) == 1
+
+
+async def test_an_answer_that_is_given_up_before_it_is_waited_for_withdraws_the_request(toy):
+    answer = asyncio.get_running_loop().create_future()
+    written = toy.servicer._written(SimpleNamespace(), answer)
+    written.cancel()
+    await asyncio.wait({written})
+    await asyncio.sleep(0)
+    assert answer.cancelled()
+
+
+async def test_a_failure_that_nobody_waits_for_any_more_is_no_news(toy, caplog):
+    answer = asyncio.get_running_loop().create_future()
+    written = toy.servicer._written(SimpleNamespace(), answer)
+    written.cancel()
+    answer.set_exception(DeadlineExpiredError("too late"))
+    await asyncio.wait({written})
+    await asyncio.sleep(0)
+    del answer, written
+    gc.collect()
+    assert not caplog.records
 
 
 async def test_calls_are_counted_by_method_and_code(toy):
