@@ -126,7 +126,7 @@ class MessageTooLargeError(SemidError):
 
 
 class DeadlineExpiredError(SemidError):
-    """The deadline passed while the request waited; nothing was computed for it."""
+    """The deadline passed while the request waited, or could no longer be met; it was dropped."""
 
 
 class NotServingError(SemidError):
