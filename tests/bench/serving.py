@@ -704,7 +704,8 @@ class Bench:
         goodputs = [load.goodput for load in rounds]
         results = together([load.result for load in rounds])
         answered, refused = results.latencies(), results.latencies(None)
-        before, most = (max(load.rss[place] for load in rounds) / MIB for place in (0, 1))
+        before = rounds[0].rss[0] / MIB  # of all rounds: what one leaves behind is growth too
+        most = max(load.rss[1] for load in rounds) / MIB
         recoveries = [load.recovery for load in rounds]
         self.keep(f"overload.{name}.goodput_of_capacity", median(goodputs))
         self.keep(f"overload.{name}.rss_growth_mib", most - before)

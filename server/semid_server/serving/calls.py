@@ -124,14 +124,13 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         if self._tokens is not None:
             error = self._unknown(self._tokens, method, handler_call_details)
         error = error or method.refusal()
-        most = self._max_calls
-        if error is None and (
-            most is None or self._in_progress + len(self._coming) < most or self._made_room(most)
-        ):
-            # gRPC asks in the task that will answer the call, once its message has come.
-            self._coming.add(current_task())
-            return method.handler
-        return self._refusing(method, error or self._too_many())
+        if error is None and (most := self._max_calls) is not None:
+            if self._in_progress + len(self._coming) >= most and not self._made_room(most):
+                error = self._too_many()
+            else:
+                # gRPC asks in the task that will answer the call, once its message has come.
+                self._coming.add(current_task())
+        return method.handler if error is None else self._refusing(method, error)
 
     def drain(self) -> None:
         """Turn every further call away as unavailable; those in progress go on."""
@@ -361,19 +360,18 @@ class _Call:
             await self.end(status_of(error))
         logger.error("%s failed", self._method, exc_info=error)
         await self._abort(grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE, self._trailing)
-        raise AssertionError("abort() raises")  # pragma: no cover
 
     async def end(self, status: WireStatus) -> NoReturn:
         """End the call with a status that is no success."""
         trailing = self._trailing + status.trailing_metadata
         await self._abort(status.code, status.message, trailing)
-        raise AssertionError("abort() raises")  # pragma: no cover
 
-    async def _abort(self, code: grpc.StatusCode, message: str, trailing: Metadata) -> None:
+    async def _abort(self, code: grpc.StatusCode, message: str, trailing: Metadata) -> NoReturn:
         # Counted first, as what is answered is: who knows the outcome finds it in the metrics.
         self._code = code
         self._count(time.perf_counter() - self._started)
         await self._context.abort(code, message, trailing)
+        raise AssertionError("abort() raises")  # pragma: no cover
 
     def _count(self, seconds: float) -> None:
         self._counted = True

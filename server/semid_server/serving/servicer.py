@@ -272,8 +272,9 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
             return await self._write(asked, await answer)
 
         written = asyncio.ensure_future(write())
-        # One that is cancelled before it has begun does not pass that on by itself.
-        written.add_done_callback(lambda done: _abandon(answer) if done.cancelled() else None)
+        # One that is cancelled before it has begun does not pass that on by itself. To cancel what
+        # has failed already says that nobody wants to hear of it.
+        written.add_done_callback(lambda done: answer.cancel() if done.cancelled() else None)
         return written
 
     async def _write(self, asked: _Asked, array: npt.NDArray[Any]) -> bytes:
@@ -408,7 +409,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
             reader.cancel()
             while not answers.empty():
                 if isinstance(answer := answers.get_nowait(), asyncio.Future):
-                    _abandon(answer)
+                    answer.cancel()
             # It reads from the call, which ends with this.
             await asyncio.wait({reader})
 
@@ -437,7 +438,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
                 try:
                     await answers.put(answer)
                 except asyncio.CancelledError:  # it is not among those that the stream cancels
-                    _abandon(answer)
+                    answer.cancel()
                     raise
                 index += 1
         except StopAsyncIteration:
@@ -520,12 +521,6 @@ class _Methods:
     ) -> None:
         """Keep the handlers of the methods."""
         self.handlers.update(handlers)
-
-
-def _abandon(future: asyncio.Future[Any]) -> None:
-    """Cancel what nobody waits for any more. If it has failed already, that is no news."""
-    if not future.cancel() and not future.cancelled():
-        future.exception()
 
 
 def _in_message(error: SemidError, index: int) -> SemidError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -232,3 +233,19 @@ def test_a_standard_output_that_nobody_reads_is_no_reason_to_end(served, monkeyp
 def test_where_it_listens_is_printed_on_standard_output(served):
     result = run("--checkpoint", "x")
     assert result.stdout == "semid: serving toy on 127.0.0.1:1\n"
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "NONE"), ("INFO", "INFO")])
+def test_grpc_writes_no_lines_of_its_own_unless_the_operator_wants_them(given, found):
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import os; import semid_server.cli.quiet_grpc; print(os.environ['GRPC_VERBOSITY'])",
+        ],
+        env=environment | ({} if given is None else {"GRPC_VERBOSITY": given}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.strip() == found

@@ -601,6 +601,36 @@ async def test_a_stream_asks_its_call_who_it_is_of_before_it_reads(toy, monkeypa
     assert len(asked) == 1
 
 
+async def test_calls_that_have_yet_to_send_their_message_count_among_those_in_progress(
+    serve_runner, toy_runner
+):
+    toy = await serve_runner(toy_runner, max_concurrent_rpcs=2)
+    # To gRPC on the other side it is the same method: its caller begins, and takes its time.
+    begin = toy.channel.stream_unary(ENCODE, request_serializer=None, response_deserializer=None)
+    never = asyncio.Event()
+
+    async def nothing():
+        await never.wait()
+        yield b""
+
+    async def is_refused():
+        call = toy.stub.Encode(encode_request(ROWS))
+        if await call.code() is grpc.StatusCode.OK:
+            return False
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await call.details() == "2 calls are in progress; this server takes 2"
+        return True
+
+    slow = [begin(nothing()) for _ in range(2)]
+    async with asyncio.timeout(20):
+        while not await is_refused():
+            await asyncio.sleep(0.01)
+        slow[0].cancel()
+        while await is_refused():
+            await asyncio.sleep(0.01)
+    slow[1].cancel()
+
+
 async def test_an_answer_that_is_given_up_before_it_is_waited_for_withdraws_the_request(toy):
     answer = asyncio.get_running_loop().create_future()
     written = toy.servicer._written(SimpleNamespace(), answer)
