@@ -88,7 +88,8 @@ class InstantEncoder:
         return codes
 
     def prepare(self, rows):
-        return lambda: np.zeros((len(rows), LAYERS), np.uint8)
+        codes = np.zeros((len(rows), LAYERS), np.uint8)
+        return lambda: codes
 
     def warm_up(self):
         pass

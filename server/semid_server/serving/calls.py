@@ -90,8 +90,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         self._methods: dict[str, _Method] = {}
         self._draining = False
         self._calls = self._in_progress = 0
-        # Tasks of the calls whose message is on its way, and of some that ended before it came.
-        self._coming: set[asyncio.Task[Any] | None] = set()
+        # What came ahead of messages that are on their way, by the task of their call, which may
+        # have ended by now.
+        self._coming: dict[asyncio.Task[Any] | None, Metadata] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         # The last refusal, and its status.
@@ -129,7 +130,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
                 error = self._too_many()
             else:
                 # gRPC asks in the task that will answer the call, once its message has come.
-                self._coming.add(current_task())
+                metadata: Any = handler_call_details.invocation_metadata
+                self._coming[current_task()] = metadata or ()
         return method.handler if error is None else self._refusing(method, error)
 
     def drain(self) -> None:
@@ -242,7 +244,11 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
 
     def _made_room(self, most: int) -> bool:
         """Forget the calls whose caller left before their message had come: nobody told of them."""
-        self._coming = {task for task in self._coming if task is not None and not task.done()}
+        self._coming = {
+            task: metadata
+            for task, metadata in self._coming.items()
+            if task is not None and not task.done()
+        }
         return self._in_progress + len(self._coming) < most
 
     def _too_many(self) -> OverloadedError:
@@ -252,13 +258,13 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             retry_after=TOO_MANY_RETRY_AFTER,
         )
 
-    def begin(self) -> None:
-        """Count a call that begins."""
-        self._coming.discard(current_task())
+    def begin(self) -> Metadata | None:
+        """Count a call that begins, and return what came with it if that is known already."""
         self._calls += 1
         if not self._in_progress:
             self._idle.clear()
         self._in_progress += 1
+        return self._coming.pop(current_task(), None)
 
     def end(self) -> None:
         """Count one that has ended."""
@@ -328,22 +334,26 @@ class _Call:
         "_counted",
         "_method",
         "_metrics",
+        "_request_id",
         "_started",
-        "_trailing",
     )
 
     def __init__(self, calls: Calls, method: str, metrics: MethodMetrics, context: Context) -> None:
         self._calls, self._method, self._metrics = calls, method, metrics
         self._context = context
-        self._trailing = ((REQUEST_ID_KEY, begin_request(context.invocation_metadata())),)
-        context.set_trailing_metadata(self._trailing)
         self._code = grpc.StatusCode.OK
         self._counted = False
         self._started = time.perf_counter()
 
     def __enter__(self) -> Self:
-        self._calls.begin()
+        metadata: Any = self._calls.begin()
         self._metrics.started.value += 1
+        if metadata is None:
+            metadata = self._context.invocation_metadata()
+        self._request_id = begin_request(metadata)
+        # With an answer only to who sent one: on its way it costs more than to copy 64 KiB.
+        if self._request_id.of_caller:
+            self._context.set_trailing_metadata(self._told)
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
@@ -354,16 +364,20 @@ class _Call:
             self._count(seconds)
         self._calls.end()
 
+    @property
+    def _told(self) -> Metadata:
+        return ((REQUEST_ID_KEY, str(self._request_id)),)
+
     async def fail(self, error: Exception) -> NoReturn:
         """End the call with the status of ``error``."""
         if isinstance(error, SemidError):
             await self.end(status_of(error))
         logger.error("%s failed", self._method, exc_info=error)
-        await self._abort(grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE, self._trailing)
+        await self._abort(grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE, self._told)
 
     async def end(self, status: WireStatus) -> NoReturn:
         """End the call with a status that is no success."""
-        trailing = self._trailing + status.trailing_metadata
+        trailing = self._told + status.trailing_metadata
         await self._abort(status.code, status.message, trailing)
 
     async def _abort(self, code: grpc.StatusCode, message: str, trailing: Metadata) -> NoReturn:

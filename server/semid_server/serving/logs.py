@@ -1,7 +1,8 @@
 """Logs for people or for machines, with the request that a line belongs to.
 
-A call's id is what its caller sent as metadata ``x-request-id``, or one made here; it goes back to
-the caller in the same metadata, and stands in every line logged on behalf of that call.
+A call's id is what its caller sent as metadata ``x-request-id``, or one made here. It stands in
+every line logged on behalf of that call. It goes back to the caller in the same metadata: the
+caller's own always, one made here with an error.
 
 A thread of its own writes the lines. Whoever should read them may be slow, stuck or gone: then
 lines are lost, and counted, but no call waits for them.
@@ -34,13 +35,39 @@ MAX_WAITING_LINES: Final = 10_000
 LAST_LINES: Final = 1.0
 """Seconds that the end of the process waits for the lines logged before it."""
 
-_request_id: ContextVar[str] = ContextVar("request_id", default="")
+_request_id: ContextVar[RequestId | None] = ContextVar("request_id", default=None)
 
 # What may stand in a log line unchanged: nobody writes lines of their own through an id.
 _PLAIN = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s"
 _FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s %(request_id)s"
+
+
+class RequestId:
+    """The id of one call, as a string when it is asked for: of most calls nobody asks.
+
+    Parameters
+    ----------
+    sent : str, optional
+        What the caller calls it.
+
+    Attributes
+    ----------
+    of_caller : bool
+        Whether it is the caller's own.
+    """
+
+    __slots__ = ("_id", "of_caller")
+
+    def __init__(self, sent: str | None = None) -> None:
+        self._id, self.of_caller = sent, sent is not None
+
+    def __str__(self) -> str:
+        if self._id is None:
+            # A name, no secret: an id of the system's own randomness costs several times as much.
+            self._id = f"{random.getrandbits(128):032x}"
+        return self._id
 
 
 class _RequestFilter(logging.Filter):
@@ -51,7 +78,7 @@ class _RequestFilter(logging.Filter):
         self._as_json = as_json
 
     def filter(self, record: logging.LogRecord) -> bool:
-        request_id = _request_id.get()
+        request_id = current_request_id()
         if self._as_json:
             record.__dict__["request_id"] = request_id
         else:
@@ -149,14 +176,20 @@ def configure(*, level: str, as_json: bool) -> None:
     root.setLevel(level.upper())
 
 
-def begin_request(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+def begin_request(metadata: Iterable[tuple[str, str | bytes]] | None) -> RequestId:
     """Return the id of the call that begins, for the lines of this task from now on."""
-    request_id = None
+    sent = None
     for key, value in metadata or ():
         if key == REQUEST_ID_KEY:
-            request_id = value  # of several the last
-    if not isinstance(request_id, str) or not _PLAIN.fullmatch(request_id):
-        # A name, no secret: an id of the system's own randomness costs several times as much.
-        request_id = f"{random.getrandbits(128):032x}"
+            sent = value  # of several the last
+    if not isinstance(sent, str) or not _PLAIN.fullmatch(sent):
+        sent = None
+    request_id = RequestId(sent)
     _request_id.set(request_id)
     return request_id
+
+
+def current_request_id() -> str:
+    """Return the id of the call that this task answers; empty outside of calls."""
+    request_id = _request_id.get()
+    return "" if request_id is None else str(request_id)

@@ -33,7 +33,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Link, SpanKind, StatusCode
 
 from semid_server.errors import ConfigurationError
-from semid_server.serving.logs import REQUEST_ID_KEY
+from semid_server.serving.logs import current_request_id
 from semid_server.serving.status import code_of_cancelled
 
 if TYPE_CHECKING:
@@ -209,9 +209,7 @@ class _CallSpan:
         if code in FAULTS:
             span.set_attribute("error.type", code.name)
             span.set_status(StatusCode.ERROR)
-        for name, value in self._context.trailing_metadata() or ():
-            if name == REQUEST_ID_KEY:
-                span.set_attribute("semid.request_id", value)
+        span.set_attribute("semid.request_id", current_request_id())
         if self._key is not None:
             model = self._key.model
             span.set_attribute("semid.model", model.name)

@@ -15,6 +15,7 @@ from semid_server.serving.metrics import Metrics
 from semid_server.serving.status import PUSHBACK_KEY
 
 METHOD = "/toy.Service/Encode"
+DETAILS = SimpleNamespace(method=METHOD, invocation_metadata=())
 CALL = {"grpc_type": "unary", "grpc_service": "toy.Service", "grpc_method": "Encode"}
 
 
@@ -67,7 +68,7 @@ async def test_of_calls_that_waited_for_their_messages_no_more_than_the_limit_be
     calls, metrics, gate
 ):
     # All are let in, as none is in progress yet; then all messages come.
-    handlers = [calls.service(SimpleNamespace(method=METHOD)) for _ in range(5)]
+    handlers = [calls.service(DETAILS) for _ in range(5)]
     contexts = [Context() for _ in handlers]
     tasks = [
         asyncio.ensure_future(handler.unary_unary(b"message", context))
@@ -95,7 +96,7 @@ async def test_calls_that_are_refused_alike_have_each_the_whole_status(calls, me
     calls.serve({"Encode": handler}, {"Encode": lambda: refusals[len(contexts)]})
     contexts: list[Context] = []
     for error in refusals:
-        refuse = calls.service(SimpleNamespace(method=METHOD)).stream_unary
+        refuse = calls.service(DETAILS).stream_unary
         contexts.append(Context())
         with pytest.raises(AbortedError, match=f"^{error}$"):
             await refuse(None, contexts[-1])
@@ -113,11 +114,10 @@ async def test_calls_that_are_refused_alike_have_each_the_whole_status(calls, me
 
 
 async def test_calls_whose_message_is_on_its_way_count_until_they_begin_or_end(calls, gate):
-    details = SimpleNamespace(method=METHOD)
 
     async def come():
         """Ask what answers a call, as the task does that will answer it, and wait."""
-        handler = calls.service(details)
+        handler = calls.service(DETAILS)
         try:
             await asyncio.Event().wait()
         finally:
@@ -126,10 +126,10 @@ async def test_calls_whose_message_is_on_its_way_count_until_they_begin_or_end(c
     handlers = []
     coming = [asyncio.create_task(come()) for _ in range(2)]
     await asyncio.sleep(0)
-    assert calls.service(details).stream_unary is not None, "one too many is refused unread"
+    assert calls.service(DETAILS).stream_unary is not None, "one too many is refused unread"
     coming[0].cancel()  # its caller leaves before the message has come
     await asyncio.wait(coming[:1])
-    assert calls.service(details).unary_unary is not None
+    assert calls.service(DETAILS).unary_unary is not None
     # That one begins, and counts once.
     begun = asyncio.create_task(handlers[0].unary_unary(b"message", Context()))
     await asyncio.sleep(0)

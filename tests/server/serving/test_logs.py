@@ -36,7 +36,7 @@ def written(capfd):
 def test_as_json_each_line_is_one_object_with_the_request(configured, capfd):
     configured(level="info", as_json=True)
     request_id = logs.begin_request([("x-request-id", "abc-1")])
-    assert request_id == "abc-1"
+    assert str(request_id) == "abc-1"
     logging.getLogger("semid.test").warning("%d rows\nof two lines", 3)
     (line,) = written(capfd).splitlines()
     record = json.loads(line)
@@ -62,7 +62,8 @@ def test_less_severe_lines_are_left_out(configured, capfd):
 @pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "a\nb", "%s", b"bytes"])
 def test_an_id_that_could_garble_a_log_is_replaced(sent):
     made = logs.begin_request([("x-request-id", sent)])
-    assert re.fullmatch(r"[0-9a-f]{32}", made)
+    assert re.fullmatch(r"[0-9a-f]{32}", str(made))
+    assert logs.current_request_id() == str(made)
 
 
 # --- whoever reads ---------------------------------------------------------------------------
@@ -171,8 +172,17 @@ async def test_the_callers_id_comes_back_with_success_and_with_failure(toy):
 async def test_a_call_without_an_id_is_given_one_which_its_lines_carry(toy, caplog):
     caplog.set_level("DEBUG", "semid_server.serving.calls")
     caplog.handler.addFilter(logs._RequestFilter(as_json=True))
-    call = toy.stub.GetModel(pb.GetModelRequest())
+    call = toy.stub.GetModel(pb.GetModelRequest(model="other"))
     made = dict(await call.trailing_metadata())["x-request-id"]
     assert re.fullmatch(r"[0-9a-f]{32}", made)
-    (record,) = [record for record in caplog.records if "GetModel: OK" in record.message]
+    (record,) = [record for record in caplog.records if "GetModel: NOT_FOUND" in record.message]
     assert record.request_id == made
+
+
+async def test_an_id_that_was_made_here_is_not_sent_with_success(toy, caplog):
+    caplog.set_level("DEBUG", "semid_server.serving.calls")
+    caplog.handler.addFilter(logs._RequestFilter(as_json=True))
+    call = toy.stub.GetModel(pb.GetModelRequest())
+    assert "x-request-id" not in dict(await call.trailing_metadata())
+    (record,) = [record for record in caplog.records if "GetModel: OK" in record.message]
+    assert re.fullmatch(r"[0-9a-f]{32}", record.request_id)
