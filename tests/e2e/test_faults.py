@@ -37,6 +37,7 @@ from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
 pytestmark = pytest.mark.timeout(400)
 
 FAULTY = Path(__file__).with_name("faulty_serve.py")
+SLOW_RELOAD = Path(__file__).with_name("slow_reload.py")
 HOLD, NO_MEMORY, CROWDED, BUG, LOST = 1001.0, 1002.0, 1003.0, 1004.0, 1005.0
 BYSTANDERS_ROWS = 3
 
@@ -680,6 +681,22 @@ def test_a_batch_that_hangs_the_event_loop_ends_the_process_and_callers_hear_of_
 
 
 # --- around it ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # three servers
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_reload_that_computes_beyond_the_grace_period_does_not_abort_the_process(
+    serve, checkpoint, processes
+):
+    arguments = ["--grace=0.2", f"--processes={processes}"]
+    server = serve(checkpoint, *arguments, program=(sys.executable, SLOW_RELOAD))
+    server.signal(signal.SIGHUP)
+    for _ in range(processes):
+        server.wait_for("reloading")
+    assert server.stop() == 0
+    said = server.stderr()
+    assert said.count("with a new version still being read") == processes
+    assert "with status" not in said, "no child of several ended otherwise"
 
 
 def test_a_checkpoint_that_is_lost_or_spoilt_while_it_is_served_changes_nothing(fire, checkpoint):

@@ -26,7 +26,7 @@ from semid_server.serving.addresses import check_apart
 from semid_server.serving.allocator import keep_large_buffers
 from semid_server.serving.config import ModelSource, ServeConfig
 from semid_server.serving.processes import Processes
-from semid_server.serving.server import Server
+from semid_server.serving.server import Server, leave_at_once
 from semid_server.serving.tls import TlsFiles
 
 if TYPE_CHECKING:
@@ -470,7 +470,10 @@ def serve(
             if config.processes > 1:
                 await Processes(config, announce=_announce, prepare=prepare).run()
             else:
-                await Server(config, announce=_announce).run()
+                server = Server(config, announce=_announce)
+                await server.run()
+                if server.unfinished:
+                    leave_at_once()
 
         uvloop.run(run())
 

@@ -41,7 +41,7 @@ from semid_server.serving.addresses import (
     service_address,
     share_address,
 )
-from semid_server.serving.server import Server
+from semid_server.serving.server import Server, leave_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -436,6 +436,8 @@ def _serve(config: ServeConfig, prepare: Callable[[], None], connection: Connect
         await server.run()
         with contextlib.suppress(OSError):
             send_metrics()  # the last figures: counters do not go back when a process ends
+        if server.unfinished:
+            leave_at_once()
 
     try:
         uvloop.run(run())

@@ -8,10 +8,12 @@ import contextlib
 import gc
 import logging
 import math
+import os
 import signal
+import sys
 import threading
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 
     from semid_server.serving.config import ModelSource, ServeConfig
     from semid_server.serving.tracing import Tracing
-    from semid_server.serving.types import Payload, WorkKey
+    from semid_server.serving.types import Payload, ServedModel, WorkKey
 
 Stamp = tuple[tuple[int, int, int], ...] | None
 T = TypeVar("T")
@@ -116,6 +118,11 @@ class Server:
         Told, a line each, where metrics and service can be reached.
     make_backend : callable
         Makes what runs the batches, in the thread that will own it.
+
+    Attributes
+    ----------
+    unfinished : bool
+        Whether a thread of it goes on although it has ended: see `leave_at_once`.
     """
 
     def __init__(
@@ -146,6 +153,7 @@ class Server:
         self._reload = asyncio.Event()
         self._stamps: list[Stamp] = []
         self._reading: set[asyncio.Future[Backend]] = set()
+        self.unfinished = False
         self._device: Device
         self._calls: Calls
 
@@ -336,6 +344,8 @@ class Server:
         self._device.loading += 1
         try:
             backend = await self._begin_to_read(source)
+            before = self._catalogue.find(backend.served.name)
+            _check_width(backend.served, before)
         except Exception as error:
             self._metrics.reloads.labels(source.name, "failed").inc()
             if isinstance(error, SemidError):
@@ -345,7 +355,6 @@ class Server:
             return
         finally:
             self._device.loading -= 1
-        before = self._catalogue.find(backend.served.name).fingerprint
         self._show(backend)
         self._metrics.reloads.labels(source.name, "ok").inc()
         logger.info(
@@ -353,7 +362,7 @@ class Server:
             source.name,
             source.path,
             backend.served.fingerprint,
-            before,
+            before.fingerprint,
         )
 
     def _begin_to_read(self, source: ModelSource) -> asyncio.Future[Backend]:
@@ -370,8 +379,7 @@ class Server:
         than cut off. Only then does gRPC stop, at a moment when no calls come: it would cancel
         those that it has received and not handed over yet, and wait for who watches the health.
 
-        A new version that is being read has the rest of the period too: a thread that is left in
-        the middle of it may abort the process at its end.
+        A new version that is being read has the rest of the period too.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + self._config.grace
@@ -392,7 +400,9 @@ class Server:
             _, unread = await asyncio.wait(self._reading, timeout=max(0.0, end - loop.time()))
             for reading in unread:
                 reading.cancel()
+                self.unfinished = True
                 logger.warning("the grace period ended with a new version still being read")
+        self.unfinished |= self._batcher.running is not None
 
     async def _open_grpc(
         self, servicer: SemanticIdServicer, health_servicer: Any
@@ -536,6 +546,27 @@ class _Model:
     source: ModelSource
     read: Stamp
     reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+def leave_at_once() -> NoReturn:
+    """End the process with status 0 while a thread of it still computes.
+
+    Python stops such a thread where it comes back from torch, in the midst of C++, which aborts.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(0)
+
+
+def _check_width(served: ServedModel, before: ServedModel) -> None:
+    """Refuse a new version that no request to the one before could be answered by."""
+    if served.input_dim != before.input_dim:
+        raise ConfigurationError(
+            f"the new version takes rows of {served.input_dim} numbers, the one before takes "
+            f"{before.input_dim}: every caller would be refused. Serve it under another name"
+        )
 
 
 def stamp(path: Path) -> Stamp:

@@ -58,7 +58,7 @@ class Versions:
     """Makes a version 1 of each model, then 2, and so on; or raises what it is told to."""
 
     def __init__(self, served):
-        self._served = served
+        self.served = served
         self.made = {}
         self.alive = weakref.WeakSet()
         self.error = None
@@ -68,7 +68,7 @@ class Versions:
             raise self.error
         name = source.name or source.path.name
         self.made[name] = self.made.get(name, 0) + 1
-        version = Version(self.made[name], replace(self._served, name=name))
+        version = Version(self.made[name], replace(self.served, name=name))
         self.alive.add(version)
         return version
 
@@ -187,6 +187,20 @@ async def test_a_version_that_cannot_be_used_leaves_the_old_one_in_place(
     os.kill(os.getpid(), signal.SIGHUP)
     await reloaded(server, "ok")
     assert number_in(await stub.Encode(REQUEST)) == 2
+
+
+async def test_a_version_of_another_width_leaves_the_old_one_in_place(
+    run_server, versions, stub_of, caplog, toy_served
+):
+    server = run_server(versions, models=TWO[:1])
+    stub = stub_of(await server.address())
+    versions.served = replace(toy_served, input_dim=7)
+    os.kill(os.getpid(), signal.SIGHUP)
+    await reloaded(server, "failed")
+    assert number_in(await stub.Encode(REQUEST)) == 1
+    told = "takes rows of 7 numbers, the one before takes 4"
+    assert told in caplog.text
+    assert "toy goes on as it was" in caplog.text
 
 
 async def test_with_watch_a_changed_file_is_loaded_without_being_told(
