@@ -402,9 +402,10 @@ class Bench:
 
     @cached_property
     def on_slow(self) -> list[Server]:
-        """A server whose device is slow, with a short queue."""
+        """Servers whose device is slow, with a short queue: by computing, and by waiting."""
         flags = ["--reference", "--threads", 1, "--max-queue-requests", 16]
-        return [self._semid("semid", self.slow, *flags, device="cpu")]
+        computes = self._semid("semid", self.slow, *flags, device="cpu")
+        return [computes, *self._beside("asleep", self.slow)]
 
     @cached_property
     def on_processes(self) -> list[Server]:
@@ -648,8 +649,9 @@ class Bench:
             "is taken from the device less, as if they were on machines of their own.\n"
             "elsewhere: the load goes to the echo, and semid's capacity is measured beside it:\n"
             "what clients and gRPC take from a device that need not refuse anybody.\n"
+            "apart: a device that takes a millisecond a row and none of these processors.\n"
         )
-        server = self.on_slow[0]
+        server, apart = self.on_slow
         load = self.load(server, "some-384", seconds=2 * self.plan.seconds)
         idle = float(np.percentile(send(load).latencies(), 99))
         most = self.plan.overload[-1]
@@ -658,6 +660,10 @@ class Bench:
         capacities: list[float] = []
         loads: dict[str, list[Overloaded]] = {name: [] for name in levels}
         elsewhere: list[float] = []
+        capacities_apart: list[float] = []
+        load_apart = replace(load, target=apart.target)
+        idle_apart = float(np.percentile(send(load_apart).latencies(), 99))
+        loads[name_apart := f"{most:g}x, apart"] = []
         for _ in range(self.plan.rounds):
             for name, (times, nice) in levels.items():
                 capacities.append(self._capacity(load))
@@ -668,8 +674,12 @@ class Bench:
             running = begin(beyond, clients=2)
             elsewhere.append(self._capacity(load) / capacities[-1])
             running.finish()
+            capacities_apart.append(capacity := self._capacity(load_apart))
+            beyond = replace(load_apart, rate=most * capacity, warmup=0)
+            loads[name_apart].append(self._overloaded(apart, beyond, capacity, idle_apart))
         self.keep("overload.capacity", median(capacities))
         print(f"  capacity {spread(capacities, '.1f')} requests/s; idle p99 {idle:.1f} ms")
+        print(f"  apart    {spread(capacities_apart, '.1f')} requests/s; {idle_apart:.1f} ms")
         for name, rounds in loads.items():
             self._print_overload(name, rounds)
         self.keep(f"overload.{most:g}x, elsewhere.capacity_of_capacity", median(elsewhere))

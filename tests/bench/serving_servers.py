@@ -8,6 +8,9 @@
 ``instant CHECKPOINT``
     semid's own serving around a device that takes no time: the copy into the batch is made, the
     numbers are checked, and every code is 0. What it loses against ``echo`` is what serving costs.
+``asleep CHECKPOINT``
+    semid's own serving around a device that takes a millisecond a row, and none of this machine's
+    processors: a queue of 16 requests.
 ``unbatched CHECKPOINT``
     A peer: what one writes in an hour, a thread pool that calls ``predict_step`` on each request.
 
@@ -25,6 +28,7 @@ import semid_server.cli.quiet_threads  # noqa: F401 - before torch, as `semid se
 import argparse
 import asyncio
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,6 +48,7 @@ from semid_server.serving.server import Server
 
 MAX_MESSAGE = 32 << 20
 LAYERS = 3
+KINDS = ("echo", "plain", "instant", "asleep", "unbatched", "collector")
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_send_message_length", MAX_MESSAGE),
@@ -98,13 +103,27 @@ class InstantEncoder:
         return EncodeCounts()
 
 
-class InstantBackend(Backend):
-    def __init__(self, *args, **settings) -> None:
-        super().__init__(*args, **settings)
-        self._encoder = InstantEncoder()
+class AsleepEncoder(InstantEncoder):
+    """The same, a millisecond a row later."""
+
+    def prepare(self, rows):
+        codes = np.zeros((len(rows), LAYERS), np.uint16)
+
+        def encode():
+            time.sleep(len(rows) / 1000)
+            return codes
+
+        return encode
 
 
-async def instant(checkpoint: Path) -> None:
+async def around(encoder: InstantEncoder, checkpoint: Path, **settings) -> None:
+    """Serve by semid with this encoder."""
+
+    class StandIn(Backend):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            self._encoder = encoder
+
     def announce(line: str) -> None:
         if line.startswith("serving "):
             print(f"ready {line.rpartition(' ')[2]}", flush=True)
@@ -116,8 +135,9 @@ async def instant(checkpoint: Path) -> None:
         metrics_port=0,
         device="cpu",
         max_message_bytes=MAX_MESSAGE,
+        **settings,
     )
-    server = Server(config, announce=announce, make_backend=InstantBackend)
+    server = Server(config, announce=announce, make_backend=StandIn)
     running = asyncio.ensure_future(server.run())
     await asyncio.to_thread(sys.stdin.read)
     server.request_stop()
@@ -170,7 +190,7 @@ async def collector() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["echo", "plain", "instant", "unbatched", "collector"])
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("checkpoint", type=Path, nargs="?")
     arguments = parser.parse_args()
     match arguments.kind:
@@ -179,7 +199,9 @@ def main() -> None:
         case "plain":
             asyncio.run(echo())
         case "instant":
-            uvloop.run(instant(arguments.checkpoint))
+            uvloop.run(around(InstantEncoder(), arguments.checkpoint))
+        case "asleep":
+            uvloop.run(around(AsleepEncoder(), arguments.checkpoint, max_queue_requests=16))
         case "unbatched":
             unbatched(arguments.checkpoint)
         case "collector":
