@@ -98,8 +98,8 @@ check types mypy
 check imports lint-imports
 check protocol buf lint proto
 check dockerfile hadolint docker/Dockerfile
-# In two processes, each with whole files (tests/conftest.py): most tests wait for another process.
-check tests pytest -n 2 --dist loadfile "$@"
+# In three processes, each with whole files (tests/conftest.py): most tests wait for another process.
+check tests pytest -n 3 --dist loadfile "$@"
 
 echo
 echo "== summary"

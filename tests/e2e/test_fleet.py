@@ -174,6 +174,7 @@ def settle(loads: dict[str, Load]) -> dict[str, dict]:
     return accounts
 
 
+@pytest.mark.slow  # three servers, one after another
 def test_a_rolling_restart_of_three_servers_behind_one_name_fails_no_call(fleet, load):
     three = HOSTS[:3]
     fleet.add(*three)

@@ -35,6 +35,8 @@ def served(monkeypatch):
     configs = []
 
     class Server:
+        unfinished = False
+
         def __init__(self, config, *, announce):
             configs.append(config)
             self._announce = announce
@@ -160,6 +162,8 @@ def bound(monkeypatch):
     configs = []
 
     class Serving:
+        unfinished = False
+
         def __init__(self, config, **_):
             configs.append(config)
 
