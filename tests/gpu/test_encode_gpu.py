@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import encode_cases as cases
@@ -220,12 +222,52 @@ def test_an_interrupt_while_a_graph_is_told_its_rows_is_not_remembered_as_done()
     assert call.tolist() == [64, 200]
 
 
-def test_no_two_living_encoders_have_a_stream_in_common():
-    first = [Stage(1 << 10, 8, GPU) for _ in range(10)]
-    for _ in range(40):
-        Stage(1 << 10, 8, GPU)
-    streams = [stage.stream.cuda_stream for stage in [*first, Stage(1 << 10, 8, GPU)]]
-    assert len(set(streams)) == 11
+def test_no_two_of_many_living_encoders_have_a_stream_in_common():
+    gc.collect()  # of other tests', whose streams would be taken up below
+    living = [Stage(1 << 10, 8, GPU) for _ in range(50)]  # torch has 32
+    streams = {stage.stream.cuda_stream for stage in living}
+    assert len(streams) == len(living)
+    del living[:25]
+    gc.collect()
+    living += [Stage(1 << 10, 8, GPU) for _ in range(25)]
+    assert len({stage.stream.cuda_stream for stage in living}) == len(living)
+    assert {stage.stream.cuda_stream for stage in living} == streams, "those of the dead are used"
+
+
+def test_what_is_left_of_an_encoder_is_not_collected_while_a_graph_is_recorded():
+    model, spec = cases.random_model(24, [40, 30])
+    stage, out = Stage(1 << 10, 8, GPU), torch.zeros(3, device=GPU)
+    gc.collect()
+    gc.disable()  # so that all of it is young
+    try:
+        encoders = [GpuEncoder(model, spec, device=GPU)]
+        encoders[0].encode(torch.randn(3, 24))
+        dead = weakref.ref(encoders[0])
+    finally:
+        gc.enable()
+
+    def queue():
+        if torch.cuda.is_current_stream_capturing():
+            encoders.clear()
+            [[] for _ in range(100_000)]  # time and again a reason to collect
+            assert dead() is not None
+        out.add_(1)
+
+    graph, _ = stage.recorded(queue)
+    assert gc.isenabled()
+    gc.collect()
+    assert dead() is None
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert out.tolist() == [1, 1, 1]
+
+
+def test_streams_are_made_by_threads_that_have_not_used_the_device():
+    with ThreadPoolExecutor(1) as pool:
+        stage = pool.submit(Stage, 1 << 10, 8, GPU).result()
+    with torch.cuda.stream(stage.stream):
+        assert torch.ones(3, device=GPU).sum().item() == 3
 
 
 def test_two_threads_may_use_new_encoders_while_the_device_is_asked_whether_it_works():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +15,7 @@ import torch
 from semid_server.encoding.rows import are_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -25,19 +28,69 @@ RECORDING = Lock()
 """Held while a graph is recorded, which CUDA and torch can do for one at a time only, and not while
 any thread synchronises the device or gives memory back to it."""
 
-_SPARE: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+_SPARE: dict[torch.device, deque[torch.cuda.Stream]] = defaultdict(deque)
+
+_NON_BLOCKING = 1
+"""CU_STREAM_NON_BLOCKING: it does not wait for the default stream, nor that for it."""
 
 
 def own_stream(owner: object, device: torch.device) -> torch.cuda.Stream:
     """A stream that nothing else has until ``owner`` is gone.
 
-    torch deals out 32 of them again and again: after some reloads, two living encoders would have
-    the same one, and record graphs where the other runs its own.
+    Not one of torch's, which deals out the same 32 again and again: of more than eight encoders
+    that live, replaced ones included, two would have the same one, and record graphs where the
+    other runs its own.
     """
     spare = _SPARE[device]
-    stream = spare.pop() if spare else torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
+    try:
+        # The oldest: what used the newest may be about to be given back, which asks its stream.
+        stream = spare.popleft()
+    except IndexError:
+        handle = _new_stream(device)
+        stream = torch.cuda.ExternalStream(handle, device)  # type: ignore[no-untyped-call] # torch's own
     weakref.finalize(owner, spare.append, stream)
     return stream
+
+
+def _new_stream(device: torch.device) -> int:
+    """Make a stream in the context that torch works in, and return its handle.
+
+    By the driver, which is there wherever torch finds a device; where the runtime's library is, and
+    under what name, differs from build to build.
+    """
+    driver = ctypes.CDLL("libcuda.so.1")
+
+    def call(name: str, *arguments: Any) -> None:
+        if (status := getattr(driver, name)(*arguments)) != 0:
+            raise RuntimeError(f"{name}: CUDA error {status}")
+
+    number, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    call("cuDeviceGet", ctypes.byref(number), index)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
+    call("cuCtxPushCurrent_v2", context)
+    try:
+        call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+    finally:
+        call("cuCtxPopCurrent_v2", ctypes.byref(context))
+    assert stream.value is not None  # noqa: S101 - 0 is the default stream, which is not made
+    return stream.value
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Keep Python from collecting garbage meanwhile; `RECORDING` is held.
+
+    Encoders, and the models they are of, are parts of cycles. To give back the graphs and events of
+    a dead one spoils the graph that the same thread records, or ends the process.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def pieces(total: int, *, least: int, most: int) -> list[tuple[int, int]]:
@@ -138,7 +191,11 @@ class Stage:
         # Graphs of a stage run one after another, and may use the same memory. Those of two stages
         # run side by side; the library, too, has working memory for each stream of its own.
         memory = {"pool": self._graph_memory, "stream": self.stream}
-        with RECORDING, torch.cuda.graph(graph, **memory, capture_error_mode="thread_local"):
+        with (
+            RECORDING,
+            _nothing_collected(),
+            torch.cuda.graph(graph, **memory, capture_error_mode="thread_local"),
+        ):
             result = queue()
         torch.cuda.current_stream().wait_stream(self.stream)
         return graph, result
