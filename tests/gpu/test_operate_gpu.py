@@ -8,6 +8,7 @@ memory, and is broken: by real kernels, not by errors made up, as in tests/e2e/t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -462,3 +463,53 @@ def test_a_kernel_that_breaks_the_device_amid_the_event_loop_ends_the_process_as
         said = server.stderr()
         assert f"CUDA error: {error}" in said
         assert "Error: the device has failed and can do nothing more for this process" in said
+
+
+# --- replaced -------------------------------------------------------------------------------
+
+MANY, TIMES = 9, 3
+PROGRAM = (sys.executable, "-c", "from semid_server.cli.serve import serve; serve()")
+
+
+def test_many_models_are_reloaded_again_and_again_while_others_call(movies, tmp_path):
+    names = [f"m{number}" for number in range(MANY)]
+    arguments = [f"--checkpoint={name}={movies.checkpoint}" for name in names]
+    rows = movies.embeddings[:20]
+    complaints, leave = [], threading.Event()
+
+    def call(first):
+        with server.stub() as stub:
+            for number in itertools.count(first):
+                if leave.is_set():
+                    return
+                request = pb.EncodeRequest(model=names[number % MANY], tensor=float32_tensor(rows))
+                try:
+                    answer = stub.Encode(request, timeout=60).tensor
+                    assert_recorded(np.frombuffer(answer.data, "u1").reshape(answer.shape), movies)
+                except (grpc.RpcError, AssertionError) as error:
+                    complaints.append(error)
+                    return
+
+    def reloads(result):
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in server.scrape().splitlines()
+            if line.startswith("semid_model_reloads_total{") and f'result="{result}"' in line
+        )
+
+    settings = {"log": tmp_path / "serve.log", "program": PROGRAM}
+    with run_server(None, "--device=cuda", *arguments, **settings) as server:
+        callers = [threading.Thread(target=call, args=[first]) for first in range(3)]
+        for caller in callers:
+            caller.start()
+        try:
+            for times in range(1, TIMES + 1):
+                server.signal(signal.SIGHUP)
+                wait_until(lambda done=times * MANY: reloads("ok") + reloads("failed") == done)
+        finally:
+            leave.set()
+            for caller in callers:
+                caller.join()
+        assert complaints == []
+        assert reloads("failed") == 0, server.stderr()
+        assert server.stop() == 0
