@@ -692,11 +692,24 @@ def test_a_reload_that_computes_beyond_the_grace_period_does_not_abort_the_proce
     server = serve(checkpoint, *arguments, program=(sys.executable, SLOW_RELOAD))
     server.signal(signal.SIGHUP)
     for _ in range(processes):
-        server.wait_for("reloading")
+        server.wait_for("loading")
     assert server.stop() == 0
     said = server.stderr()
     assert said.count("with a new version still being read") == processes
-    assert "with status" not in said, "no child of several ended otherwise"
+    assert "ended with status" not in said, "no child of several ended otherwise"
+
+
+@pytest.mark.slow  # two servers
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_first_load_that_computes_when_the_server_is_told_to_end_does_not_abort_it(
+    serve, checkpoint, processes
+):
+    settings = {"program": (sys.executable, SLOW_RELOAD), "env": {"SEMID_TEST_NEVER": "1"}}
+    server = serve(checkpoint, f"--processes={processes}", wait=False, **settings)
+    for _ in range(processes):
+        server.wait_for("loading")
+    assert server.stop() == 0
+    assert "ended with status" not in server.stderr()
 
 
 def test_a_checkpoint_that_is_lost_or_spoilt_while_it_is_served_changes_nothing(fire, checkpoint):

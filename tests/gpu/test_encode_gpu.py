@@ -5,13 +5,20 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 
 import encode_cases as cases
 import pytest
 import torch
 
-from semid_server.encoding import EncodeCounts, ReferenceEncoder, make_encoder, tensor_cores
+from semid_server.encoding import (
+    EncodeCounts,
+    ReferenceEncoder,
+    make_encoder,
+    staging,
+    tensor_cores,
+)
 from semid_server.encoding.staging import RECORDING, Stage
 from semid_server.errors import ConfigurationError, InvalidInputError
 
@@ -222,8 +229,8 @@ def test_an_interrupt_while_a_graph_is_told_its_rows_is_not_remembered_as_done()
     assert call.tolist() == [64, 200]
 
 
-def test_no_two_of_many_living_encoders_have_a_stream_in_common():
-    gc.collect()  # of other tests', whose streams would be taken up below
+def test_no_two_of_many_living_encoders_have_a_stream_in_common(monkeypatch):
+    monkeypatch.setattr(staging, "_SPARE", defaultdict(deque))  # none that other tests have left
     living = [Stage(1 << 10, 8, GPU) for _ in range(50)]  # torch has 32
     streams = {stage.stream.cuda_stream for stage in living}
     assert len(streams) == len(living)
@@ -265,8 +272,8 @@ def test_what_is_left_of_an_encoder_is_not_collected_while_a_graph_is_recorded()
 
 def test_streams_are_made_by_threads_that_have_not_used_the_device():
     with ThreadPoolExecutor(1) as pool:
-        stage = pool.submit(Stage, 1 << 10, 8, GPU).result()
-    with torch.cuda.stream(stage.stream):
+        handle = pool.submit(staging._new_stream, GPU).result()
+    with torch.cuda.stream(torch.cuda.ExternalStream(handle, GPU)):
         assert torch.ones(3, device=GPU).sum().item() == 3
 
 

@@ -20,7 +20,7 @@ import uvloop
 
 from semid_server.cli import errors_as_sentences
 from semid_server.cli.checkpoint_options import override_options
-from semid_server.errors import ConfigurationError
+from semid_server.errors import ConfigurationError, SemidError
 from semid_server.serving import logs
 from semid_server.serving.addresses import check_apart
 from semid_server.serving.allocator import keep_large_buffers
@@ -471,9 +471,15 @@ def serve(
                 await Processes(config, announce=_announce, prepare=prepare).run()
             else:
                 server = Server(config, announce=_announce)
-                await server.run()
+                try:
+                    await server.run()
+                except SemidError as error:
+                    if server.unfinished:
+                        click.ClickException(str(error)).show()
+                        leave_at_once(1)
+                    raise
                 if server.unfinished:
-                    leave_at_once()
+                    leave_at_once(0)
 
         uvloop.run(run())
 

@@ -43,7 +43,8 @@ def own_stream(owner: object, device: torch.device) -> torch.cuda.Stream:
     """
     spare = _SPARE[device]
     try:
-        # The oldest: what used the newest may be about to be given back, which asks its stream.
+        # The oldest there is: what used the newest may be about to be given back still, and what is
+        # given back asks its stream.
         stream = spare.popleft()
     except IndexError:
         handle = _new_stream(device)
@@ -55,9 +56,10 @@ def own_stream(owner: object, device: torch.device) -> torch.cuda.Stream:
 def _new_stream(device: torch.device) -> int:
     """Make a stream in the context that torch works in, and return its handle.
 
-    By the driver, which is there wherever torch finds a device; where the runtime's library is, and
-    under what name, differs from build to build.
+    By the driver, which is there wherever there is a CUDA device; where the runtime's library is,
+    and under what name, differs from build to build.
     """
+    torch.cuda.init()  # type: ignore[no-untyped-call] # torch's own
     driver = ctypes.CDLL("libcuda.so.1")
 
     def call(name: str, *arguments: Any) -> None:

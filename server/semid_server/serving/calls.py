@@ -21,7 +21,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from semid_server.errors import InvalidInputError, NotServingError, OverloadedError, SemidError
-from semid_server.serving.logs import REQUEST_ID_KEY, begin_request
+from semid_server.serving.logs import REQUEST_ID_KEY, begin_request, id_in
 from semid_server.serving.status import code_of_cancelled, status_of
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INTERNAL_MESSAGE: Final = "an internal error; the server's log says more"
+
+_UNKNOWN: Final = "\0"
+"""In place of a request id: no caller can send it."""
 
 TOO_MANY_RETRY_AFTER: Final = 0.1
 """Seconds after which a call that was one too many may be tried again."""
@@ -90,9 +93,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         self._methods: dict[str, _Method] = {}
         self._draining = False
         self._calls = self._in_progress = 0
-        # What came ahead of messages that are on their way, by the task of their call, which may
-        # have ended by now.
-        self._coming: dict[asyncio.Task[Any] | None, Metadata] = {}
+        # Calls whose message is on its way: the request id that was sent ahead of it, if one was,
+        # by the task, which may have ended by now.
+        self._coming: dict[asyncio.Task[Any] | None, str | None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         # The last refusal, and its status.
@@ -131,7 +134,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             else:
                 # gRPC asks in the task that will answer the call, once its message has come.
                 metadata: Any = handler_call_details.invocation_metadata
-                self._coming[current_task()] = metadata or ()
+                self._coming[current_task()] = id_in(metadata)
         return method.handler if error is None else self._refusing(method, error)
 
     def drain(self) -> None:
@@ -245,8 +248,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
     def _made_room(self, most: int) -> bool:
         """Forget the calls whose caller left before their message had come: nobody told of them."""
         self._coming = {
-            task: metadata
-            for task, metadata in self._coming.items()
+            task: sent
+            for task, sent in self._coming.items()
             if task is not None and not task.done()
         }
         return self._in_progress + len(self._coming) < most
@@ -258,13 +261,20 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             retry_after=TOO_MANY_RETRY_AFTER,
         )
 
-    def begin(self) -> Metadata | None:
-        """Count a call that begins, and return what came with it if that is known already."""
+    def id_of(self, context: Context) -> str | None:
+        """Return the request id that was sent with the call that this task is about to begin."""
+        sent = self._coming.pop(current_task(), _UNKNOWN)
+        if sent is _UNKNOWN:
+            metadata: Any = context.invocation_metadata()
+            return id_in(metadata)
+        return sent
+
+    def begin(self) -> None:
+        """Count a call that begins."""
         self._calls += 1
         if not self._in_progress:
             self._idle.clear()
         self._in_progress += 1
-        return self._coming.pop(current_task(), None)
 
     def end(self) -> None:
         """Count one that has ended."""
@@ -346,14 +356,12 @@ class _Call:
         self._started = time.perf_counter()
 
     def __enter__(self) -> Self:
-        metadata: Any = self._calls.begin()
-        self._metrics.started.value += 1
-        if metadata is None:
-            metadata = self._context.invocation_metadata()
-        self._request_id = begin_request(metadata)
+        self._request_id = begin_request(self._calls.id_of(self._context))
         # With an answer only to who sent one: on its way it costs more than to copy 64 KiB.
         if self._request_id.of_caller:
             self._context.set_trailing_metadata(self._told)
+        self._calls.begin()
+        self._metrics.started.value += 1
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:

@@ -45,7 +45,7 @@ _FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s %(request_id)s"
 
 
 class RequestId:
-    """The id of one call, as a string when it is asked for: of most calls nobody asks.
+    """The id of one call, written out when it is asked for: of most calls nobody asks.
 
     Parameters
     ----------
@@ -58,16 +58,15 @@ class RequestId:
         Whether it is the caller's own.
     """
 
-    __slots__ = ("_id", "of_caller")
+    __slots__ = ("_number", "_sent", "of_caller")
 
     def __init__(self, sent: str | None = None) -> None:
-        self._id, self.of_caller = sent, sent is not None
+        self._sent, self.of_caller = sent, sent is not None
+        # A name, no secret: an id of the system's own randomness costs several times as much.
+        self._number = 0 if self.of_caller else random.getrandbits(128)
 
     def __str__(self) -> str:
-        if self._id is None:
-            # A name, no secret: an id of the system's own randomness costs several times as much.
-            self._id = f"{random.getrandbits(128):032x}"
-        return self._id
+        return f"{self._number:032x}" if self._sent is None else self._sent
 
 
 class _RequestFilter(logging.Filter):
@@ -176,14 +175,20 @@ def configure(*, level: str, as_json: bool) -> None:
     root.setLevel(level.upper())
 
 
-def begin_request(metadata: Iterable[tuple[str, str | bytes]] | None) -> RequestId:
-    """Return the id of the call that begins, for the lines of this task from now on."""
+def id_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
+    """Return the id that a caller sent, if it may stand in a log line."""
     sent = None
     for key, value in metadata or ():
         if key == REQUEST_ID_KEY:
             sent = value  # of several the last
-    if not isinstance(sent, str) or not _PLAIN.fullmatch(sent):
-        sent = None
+    return sent if isinstance(sent, str) and _PLAIN.fullmatch(sent) else None
+
+
+def begin_request(sent: str | None) -> RequestId:
+    """Return the id of the call that begins, for the lines of this task from now on.
+
+    It is the one that was ``sent``, if one was.
+    """
     request_id = RequestId(sent)
     _request_id.set(request_id)
     return request_id

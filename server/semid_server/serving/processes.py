@@ -183,6 +183,8 @@ class Processes:
             self._children.discard(child)
             merge(self._past, [metric for metric in child.metrics if metric.type != "gauge"])
             if self._stop.is_set():
+                if child.status:
+                    logger.error("server process %d ended with status %s", child.pid, child.status)
                 break
             if time.monotonic() - started > STEADY:
                 pause = shortest
@@ -414,13 +416,11 @@ def _serve(config: ServeConfig, prepare: Callable[[], None], connection: Connect
     os.setpgid(0, 0)  # Ctrl-C is the parent's to hear; it passes it on
     prepare()
 
-    async def run() -> None:
-        def announce(line: str) -> None:
-            if line.startswith("serving "):
-                connection.send(("serving", line.removeprefix("serving ").rpartition(" on ")[0]))
+    def announce(line: str) -> None:
+        if line.startswith("serving "):
+            connection.send(("serving", line.removeprefix("serving ").rpartition(" on ")[0]))
 
-        server = Server(config, announce=announce)
-
+    async def run(server: Server) -> None:
         def send_metrics() -> None:
             connection.send(("metrics", list(server.registry.collect())))
 
@@ -436,12 +436,16 @@ def _serve(config: ServeConfig, prepare: Callable[[], None], connection: Connect
         await server.run()
         with contextlib.suppress(OSError):
             send_metrics()  # the last figures: counters do not go back when a process ends
-        if server.unfinished:
-            leave_at_once()
 
+    server = None
+    status = 0
     try:
-        uvloop.run(run())
+        server = Server(config, announce=announce)
+        uvloop.run(run(server))
     except (SemidError, OSError) as error:
         with contextlib.suppress(OSError):
             connection.send(("failed", str(error)))
-        raise SystemExit(1) from None
+        status = 1
+    if server is not None and server.unfinished:
+        leave_at_once(status)
+    raise SystemExit(status)

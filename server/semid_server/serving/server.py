@@ -246,6 +246,7 @@ class Server:
         try:
             await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
+                self.unfinished = True
                 return False
             self._device = loading.result()
         finally:
@@ -548,8 +549,8 @@ class _Model:
     reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-def leave_at_once() -> NoReturn:
-    """End the process with status 0 while a thread of it still computes.
+def leave_at_once(status: int) -> NoReturn:
+    """End the process while a thread of it still computes.
 
     Python stops such a thread where it comes back from torch, in the midst of C++, which aborts.
     """
@@ -557,15 +558,16 @@ def leave_at_once() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def _check_width(served: ServedModel, before: ServedModel) -> None:
-    """Refuse a new version that no request to the one before could be answered by."""
+    """Refuse a new version that takes other rows than the one before."""
     if served.input_dim != before.input_dim:
         raise ConfigurationError(
             f"the new version takes rows of {served.input_dim} numbers, the one before takes "
-            f"{before.input_dim}: every caller would be refused. Serve it under another name"
+            f"{before.input_dim}: its callers would be refused, or given rows of another width. "
+            "Serve it under another name"
         )
 
 

@@ -209,7 +209,8 @@ class _CallSpan:
         if code in FAULTS:
             span.set_attribute("error.type", code.name)
             span.set_status(StatusCode.ERROR)
-        span.set_attribute("semid.request_id", current_request_id())
+        if span.is_recording():
+            span.set_attribute("semid.request_id", current_request_id())
         if self._key is not None:
             model = self._key.model
             span.set_attribute("semid.model", model.name)

@@ -213,6 +213,8 @@ def test_addresses_that_do_not_meet_are_taken(bound, addresses):
 
 def test_what_the_server_refuses_is_one_sentence_and_status_one(monkeypatch):
     class Server:
+        unfinished = False
+
         def __init__(self, config, *, announce): ...
 
         async def run(self):

@@ -35,7 +35,7 @@ def written(capfd):
 
 def test_as_json_each_line_is_one_object_with_the_request(configured, capfd):
     configured(level="info", as_json=True)
-    request_id = logs.begin_request([("x-request-id", "abc-1")])
+    request_id = logs.begin_request("abc-1")
     assert str(request_id) == "abc-1"
     logging.getLogger("semid.test").warning("%d rows\nof two lines", 3)
     (line,) = written(capfd).splitlines()
@@ -48,7 +48,7 @@ def test_as_json_each_line_is_one_object_with_the_request(configured, capfd):
 
 def test_as_text_a_line_names_its_request(configured, capfd):
     configured(level="info", as_json=False)
-    logs.begin_request([("x-request-id", "abc-1")])
+    logs.begin_request("abc-1")
     logging.getLogger("semid.test").info("%d rows", 3)
     assert written(capfd).endswith("INFO semid.test: [abc-1] 3 rows\n")
 
@@ -61,7 +61,7 @@ def test_less_severe_lines_are_left_out(configured, capfd):
 
 @pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "a\nb", "%s", b"bytes"])
 def test_an_id_that_could_garble_a_log_is_replaced(sent):
-    made = logs.begin_request([("x-request-id", sent)])
+    made = logs.begin_request(logs.id_in([("x-request-id", sent)]))
     assert re.fullmatch(r"[0-9a-f]{32}", str(made))
     assert logs.current_request_id() == str(made)
 
