@@ -81,17 +81,6 @@ async def echo() -> None:
 class InstantEncoder:
     """All codes are 0, at once."""
 
-    def __init__(self) -> None:
-        # Of each size of batch but once: to make them takes torch as long as to serve a request.
-        self._codes: dict[int, torch.Tensor] = {}
-
-    def encode(self, rows):
-        count = rows.shape[0]
-        codes = self._codes.get(count)
-        if codes is None:
-            codes = self._codes[count] = torch.zeros((count, LAYERS), dtype=torch.uint8)
-        return codes
-
     def prepare(self, rows):
         codes = np.zeros((len(rows), LAYERS), np.uint8)
         return lambda: codes
@@ -110,7 +99,7 @@ class AsleepEncoder(InstantEncoder):
         codes = np.zeros((len(rows), LAYERS), np.uint16)
 
         def encode():
-            time.sleep(len(rows) / 1000)
+            time.sleep(len(rows) / 1000)  # the device's time, and no processor's
             return codes
 
         return encode

@@ -21,7 +21,7 @@ class NeverTwice:
 
     def __call__(self, *args, **settings):
         if self.made:
-            print("loading", flush=True)  # noqa: T201 - read by the test
+            print("loading", flush=True)  # noqa: T201 - the test waits for it
             matrix = torch.eye(64)
             while True:
                 matrix = torch.tanh(matrix @ matrix)

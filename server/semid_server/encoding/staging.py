@@ -48,7 +48,8 @@ def own_stream(owner: object, device: torch.device) -> torch.cuda.Stream:
         stream = spare.popleft()
     except IndexError:
         handle = _new_stream(device)
-        stream = torch.cuda.ExternalStream(handle, device)  # type: ignore[no-untyped-call] # torch's own
+        # torch leaves its constructor without annotations
+        stream = torch.cuda.ExternalStream(handle, device)  # type: ignore[no-untyped-call]
     weakref.finalize(owner, spare.append, stream)
     return stream
 
@@ -59,23 +60,21 @@ def _new_stream(device: torch.device) -> int:
     By the driver, which is there wherever there is a CUDA device; where the runtime's library is,
     and under what name, differs from build to build.
     """
-    torch.cuda.init()  # type: ignore[no-untyped-call] # torch's own
+    current = torch.cuda.current_device()  # has torch initialise CUDA, if it has not yet
     driver = ctypes.CDLL("libcuda.so.1")
 
     def call(name: str, *arguments: Any) -> None:
         if (status := getattr(driver, name)(*arguments)) != 0:
             raise RuntimeError(f"{name}: CUDA error {status}")
 
-    number, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
-    index = torch.cuda.current_device() if device.index is None else device.index
-    call("cuDeviceGet", ctypes.byref(number), index)
+    number, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_size_t()
+    call("cuDeviceGet", ctypes.byref(number), current if device.index is None else device.index)
     call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
     call("cuCtxPushCurrent_v2", context)
     try:
         call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
     finally:
         call("cuCtxPopCurrent_v2", ctypes.byref(context))
-    assert stream.value is not None  # noqa: S101 - 0 is the default stream, which is not made
     return stream.value
 
 
