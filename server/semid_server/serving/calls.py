@@ -92,6 +92,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         self._max_calls, self._trace = max_calls, trace
         self._methods: dict[str, _Method] = {}
         self._draining = False
+        self._held: asyncio.Event | None = None
         self._calls = self._in_progress = 0
         # Calls whose message is on its way: the request id that was sent ahead of it, if one was,
         # by the task, which may have ended by now.
@@ -128,6 +129,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         if self._tokens is not None:
             error = self._unknown(self._tokens, method, handler_call_details)
         error = error or method.refusal()
+        if self._held is not None:
+            error = _shutting_down()
         if error is None and (most := self._max_calls) is not None:
             if self._in_progress + len(self._coming) >= most and not self._made_room(most):
                 error = self._too_many()
@@ -140,6 +143,15 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
     def drain(self) -> None:
         """Turn every further call away as unavailable; those in progress go on."""
         self._draining = True
+
+    def hold(self) -> None:
+        """Tell calls that come from now on nothing, until `release`."""
+        self._held = asyncio.Event()
+
+    def release(self) -> None:
+        """Turn those away that were held."""
+        if self._held is not None:
+            self._held.set()
 
     async def idle(self) -> None:
         """Wait until no call is in progress."""
@@ -231,6 +243,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
 
         async def refuse(_messages: object, context: Context) -> NoReturn:
             with _Call(self, method.name, method.metrics, context) as call:
+                if self._held is not None:
+                    await self._held.wait()
                 if self._draining:
                     await call.fail(_shutting_down())
                 if isinstance(error, OverloadedError):

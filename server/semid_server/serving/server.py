@@ -91,6 +91,9 @@ OTHERS = 1 << 16
 """Calls in progress beyond ``max_concurrent_rpcs``: those being refused, and those of health and
 reflection. Each connection of a client keeps one that watches the health."""
 
+MAX_PENDING = (1 << 31) - 1
+"""What gRPC takes as a number of calls."""
+
 QUIET = 0.05
 """Seconds without a call after which gRPC may stop."""
 
@@ -379,6 +382,8 @@ class Server:
         Streams are read no further. What is still queued when the period ends is told so, rather
         than cut off. Only then does gRPC stop, at a moment when no calls come: it would cancel
         those that it has received and not handed over yet, and wait for who watches the health.
+        For such a moment to come, those turned away last are told when gRPC has stopped: who is
+        told to try again does so here as long as it can.
 
         A new version that is being read has the rest of the period too.
         """
@@ -394,9 +399,13 @@ class Server:
         self._batcher.stop()
         await asyncio.wait({idle}, timeout=LAST_WORDS)
         idle.cancel()
+        self._calls.hold()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._calls.quiet(QUIET), LAST_WORDS)
-        await server.stop(LAST_WORDS)
+        stopping = asyncio.ensure_future(server.stop(LAST_WORDS))
+        await asyncio.sleep(QUIET)  # gRPC tells its peers meanwhile to send nothing more here
+        self._calls.release()
+        await stopping
         if self._reading:
             _, unread = await asyncio.wait(self._reading, timeout=max(0.0, end - loop.time()))
             for reading in unread:
@@ -415,6 +424,7 @@ class Server:
                 self._config.token_file, frozenset(method.name for method in methods)
             )
         most = self._config.max_concurrent_rpcs
+        pending = min(most + OTHERS, MAX_PENDING)
         trace = None if self._tracing is None else self._tracing.trace
         self._calls = Calls(SERVICE, self._metrics, tokens, max_calls=most, trace=trace)
         server = grpc.aio.server(
@@ -423,6 +433,10 @@ class Server:
             options=(
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
                 ("grpc.max_send_message_length", self._config.max_message_bytes),
+                # Calls that have come and that Python has not asked for yet. Of more than 1,000,
+                # unless told otherwise, gRPC cancels some by chance, and nobody is told why.
+                ("grpc.server.max_pending_requests", pending),
+                ("grpc.server.max_pending_requests_hard_limit", pending),
                 *self._connection_options(),
             ),
         )

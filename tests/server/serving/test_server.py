@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import os
 import re
 import signal
 import socket
+import time
 
 import grpc
 import grpc.aio
@@ -122,6 +124,49 @@ async def test_what_is_still_queued_when_the_grace_period_ends_is_told_so(
     device.free()
     assert (await running).fingerprint == "f" * 64
     await server.task
+
+
+async def test_calls_that_come_all_at_once_are_all_answered(run_server, backend):
+    backend.may_load.set()
+    server = run_server(backend)
+    address = await server.address()
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with contextlib.ExitStack() as stack:
+        channels = [stack.enter_context(grpc.insecure_channel(address, options)) for _ in range(4)]
+        for channel in channels:
+            await asyncio.to_thread(grpc.channel_ready_future(channel).result)
+        stubs = [pb_grpc.SemanticIdServiceStub(channel) for channel in channels]
+        # Not awaited: until then this thread, which is the server's as well, is busy with them.
+        calls = [stub.GetModel.future(pb.GetModelRequest()) for stub in stubs for _ in range(900)]
+        time.sleep(1)  # noqa: ASYNC251 - that is what this is about
+        codes = await asyncio.to_thread(lambda: collections.Counter(call.code() for call in calls))
+    assert codes == {grpc.StatusCode.OK: len(calls)}
+
+
+async def test_who_calls_again_at_once_while_the_server_ends_is_told_so_each_time(
+    run_server, backend, connect
+):
+    backend.may_load.set()
+    server = run_server(backend)
+    address = await server.address()
+    stubs = [pb_grpc.SemanticIdServiceStub(await connect(address)) for _ in range(4)]
+    codes = collections.Counter()
+
+    async def call_on(stub):
+        while True:
+            call = stub.GetModel(pb.GetModelRequest())
+            code, details = await call.code(), await call.details()
+            codes[code] += 1
+            if "connect" in details:  # the server is gone
+                return
+
+    callers = [asyncio.create_task(call_on(stub)) for stub in stubs for _ in range(32)]
+    while not codes[grpc.StatusCode.OK]:
+        await asyncio.sleep(0.01)
+    server.server.request_stop()
+    await server.task
+    await asyncio.gather(*callers)
+    assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
 
 
 async def test_a_lost_device_ends_the_server_with_its_error_and_calls_with_unavailable(
