@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import signal
+import socket
 import threading
 
 import grpc
@@ -156,6 +159,28 @@ def test_a_stream_that_the_drain_cuts_has_answers_to_all_it_sent_before(
             next(answers)
     assert caught.value.code() is UNAVAILABLE
     assert server.wait() == 0
+
+
+# --- many connections -----------------------------------------------------------------------
+
+
+def test_connections_may_be_more_than_the_soft_limit_on_open_files(
+    serve, checkpoint, digits, tensor_of
+):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few, idle = 200, 300
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        server = serve(checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    host, _, port = server.target.rpartition(":")
+    with contextlib.ExitStack() as stack, server.stub() as stub:
+        for _ in range(idle):
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+        answer = stub.Encode(pb.EncodeRequest(tensor=tensor_of(digits[:3])), timeout=30)
+    assert list(answer.tensor.shape) == [3, 3]
+    assert server.stop() == 0
 
 
 # --- overload -------------------------------------------------------------------------------

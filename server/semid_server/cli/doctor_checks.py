@@ -469,11 +469,13 @@ def check_port(flag: str, address: str, refused: str) -> Finding:
 
 def check_open_files(soft: float, hard: float) -> Finding:
     """The limit on open files, of which every connection takes one."""
-    what = f"{_limit(soft)} allowed, {_limit(hard)} at most"
-    todo = "ulimit -n 65536; for systemd LimitNOFILE=65536, for docker --ulimit nofile=65536"
-    if soft < FEW_FILES:
+    what = f"{_limit(hard)} allowed"
+    if soft < hard:
+        what += f"; {_limit(soft)} in this shell, beyond which `semid serve` goes by itself"
+    todo = "ulimit -Hn 65536; for systemd LimitNOFILE=65536, for docker --ulimit nofile=65536"
+    if hard < FEW_FILES:
         return fail("open files", what, todo)
-    if soft < ENOUGH_FILES:
+    if hard < ENOUGH_FILES:
         return warn("open files", f"{what}: each connection takes one", todo)
     return ok("open files", what)
 

@@ -8,6 +8,7 @@ import semid_server.cli.quiet_threads  # noqa: F401 - before whatever imports to
 # isort: split
 import logging
 import os
+import resource
 import sys
 import tomllib
 from dataclasses import replace
@@ -499,3 +500,17 @@ def _prepare(*, keep_buffers: bool, log_level: str, log_format: str) -> None:
     logs.configure(level=log_level, as_json=log_format == "json")
     if keep_buffers:
         keep_large_buffers()
+    _take_all_open_files()
+
+
+def _take_all_open_files() -> None:
+    """Raise the soft limit on open files to the hard one: every connection takes one.
+
+    The soft limit, often 1,024, is for programs that call `select`, which knows no more. Nothing
+    here does; and a caller beyond it would wait in vain, with no word of it in any log.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        logger.warning("open files: %d of %d allowed: %s", soft, hard, error)
