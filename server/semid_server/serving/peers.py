@@ -14,6 +14,8 @@ from semid_server.errors import OverloadedError
 from semid_server.serving.tokens import bearer_token, hashed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import grpc.aio
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -48,6 +50,45 @@ def caller_of(context: Context, *, certificates: bool, tokens: bool) -> str:
         if (token := bearer_token(sent)) is not None:
             return f"token {hashed(token)[:12]}"
     return context.peer().rpartition(":")[0]
+
+
+class Untaken:
+    """Answers of one stream that its caller has not taken yet, in their order.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes of them; one alone may be of any size.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._nbytes = 0
+        self._answers: deque[tuple[int, Callable[[], None]]] = deque()
+        self._taken = asyncio.Event()
+
+    async def room(self, nbytes: int) -> None:
+        """Wait until there is room for one more."""
+        while self._answers and self._nbytes + nbytes > self._limit:
+            self._taken.clear()
+            await self._taken.wait()
+
+    def add(self, nbytes: int, let_go: Callable[[], None]) -> None:
+        """Keep one; ``let_go`` is called when it has been taken."""
+        self._answers.append((nbytes, let_go))
+        self._nbytes += nbytes
+
+    def take(self) -> None:
+        """Let go of the first."""
+        nbytes, let_go = self._answers.popleft()
+        self._nbytes -= nbytes
+        let_go()
+        self._taken.set()
+
+    def take_all(self) -> None:
+        """Let go of all."""
+        while self._answers:
+            self.take()
 
 
 class PeerBytes:

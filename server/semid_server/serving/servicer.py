@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -23,7 +22,7 @@ from semid_server.errors import (
 )
 from semid_server.serving import wire
 from semid_server.serving.catalogue import Catalogue, PinnedCatalogue
-from semid_server.serving.peers import PeerBytes, caller_of
+from semid_server.serving.peers import PeerBytes, Untaken, caller_of
 from semid_server.serving.received import ReceivedEncode, encode_reader, encode_stream_reader
 from semid_server.serving.shared_memory import Bounds, SharedMemory, SharedRows
 from semid_server.serving.types import DecodeKey, EncodeKey, Payload, ServedModel, WorkKey
@@ -45,6 +44,10 @@ Response = TypeVar("Response")
 STREAM_WINDOW = 8
 """Messages of one stream that may be in work at once: enough to keep a batch filling behind the
 one that runs; the rest stays with the sender."""
+
+STREAMS_SHARE = 4
+"""What answers of one stream that wait to be taken may be, as a part of all that their caller may
+have in work: its reciprocal."""
 
 
 class _Asked(NamedTuple):
@@ -159,10 +162,13 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         """Decode, message by message, in order."""
         pinned = PinnedCatalogue(self._catalogue)
         caller, deadline = self._caller(context), self._deadline(context)
-        untaken: deque[Callable[[], None]] = deque()
+        # A part of what its caller may have in work: one stream that nobody reads must not hold up
+        # the others of its caller.
+        untaken = Untaken(self._config.max_peer_bytes // STREAMS_SHARE)
 
         async def admit(message: pb.DecodeStreamRequest) -> asyncio.Future[bytes]:
             asked = await self._read_decode(message.request, pinned)
+            await untaken.room(asked.nbytes)
             admitted = await self._admit_when_room(asked, caller, deadline, untaken)
             return self._written(asked, admitted)
 
@@ -171,10 +177,9 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
             async with aclosing(self._stream(request_iterator, admit)) as responses:
                 async for response in responses:
                     yield wire.in_stream(response)
-                    untaken.popleft()()
+                    untaken.take()
         finally:
-            while untaken:
-                untaken.popleft()()
+            untaken.take_all()
 
     async def ShareMemory(
         self, request: pb.ShareMemoryRequest, context: Context
@@ -326,7 +331,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         asked: _Asked,
         caller: str,
         deadline: float | None,
-        untaken: deque[Callable[[], None]] | None = None,
+        untaken: Untaken | None = None,
     ) -> asyncio.Future[npt.NDArray[Any]]:
         """Admit a request of a stream once there is room for it.
 
@@ -353,7 +358,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         if untaken is None:
             future.add_done_callback(let_go)
         else:
-            untaken.append(let_go)
+            untaken.add(nbytes, let_go)
         return future
 
     def _let_go(self, payload: Payload, caller: str, nbytes: int) -> Callable[..., None]:

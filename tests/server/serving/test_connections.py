@@ -280,6 +280,29 @@ async def test_who_leaves_a_decode_stream_without_reading_it_holds_nothing(toy):
     assert peers.of(CALLER) == 0
 
 
+async def test_a_decode_stream_that_nobody_reads_holds_up_no_other_of_its_caller(
+    serve_runner, toy_runner
+):
+    toy = await serve_runner(toy_runner, max_peer_bytes=40 * ANSWER_BYTES)
+
+    async def messages(rows):
+        for _ in range(20):
+            yield pb.DecodeStreamRequest(request=decode_request(rows))
+
+    peers = toy.servicer._peers
+    unread = toy.servicer.DecodeStream(messages(5), Call())
+    await anext(unread)
+    while peers.of(CALLER) < 10 * ANSWER_BYTES:  # a quarter, and no more: see below
+        await asyncio.sleep(0)
+    # Nor does one whose messages are larger than that hold itself up.
+    for rows in (3, 15):
+        read = [answer async for answer in toy.servicer.DecodeStream(messages(rows), Call())]
+        assert len(read) == 20
+        assert peers.of(CALLER) == 10 * ANSWER_BYTES
+    assert len([answer async for answer in unread]) == 19
+    assert peers.of(CALLER) == 0
+
+
 async def test_an_answer_to_encode_is_counted_no_longer_than_it_takes(either_way):
     toy = either_way
     answer = await toy.stub.Encode(request_of(5))
