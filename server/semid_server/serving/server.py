@@ -34,6 +34,7 @@ from semid_server.serving.backend import Backend, Device
 from semid_server.serving.batcher import AMONG_LARGE, Batcher, BatchLimits
 from semid_server.serving.calls import Calls
 from semid_server.serving.catalogue import Catalogue
+from semid_server.serving.health import Health
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.servicer import SemanticIdServicer, add_to_server
 from semid_server.serving.shared_memory import Bounds, SharedMemory
@@ -58,7 +59,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 # Its asyncio half is public, but unknown to the type stubs.
-HealthServicer: Any = health.aio.HealthServicer  # type: ignore[attr-defined]
 ReflectionServicer: Any = reflection.aio.ReflectionServicer  # type: ignore[attr-defined]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["SemanticIdService"].full_name
@@ -210,14 +210,14 @@ class Server:
             on_received=self._metrics.received,
             on_refused=self._metrics.refused,
         )
-        health_servicer = HealthServicer()
+        health_servicer = Health(("", SERVICE))
         server, address = await self._open_grpc(servicer, health_servicer)
         admin = await self._open_admin(health_servicer)
         await server.start()
         with self._watchdog():  # of the drain too: what hangs there keeps the process for ever
             try:
                 if await self._load():
-                    await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
+                    health_servicer.set(health_pb2.HealthCheckResponse.SERVING)
                     self._metrics.serving.set(1)
                     names = ", ".join(model.name for model in self._catalogue.models)
                     self._announce(f"serving {names} on {address}")
@@ -225,7 +225,7 @@ class Server:
                     logger.info("draining, for at most %g s", self._config.grace)
             finally:
                 self._metrics.serving.set(0)
-                await health_servicer.enter_graceful_shutdown()
+                health_servicer.set(health_pb2.HealthCheckResponse.NOT_SERVING)
                 await self._drain(server, servicer)
                 if admin is not None:
                     await admin.stop(None)
@@ -415,7 +415,7 @@ class Server:
         self.unfinished |= self._batcher.running is not None
 
     async def _open_grpc(
-        self, servicer: SemanticIdServicer, health_servicer: Any
+        self, servicer: SemanticIdServicer, health_servicer: Health
     ) -> tuple[grpc.aio.Server, str]:
         methods = pb.DESCRIPTOR.services_by_name["SemanticIdService"].methods
         tokens = None
@@ -445,8 +445,6 @@ class Server:
             kind = CALL_KINDS[method.client_streaming, method.server_streaming]
             self._metrics.expect_method((kind, SERVICE, method.name), EXPECTED_CODES)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, _Unregistered(server))
-        # As constructed, the servicer calls the server healthy: it is not until it has a model.
-        await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
         if self._config.reflection and self._config.admin_port is None:
             _enable_reflection(server)
         address = service_address(self._config)
@@ -460,7 +458,7 @@ class Server:
             raise address.refused("gRPC could not bind it") from error
         return server, f"{bracketed(address.host)}:{port}"
 
-    async def _open_admin(self, health_servicer: Any) -> grpc.aio.Server | None:
+    async def _open_admin(self, health_servicer: Health) -> grpc.aio.Server | None:
         """Start to serve health and reflection at an address of their own, if there is one.
 
         Without encryption, tokens and limits, for who runs the service: a probe knows no
@@ -659,8 +657,3 @@ class _Unregistered:
 
     def add_registered_method_handlers(self, service: str, handlers: object) -> None:
         """Leave it at the generic handlers, which are the same."""
-
-
-async def _set_health(servicer: Any, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-    for name in ("", SERVICE):
-        await servicer.set(name, status)

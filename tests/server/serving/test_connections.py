@@ -24,9 +24,12 @@ from semid_server.serving import batcher
 from semid_server.serving.servicer import STREAM_WINDOW
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-HEADERS, SETTINGS, PING, GOAWAY = 1, 4, 6, 7
-ACK = 1
+DATA, HEADERS, SETTINGS, PING, GOAWAY = 0, 1, 4, 6, 7
+ACK = END_STREAM = 1
+END_HEADERS = 4
 MAX_CONCURRENT_STREAMS = 3
+INITIAL_WINDOW_SIZE = 4
+EMPTY_MESSAGE = bytes(5)
 ENHANCE_YOUR_CALM = 11
 
 
@@ -44,16 +47,33 @@ class Connection:
         self._reader, self._writer = reader, writer
 
     @classmethod
-    async def open(cls, address):
+    async def open(cls, address, settings=b""):
         host, _, port = address.rpartition(":")
         made = cls(*await asyncio.open_connection(host, int(port)))
         made._writer.write(PREFACE)
-        made.send(SETTINGS)
+        made.send(SETTINGS, settings)
         return made
 
-    def send(self, kind, body=b"", *, flags=0):
-        header = struct.pack(">I", len(body))[1:] + bytes([kind, flags]) + bytes(4)
-        self._writer.write(header + body)
+    def send(self, kind, body=b"", *, flags=0, stream=0):
+        header = struct.pack(">I", len(body))[1:] + bytes([kind, flags])
+        self._writer.write(header + struct.pack(">I", stream) + body)
+
+    def call(self, path, *, stream=1):
+        """Begin a call, whose message is sent by `send`."""
+        fields = [
+            (b":method", b"POST"),
+            (b":scheme", b"http"),
+            (b":path", path),
+            (b":authority", b"x"),
+            (b"content-type", b"application/grpc"),
+            (b"te", b"trailers"),
+        ]
+        # Names and values as they are: https://www.rfc-editor.org/rfc/rfc7541#section-6.2.2.
+        body = b"".join(
+            b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+            for name, value in fields
+        )
+        self.send(HEADERS, body, flags=END_HEADERS, stream=stream)
 
     async def read(self):
         """Return the next frame, or None where the connection ends."""
@@ -91,8 +111,8 @@ def goaway_code(frame):
 async def connect():
     made = []
 
-    async def connect(address):
-        made.append(await Connection.open(address))
+    async def connect(address, settings=b""):
+        made.append(await Connection.open(address, settings))
         return made[-1]
 
     yield connect
@@ -363,3 +383,25 @@ async def test_who_watches_the_health_takes_no_place_of_a_call(run_server, ready
         assert (await stub.GetModel(pb.GetModelRequest())).model.name == "toy"
         for watch in watches:
             watch.cancel()
+
+
+async def test_who_watches_the_health_and_takes_nothing_holds_up_neither_others_nor_the_drain(
+    run_server, ready, connect
+):
+    server = run_server(ready)
+    address = await server.address()
+    peer = await connect(address, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0))
+    for stream in (1, 3, 5):
+        peer.call(b"/grpc.health.v1.Health/Watch", stream=stream)
+        peer.send(DATA, EMPTY_MESSAGE, flags=END_STREAM, stream=stream)
+    # It goes on to answer pings and settings: its connection is a good one.
+    reading = asyncio.ensure_future(peer.end())
+    async with asyncio.timeout(20), grpc.aio.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for _ in range(3):
+            watch = health.Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        server.server.request_stop()
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await server.task
+    await reading

@@ -63,6 +63,22 @@ async def test_health_is_serving_only_once_the_model_is_loaded(
         assert await check_health(channel, service) == SERVING
 
 
+async def test_health_of_every_service_can_be_listed_and_of_no_other_is_any_known(
+    run_server, backend, connect
+):
+    backend.may_load.set()
+    channel = await connect(await run_server(backend).address())
+    health = health_pb2_grpc.HealthStub(channel)
+    listed = (await health.List(health_pb2.HealthListRequest())).statuses
+    assert {name: one.status for name, one in listed.items()} == {"": SERVING, SERVICE: SERVING}
+    request = health_pb2.HealthCheckRequest(service="semid.v2.Other")
+    with pytest.raises(grpc.aio.AioRpcError, match=r"no service 'semid\.v2\.Other' is known here"):
+        await health.Check(request)
+    watch = health.Watch(request)
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    watch.cancel()
+
+
 async def test_a_checkpoint_that_cannot_be_loaded_ends_the_server_with_its_error(
     run_server, backend
 ):
