@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
@@ -24,6 +25,7 @@ from semid.v1 import semid_pb2 as pb
 from semid_server.encoding.rows import default_threads
 from semid_server.errors import ConfigurationError, DeviceLostError, SemidError
 from semid_server.serving.addresses import (
+    Address,
     admin_address,
     bracketed,
     check_address,
@@ -35,10 +37,11 @@ from semid_server.serving.batcher import AMONG_LARGE, Batcher, BatchLimits
 from semid_server.serving.calls import Calls
 from semid_server.serving.catalogue import Catalogue
 from semid_server.serving.health import Health
+from semid_server.serving.listener import Listener
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.servicer import SemanticIdServicer, add_to_server
 from semid_server.serving.shared_memory import Bounds, SharedMemory
-from semid_server.serving.tls import Certificates
+from semid_server.serving.tls import Certificates, TlsFiles
 from semid_server.serving.tokens import TokenFile
 from semid_server.serving.watchdog import Watchdog
 
@@ -211,24 +214,31 @@ class Server:
             on_refused=self._metrics.refused,
         )
         health_servicer = Health(("", SERVICE))
-        server, address = await self._open_grpc(servicer, health_servicer)
-        admin = await self._open_admin(health_servicer)
-        await server.start()
+        self._calls = self._make_calls()
+        service = Listener(partial(self._open_service, servicer, health_servicer))
+        listeners = [service]
+        if (admin_at := admin_address(self._config)) is not None:
+            admin = Listener(partial(self._open_admin, health_servicer))
+            listeners.append(admin)
+            await admin.start()
+            self._announce(f"admin on {bracketed(admin_at.host)}:{admin.port}")
+        await service.start()
         with self._watchdog():  # of the drain too: what hangs there keeps the process for ever
             try:
                 if await self._load():
                     health_servicer.set(health_pb2.HealthCheckResponse.SERVING)
                     self._metrics.serving.set(1)
                     names = ", ".join(model.name for model in self._catalogue.models)
-                    self._announce(f"serving {names} on {address}")
-                    await self._serve_until_stopped()
+                    where = f"{bracketed(service_address(self._config).host)}:{service.port}"
+                    self._announce(f"serving {names} on {where}")
+                    await self._serve_until_stopped(listeners)
                     logger.info("draining, for at most %g s", self._config.grace)
             finally:
                 self._metrics.serving.set(0)
                 health_servicer.set(health_pb2.HealthCheckResponse.NOT_SERVING)
-                await self._drain(server, servicer)
-                if admin is not None:
-                    await admin.stop(None)
+                await self._drain(service, servicer)
+                for listener in listeners[1:]:
+                    await listener.stop(None)
 
     async def _load(self) -> bool:
         """Load and warm up the models; False if told to stop before that was done."""
@@ -279,7 +289,7 @@ class Server:
             backend.served, proved_rows=backend.proved_rows, drift=backend.drift
         )
 
-    async def _serve_until_stopped(self) -> None:
+    async def _serve_until_stopped(self, listeners: list[Listener]) -> None:
         """Wait for the end; meanwhile load new versions when told to, or when files change."""
         models = [
             _Model(replace(source, name=name), read)
@@ -292,13 +302,17 @@ class Server:
             watchers += [asyncio.create_task(self._reload_on_change(model)) for model in models]
         stopping = asyncio.create_task(self._stop.wait())
         lost = asyncio.create_task(self._batcher.lost())
+        closed = [asyncio.create_task(listener.lost()) for listener in listeners]
         try:
-            await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({stopping, lost, *closed}, return_when=asyncio.FIRST_COMPLETED)
+            # A supervisor starts another process; this one has nothing left to serve with, or at.
             if lost.done():
-                # A supervisor starts another process; this one has nothing left to serve with.
                 raise lost.result()
+            for one in closed:
+                if one.done():
+                    await one
         finally:
-            for task in (*watchers, stopping, lost):
+            for task in (*watchers, stopping, lost, *closed):
                 task.cancel()
 
     def _watchdog(self) -> contextlib.AbstractContextManager[object]:
@@ -376,7 +390,7 @@ class Server:
         reading.add_done_callback(self._reading.discard)
         return asyncio.shield(reading)
 
-    async def _drain(self, server: grpc.aio.Server, servicer: SemanticIdServicer) -> None:
+    async def _drain(self, service: Listener, servicer: SemanticIdServicer) -> None:
         """Turn new calls away, finish those that began, and end by the grace period.
 
         Streams are read no further. What is still queued when the period ends is told so, rather
@@ -402,7 +416,7 @@ class Server:
         self._calls.hold()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._calls.quiet(QUIET), LAST_WORDS)
-        stopping = asyncio.ensure_future(server.stop(LAST_WORDS))
+        stopping = asyncio.ensure_future(service.stop(LAST_WORDS))
         await asyncio.sleep(QUIET)  # gRPC tells its peers meanwhile to send nothing more here
         self._calls.release()
         await stopping
@@ -414,22 +428,32 @@ class Server:
                 logger.warning("the grace period ended with a new version still being read")
         self.unfinished |= self._batcher.running is not None
 
-    async def _open_grpc(
-        self, servicer: SemanticIdServicer, health_servicer: Health
-    ) -> tuple[grpc.aio.Server, str]:
+    def _make_calls(self) -> Calls:
         methods = pb.DESCRIPTOR.services_by_name["SemanticIdService"].methods
         tokens = None
         if self._config.token_file is not None:
             tokens = TokenFile(
                 self._config.token_file, frozenset(method.name for method in methods)
             )
-        most = self._config.max_concurrent_rpcs
-        pending = min(most + OTHERS, MAX_PENDING)
-        trace = None if self._tracing is None else self._tracing.trace
-        self._calls = Calls(SERVICE, self._metrics, tokens, max_calls=most, trace=trace)
+        for method in methods:
+            kind = CALL_KINDS[method.client_streaming, method.server_streaming]
+            self._metrics.expect_method((kind, SERVICE, method.name), EXPECTED_CODES)
+        return Calls(
+            SERVICE,
+            self._metrics,
+            tokens,
+            max_calls=self._config.max_concurrent_rpcs,
+            trace=None if self._tracing is None else self._tracing.trace,
+        )
+
+    def _open_service(
+        self, servicer: SemanticIdServicer, health_servicer: Health, port: int | None
+    ) -> tuple[grpc.aio.Server, int]:
+        most = self._config.max_concurrent_rpcs + OTHERS
+        pending = min(most, MAX_PENDING)
         server = grpc.aio.server(
             # gRPC counts those of all services; `Calls` keeps the limit on its own.
-            maximum_concurrent_rpcs=most + OTHERS,
+            maximum_concurrent_rpcs=most,
             options=(
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
                 ("grpc.max_send_message_length", self._config.max_message_bytes),
@@ -441,43 +465,24 @@ class Server:
             ),
         )
         add_to_server(servicer, server, self._calls)
-        for method in methods:
-            kind = CALL_KINDS[method.client_streaming, method.server_streaming]
-            self._metrics.expect_method((kind, SERVICE, method.name), EXPECTED_CODES)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, _Unregistered(server))
         if self._config.reflection and self._config.admin_port is None:
             _enable_reflection(server)
-        address = service_address(self._config)
-        try:
-            if self._config.tls is None:
-                port = server.add_insecure_port(str(address))
-            else:
-                credentials = Certificates(self._config.tls).credentials()
-                port = server.add_secure_port(str(address), credentials)
-        except RuntimeError as error:
-            raise address.refused("gRPC could not bind it") from error
-        return server, f"{bracketed(address.host)}:{port}"
+        return server, _bind(server, service_address(self._config), port, self._config.tls)
 
-    async def _open_admin(self, health_servicer: Health) -> grpc.aio.Server | None:
-        """Start to serve health and reflection at an address of their own, if there is one.
+    def _open_admin(self, health_servicer: Health, port: int | None) -> tuple[grpc.aio.Server, int]:
+        """Make what serves health and reflection at an address of their own.
 
         Without encryption, tokens and limits, for who runs the service: a probe knows no
         certificate, and must not be refused because callers are many.
         """
         address = admin_address(self._config)
-        if address is None:
-            return None
+        assert address is not None  # noqa: S101 - else nobody asks for it
         server = grpc.aio.server(options=self._connection_options())
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, _Unregistered(server))
         if self._config.reflection:
             _enable_reflection(server)
-        try:
-            port = server.add_insecure_port(str(address))
-        except RuntimeError as error:
-            raise address.refused("gRPC could not bind it") from error
-        await server.start()
-        self._announce(f"admin on {bracketed(address.host)}:{port}")
-        return server
+        return server, _bind(server, address, port)
 
     def _connection_options(self) -> list[tuple[str, int]]:
         options = [
@@ -643,6 +648,20 @@ def _enable_reflection(server: grpc.aio.Server) -> None:
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
         ReflectionServicer(names), _Unregistered(server)
     )
+
+
+def _bind(
+    server: grpc.aio.Server, address: Address, port: int | None, tls: TlsFiles | None = None
+) -> int:
+    """Have a server listen; return its port."""
+    if port is not None:
+        address = address._replace(port=port)
+    try:
+        if tls is None:
+            return server.add_insecure_port(str(address))
+        return server.add_secure_port(str(address), Certificates(tls).credentials())
+    except RuntimeError as error:
+        raise address.refused("gRPC could not bind it") from error
 
 
 class _Unregistered:

@@ -19,8 +19,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
-from semid_server.errors import InvalidInputError
+from semid_server.errors import ConfigurationError, InvalidInputError
 from semid_server.serving import batcher
+from semid_server.serving.listener import Listener
 from semid_server.serving.servicer import STREAM_WINDOW
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -405,3 +406,47 @@ async def test_who_watches_the_health_and_takes_nothing_holds_up_neither_others_
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         await server.task
     await reading
+
+
+@pytest.mark.parametrize("which", ["service", "admin"])
+async def test_a_call_that_grpc_cannot_read_ends_its_server_which_is_opened_again(
+    run_server, ready, connect, caplog, which
+):
+    server = run_server(ready, admin_port=0)
+    at = {"service": await server.address(), "admin": await server.line("admin on ")}
+    async with grpc.aio.insecure_channel(at[which]) as before:
+        request = health_pb2.HealthCheckRequest()
+        assert await health_pb2_grpc.HealthStub(before).Check(request)
+        for _ in range(2):
+            # No UTF-8. gRPC shuts the server, and says so to nobody but its log.
+            (peer := await connect(at[which])).call(b"/\xff")
+            async with asyncio.timeout(20):
+                await peer.end()
+                for address in at.values():
+                    async with grpc.aio.insecure_channel(address) as channel:
+                        check = health_pb2_grpc.HealthStub(channel).Check
+                        answer = await check(request, wait_for_ready=True)
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        assert await health_pb2_grpc.HealthStub(before).Check(request, wait_for_ready=True)
+    said = [record.getMessage() for record in caplog.records if "opened again" in record.message]
+    assert len(said) == 2
+    assert all(
+        at[which].rpartition(":")[2] in line and "UnicodeDecodeError" in line for line in said
+    )
+    server.server.request_stop()
+    await server.task
+
+
+async def test_a_port_that_cannot_be_had_again_ends_the_server_with_its_error(
+    run_server, ready, connect, monkeypatch
+):
+    server = run_server(ready)
+    address = await server.address()
+
+    async def taken(self):
+        raise ConfigurationError(f"{self.port} is taken")
+
+    monkeypatch.setattr(Listener, "_open_again", taken)
+    (await connect(address)).call(b"/\xff")
+    with pytest.raises(ConfigurationError, match=f"{address.rpartition(':')[2]} is taken"):
+        await server.task
