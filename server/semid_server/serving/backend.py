@@ -6,6 +6,7 @@ makes and warms up the first version of each model; a thread beside it does so w
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
@@ -107,6 +108,15 @@ class Buffer:
                 self._prepared.clear()
             prepared = self._prepared[count] = encoder.prepare(self.first(count))
         return prepared()
+
+
+def collect_garbage() -> None:
+    """Free what is left of versions that were replaced.
+
+    Not while graphs are recorded, which it would spoil. Blocks all of Python for milliseconds.
+    """
+    with RECORDING:
+        gc.collect()
 
 
 Buffers: TypeAlias = dict[EmbeddingType, Buffer]

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -32,7 +33,7 @@ from semid_server.serving.addresses import (
     open_metrics,
     service_address,
 )
-from semid_server.serving.backend import Backend, Device
+from semid_server.serving.backend import Backend, Device, collect_garbage
 from semid_server.serving.batcher import AMONG_LARGE, Batcher, BatchLimits
 from semid_server.serving.calls import Calls
 from semid_server.serving.catalogue import Catalogue
@@ -97,6 +98,10 @@ reflection. Each connection of a client keeps one that watches the health."""
 MAX_PENDING = (1 << 31) - 1
 """What gRPC takes as a number of calls."""
 
+COLLECT_AFTER, COLLECT_AFTER_AT_MOST = 1.0, 60.0
+"""Seconds after which it is seen to that a replaced version is freed: first, and while it is still
+needed."""
+
 QUIET = 0.05
 """Seconds without a call after which gRPC may stop."""
 
@@ -159,6 +164,9 @@ class Server:
         self._reload = asyncio.Event()
         self._stamps: list[Stamp] = []
         self._reading: set[asyncio.Future[Backend]] = set()
+        # Versions that were replaced and may still be needed, and what sees to it that they go.
+        self._replaced: list[weakref.ref[Backend]] = []
+        self._collecting: asyncio.Task[None] | None = None
         self.unfinished = False
         self._device: Device
         self._calls: Calls
@@ -314,6 +322,8 @@ class Server:
         finally:
             for task in (*watchers, stopping, lost, *closed):
                 task.cancel()
+            if self._collecting is not None:
+                self._collecting.cancel()
 
     def _watchdog(self) -> contextlib.AbstractContextManager[object]:
         if not self._config.max_stall:
@@ -374,6 +384,7 @@ class Server:
         finally:
             self._device.loading -= 1
         self._show(backend)
+        self._let_go(before.backend)
         self._metrics.reloads.labels(source.name, "ok").inc()
         logger.info(
             "%s: new version loaded from %s, fingerprint %s (before: %s)",
@@ -382,6 +393,27 @@ class Server:
             backend.served.fingerprint,
             before.fingerprint,
         )
+
+    def _let_go(self, replaced: Backend) -> None:
+        """Have the memory of a replaced version given back once nothing needs it any more.
+
+        It is part of cycles, and Python, which weighs them against all that torch keeps, would
+        leave dozens of them.
+        """
+        self._replaced.append(weakref.ref(replaced))
+        if self._collecting is None or self._collecting.done():
+            self._collecting = asyncio.create_task(self._collect())
+
+    async def _collect(self) -> None:
+        pause = COLLECT_AFTER
+        while count := len(self._replaced):
+            await asyncio.sleep(pause)
+            # In a thread: a version that is loaded may have to be waited for.
+            await _in_daemon(collect_garbage)
+            self._replaced = [version for version in self._replaced if version() is not None]
+            # A stream may need one for hours.
+            freed = len(self._replaced) < count
+            pause = COLLECT_AFTER if freed else min(2 * pause, COLLECT_AFTER_AT_MOST)
 
     def _begin_to_read(self, source: ModelSource) -> asyncio.Future[Backend]:
         """Return the future of a new version; the drain waits for it though nobody else does."""
