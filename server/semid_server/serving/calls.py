@@ -322,6 +322,17 @@ def _shutting_down() -> NotServingError:
     return NotServingError("the server is shutting down; try again, elsewhere if you can")
 
 
+def _forget_origin(error: BaseException) -> None:
+    """Let go of where an error comes from: those frames hold the request, megabytes perhaps.
+
+    Else they would until the caller has been told, and many may be told at one time.
+    """
+    told: BaseException | None = error
+    while told is not None:
+        told.__traceback__ = None
+        told = told.__cause__ or told.__context__
+
+
 def _never() -> None:
     """Refuse nothing."""
 
@@ -393,7 +404,9 @@ class _Call:
     async def fail(self, error: Exception) -> NoReturn:
         """End the call with the status of ``error``."""
         if isinstance(error, SemidError):
-            await self.end(status_of(error))
+            status = status_of(error)
+            _forget_origin(error)
+            await self.end(status)
         logger.error("%s failed", self._method, exc_info=error)
         await self._abort(grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE, self._told)
 
