@@ -12,13 +12,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from google.protobuf.message import DecodeError
+
 from semid.v1 import semid_pb2 as pb
+from semid_server.errors import InvalidInputError, MessageTooLargeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MOST_FIELDS: Final = 16
 """Fields before the tensor's bytes, at any level: a message of more is not worth the walk."""
+
+MAX_UNCOUNTED: Final = 1 << 16
+"""Bytes that protobuf may parse whatever is in them."""
+
+MAX_SHAPE: Final = 256
+"""Bytes of the shape of a tensor in a message that is longer than that."""
 
 MAX_HEAD: Final = 512
 """Bytes of a head that is remembered: names and fingerprints are short."""
@@ -27,6 +36,7 @@ MAX_HEADS: Final = 512
 """Heads that are remembered, one for each length of a message; the oldest makes room."""
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_SHAPE = 2  # in a Tensor, and in a SharedTensor
 
 
 class Head:
@@ -70,21 +80,31 @@ class EncodeReader:
         Number of the field, at each level, that leads to the tensor's bytes.
     parse : callable
         Given a serialised message, returns the request in it.
+    check : callable
+        Given a serialised message, raises if it is not worth parsing.
     """
 
-    def __init__(self, path: tuple[int, ...], parse: Callable[[bytes], pb.EncodeRequest]) -> None:
-        self._path, self._parse = path, parse
+    def __init__(
+        self,
+        path: tuple[int, ...],
+        parse: Callable[[bytes], pb.EncodeRequest],
+        check: Callable[[bytes], None],
+    ) -> None:
+        self._path, self._parse, self._check = path, parse, check
         self._heads: dict[int, tuple[bytes, Head]] = {}
 
     def __call__(self, message: bytes) -> ReceivedEncode:
-        """Read a message; `DecodeError` if it is none."""
+        """Read a message; `DecodeError` if it is none, or what ``check`` raises."""
         known = self._heads.get(len(message))
         if known is not None and message.startswith(known[0]):
             return ReceivedEncode(known[1], memoryview(message)[len(known[0]) :])
         cut = cut_out(message, self._path)
         if cut is None:
+            self._check(message)
             return ReceivedEncode(Head(self._parse(message)), None)
         rest, data = cut
+        if len(rest) > MAX_UNCOUNTED:
+            self._check(message)
         head = Head(self._parse(rest))
         begin = len(message) - len(data)
         if begin <= MAX_HEAD:
@@ -94,16 +114,160 @@ class EncodeReader:
         return ReceivedEncode(head, data)
 
 
-def encode_reader() -> EncodeReader:
+class Counted:
+    """Refuses a message of very many parts before protobuf makes an object of each.
+
+    2 bytes of an empty row become 32, and nothing else of this process runs meanwhile. What is
+    short is left to protobuf.
+
+    Parameters
+    ----------
+    rows : int
+        Number of the field of the request that has rows.
+    tensors : tuple of int
+        Numbers of those that have a tensor.
+    max_rows : int
+        Rows of a request, at most.
+    in_stream : bool
+        Whether the request is the first field of the message.
+    """
+
+    def __init__(
+        self, *, rows: int, tensors: tuple[int, ...], max_rows: int, in_stream: bool
+    ) -> None:
+        self._rows, self._tensors, self._max_rows = rows, tensors, max_rows
+        self._in_stream = in_stream
+
+    def __call__(self, message: bytes) -> None:
+        """Raise if the message has more parts than any request.
+
+        Raises
+        ------
+        DecodeError
+            It is none.
+        InvalidInputError
+            It has too many fields, or a shape too long.
+        MessageTooLargeError
+            It has too many rows.
+        """
+        if len(message) <= MAX_UNCOUNTED:
+            return
+        parts = [(0, len(message))]
+        try:
+            if self._in_stream:
+                parts = [part for number, part in _fields(message, parts) if number == 1]
+            inside = _fields(message, parts)
+            tensors = [part for number, part in inside if number in self._tensors]
+            for number, (start, end) in _fields(message, tensors):
+                if number == _SHAPE and end - start > MAX_SHAPE:
+                    raise InvalidInputError.at(
+                        "tensor.shape", f"{end - start} bytes; a shape has two numbers"
+                    )
+            self._count_rows(message, [part for number, part in inside if number == self._rows])
+        except IndexError as error:
+            raise DecodeError("it ends within a number, or has a field of no type") from error
+
+    def _count_rows(self, message: bytes, parts: list[tuple[int, int]]) -> None:
+        left = self._max_rows
+        for start, end in parts:
+            # As a rule all are as long. Only looked at once: it takes a look at all that is left.
+            alike, position = _alike(message, start, end)
+            left -= alike
+            while position < end and left >= 0:
+                key, position = _read_varint(message, position)
+                _, position = _skip(message, position, key & 7)
+                left -= 1
+        if left < 0:
+            raise MessageTooLargeError(
+                f"more than {self._max_rows} rows in one request; this server takes no more "
+                "(--max-batch-rows): send them in several"
+            )
+
+
+def _fields(message: bytes, parts: list[tuple[int, int]]) -> list[tuple[int, tuple[int, int]]]:
+    """Return the fields of parts of a message that have a length: number, begin and end."""
+    found: list[tuple[int, tuple[int, int]]] = []
+    count = 0
+    for start, end in parts:
+        position = start
+        while position < end:
+            if (count := count + 1) > _MOST_FIELDS:
+                raise InvalidInputError(
+                    f"the message cannot be read: more than {_MOST_FIELDS} fields at one level"
+                )
+            key, position = _read_varint(message, position)
+            body, after = _skip(message, position, key & 7)
+            if key & 7 == _LENGTH:
+                found.append((key >> 3, (body, min(after, end))))
+            position = after
+    return found
+
+
+def _alike(message: bytes, start: int, end: int) -> tuple[int, int]:
+    """Return how many fields there are, and where they end, if all begin as the first does.
+
+    Else none, and where they begin.
+    """
+    if start == end:
+        return 0, start
+    key, body = _read_varint(message, start)
+    body, after = _skip(message, body, key & 7)
+    stride = after - start
+    count, rest = divmod(end - start, stride)
+    heads = range(start, body)
+    if not rest and all(message[at:end:stride].count(message[at]) == count for at in heads):
+        return count, end
+    return 0, start
+
+
+def _skip(message: bytes, position: int, wire_type: int) -> tuple[int, int]:
+    """Return where the contents of a field begin, and where they end."""
+    if wire_type == _VARINT:
+        return position, _read_varint(message, position)[1]
+    if wire_type == _LENGTH:
+        length, position = _read_varint(message, position)
+        return position, position + length
+    size = {_FIXED64: 8, _FIXED32: 4}.get(wire_type)
+    if size is None:
+        raise IndexError  # a group, which nothing writes any more, or none
+    return position, position + size
+
+
+def encode_reader(max_rows: int) -> EncodeReader:
     """Return what reads an EncodeRequest."""
-    return EncodeReader((3, 3), pb.EncodeRequest.FromString)
+    check = Counted(rows=4, tensors=(3, 5), max_rows=max_rows, in_stream=False)
+    return EncodeReader((3, 3), pb.EncodeRequest.FromString, check)
 
 
-def encode_stream_reader() -> EncodeReader:
+def encode_stream_reader(max_rows: int) -> EncodeReader:
     """Return what reads an EncodeStreamRequest, as the request that it holds."""
     return EncodeReader(
-        (1, 3, 3), lambda message: pb.EncodeStreamRequest.FromString(message).request
+        (1, 3, 3),
+        lambda message: pb.EncodeStreamRequest.FromString(message).request,
+        Counted(rows=4, tensors=(3, 5), max_rows=max_rows, in_stream=True),
     )
+
+
+def decode_reader(max_rows: int) -> Callable[[bytes], pb.DecodeRequest]:
+    """Return what reads a DecodeRequest."""
+    check = Counted(rows=5, tensors=(4,), max_rows=max_rows, in_stream=False)
+
+    def read(message: bytes) -> pb.DecodeRequest:
+        check(message)
+        return pb.DecodeRequest.FromString(message)
+
+    return read
+
+
+def decode_stream_reader(max_rows: int) -> Callable[[bytes], pb.DecodeStreamRequest]:
+    """Return what reads a DecodeStreamRequest."""
+    check = Counted(rows=5, tensors=(4,), max_rows=max_rows, in_stream=True)
+
+    def read(message: bytes) -> pb.DecodeStreamRequest:
+        check(message)
+        return pb.DecodeStreamRequest.FromString(message)
+
+    return read
 
 
 def cut_out(message: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryview] | None:

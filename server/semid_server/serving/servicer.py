@@ -23,7 +23,13 @@ from semid_server.errors import (
 from semid_server.serving import wire
 from semid_server.serving.catalogue import Catalogue, PinnedCatalogue
 from semid_server.serving.peers import PeerBytes, Untaken, caller_of
-from semid_server.serving.received import ReceivedEncode, encode_reader, encode_stream_reader
+from semid_server.serving.received import (
+    ReceivedEncode,
+    decode_reader,
+    decode_stream_reader,
+    encode_reader,
+    encode_stream_reader,
+)
 from semid_server.serving.shared_memory import Bounds, SharedMemory, SharedRows
 from semid_server.serving.types import DecodeKey, EncodeKey, Payload, ServedModel, WorkKey
 
@@ -109,6 +115,11 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         self._tokens = config.token_file is not None
         self._draining = asyncio.Event()
         self._max_rows_of: dict[int, int] = {}
+
+    @property
+    def max_batch_rows(self) -> int:
+        """Rows that no request may exceed, whatever its model."""
+        return self._config.max_batch_rows
 
     def drain(self) -> None:
         """Read no further messages from streams; those admitted are still answered."""
@@ -493,17 +504,16 @@ def add_to_server(servicer: SemanticIdServicer, server: grpc.aio.Server, calls: 
     methods = _Methods()
     add: Any = pb_grpc.add_SemanticIdServiceServicer_to_server  # generated, not annotated
     add(servicer, methods)
+    rows = servicer.max_batch_rows
     # Their responses are written already.
     methods.handlers |= {
-        "Encode": grpc.unary_unary_rpc_method_handler(servicer.Encode, encode_reader(), bytes),
-        "Decode": grpc.unary_unary_rpc_method_handler(
-            servicer.Decode, pb.DecodeRequest.FromString, bytes
-        ),
+        "Encode": grpc.unary_unary_rpc_method_handler(servicer.Encode, encode_reader(rows), bytes),
+        "Decode": grpc.unary_unary_rpc_method_handler(servicer.Decode, decode_reader(rows), bytes),
         "EncodeStream": grpc.stream_stream_rpc_method_handler(
-            servicer.EncodeStream, encode_stream_reader(), bytes
+            servicer.EncodeStream, encode_stream_reader(rows), bytes
         ),
         "DecodeStream": grpc.stream_stream_rpc_method_handler(
-            servicer.DecodeStream, pb.DecodeStreamRequest.FromString, bytes
+            servicer.DecodeStream, decode_stream_reader(rows), bytes
         ),
     }
     calls.serve(methods.handlers, {"Encode": servicer.refusal, "Decode": servicer.refusal})

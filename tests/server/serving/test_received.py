@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from semid.v1 import semid_pb2 as pb
+from semid_server.errors import InvalidInputError, MessageTooLargeError
 from semid_server.serving.received import (
     MAX_HEADS,
+    MAX_UNCOUNTED,
     cut_out,
+    decode_reader,
+    decode_stream_reader,
     encode_reader,
     encode_stream_reader,
+    varint,
 )
 
 LARGE = bytes(range(256)) * 64
+MAX_ROWS = 1000
 
 
 def read_encode_request(message):
-    return encode_reader()(message)
+    return encode_reader(MAX_ROWS)(message)
 
 
 def read_encode_stream_request(message):
-    return encode_stream_reader()(message)
+    return encode_stream_reader(MAX_ROWS)(message)
 
 
 def tensor_of(data, shape=(4, 1024)):
@@ -103,14 +110,14 @@ REQUESTS = st.builds(
 
 @given(st.lists(REQUESTS, max_size=20), st.booleans())
 def test_what_was_read_before_changes_nothing(requests, streamed):
-    read = encode_stream_reader() if streamed else encode_reader()
+    read = encode_stream_reader(MAX_ROWS) if streamed else encode_reader(MAX_ROWS)
     for request in requests:
         message = pb.EncodeStreamRequest(request=request) if streamed else request
         assert put_together(read(message.SerializeToString())) == request
 
 
 def test_messages_that_begin_alike_are_parsed_once():
-    read = encode_reader()
+    read = encode_reader(MAX_ROWS)
     first, second = (
         pb.EncodeRequest(model="m", tensor=tensor_of(data)).SerializeToString()
         for data in (LARGE, LARGE[::-1])
@@ -120,7 +127,7 @@ def test_messages_that_begin_alike_are_parsed_once():
 
 
 def test_a_length_is_forgotten_when_very_many_others_have_come():
-    read = encode_reader()
+    read = encode_reader(MAX_ROWS)
     messages = [
         pb.EncodeRequest(tensor=tensor_of(bytes(size))).SerializeToString()
         for size in range(1, MAX_HEADS + 2)
@@ -131,3 +138,77 @@ def test_a_length_is_forgotten_when_very_many_others_have_come():
     assert read(messages[0]).head is first
     read(messages[-1])
     assert read(messages[0]).head is not first
+
+
+# -- what protobuf need not parse ------------------------------------------------------------------
+
+READERS = {
+    "Encode": (encode_reader, pb.EncodeRequest, None),
+    "EncodeStream": (encode_stream_reader, pb.EncodeRequest, pb.EncodeStreamRequest),
+    "Decode": (decode_reader, pb.DecodeRequest, None),
+    "DecodeStream": (decode_stream_reader, pb.DecodeRequest, pb.DecodeStreamRequest),
+}
+
+
+def with_length(number, body):
+    return varint(number << 3 | 2) + varint(len(body)) + body
+
+
+@pytest.fixture(params=READERS)
+def method(request):
+    """A reader, the fields of its request that have rows and a tensor, and what wraps a request."""
+    make, kind, stream = READERS[request.param]
+    fields = kind.DESCRIPTOR.fields_by_name
+    wrap = (lambda body: body) if stream is None else (lambda body: with_length(1, body))
+    return make(MAX_ROWS), fields["rows"].number, fields["tensor"].number, wrap
+
+
+def test_a_long_message_of_as_many_rows_as_may_be_is_read(method):
+    read, rows, _, wrap = method
+    row = with_length(1, with_length(1, bytes(400)))
+    message = wrap(with_length(1, b"model") + with_length(rows, row * MAX_ROWS))
+    assert len(message) > MAX_UNCOUNTED
+    read(message)
+
+
+@pytest.mark.parametrize("many", [MAX_ROWS + 1, MAX_UNCOUNTED], ids=["long", "empty"])
+@pytest.mark.parametrize("before", [b"", b"\x08\xff\xff\x7f"], ids=["", "a number"])
+def test_more_rows_than_any_request_may_have_are_not_parsed(method, many, before):
+    read, rows, _, wrap = method
+    row = with_length(1, bytes(400) if many == MAX_ROWS + 1 else b"")
+    message = wrap(with_length(rows, before + row * many))
+    with pytest.raises(MessageTooLargeError, match="more than 1000 rows in one request"):
+        read(message)
+
+
+def test_rows_in_several_fields_are_counted_together(method):
+    read, rows, _, wrap = method
+    # Some as long as one another, and some not.
+    one, other = (with_length(1, with_length(1, bytes(length))) for length in (400, 404))
+    some = with_length(rows, one * (MAX_ROWS // 4)) + with_length(
+        rows, (one + other) * (MAX_ROWS // 8)
+    )
+    read(wrap(some * 2))
+    with pytest.raises(MessageTooLargeError):
+        read(wrap(some * 3))
+
+
+def test_a_shape_of_very_many_numbers_is_not_parsed(method):
+    read, _, tensor, wrap = method
+    message = wrap(with_length(tensor, with_length(2, b"\x01" * MAX_UNCOUNTED)))
+    with pytest.raises(InvalidInputError, match=r"tensor\.shape: 65536 bytes"):
+        read(message)
+
+
+def test_very_many_fields_are_not_parsed(method):
+    read, _, tensor, wrap = method
+    for message in (b"\x78\x01" * MAX_UNCOUNTED, with_length(tensor, b"\x10\x01" * MAX_UNCOUNTED)):
+        with pytest.raises(InvalidInputError, match="more than 16 fields at one level"):
+            read(wrap(message))
+
+
+@pytest.mark.parametrize("end", [b"\xff" * 11, b"\x0b\x0c"], ids=["no number", "a group"])
+def test_what_is_no_message_is_told_as_if_protobuf_had(method, end):
+    read, _, _, wrap = method
+    with pytest.raises(DecodeError):
+        read(wrap(with_length(1, bytes(MAX_UNCOUNTED)) + end))
