@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import itertools
 import logging
@@ -162,6 +163,10 @@ def _bind(address: Address, *, shared: bool) -> socket.socket:
     return bound
 
 
+FULL_PAUSE: Final = 0.1
+"""Seconds until a scrape is accepted after all that could not be for want of open files."""
+
+
 class _MetricsServer(ThreadingMixIn, WSGIServer):
     """A thread for each scrape: a slow one holds up neither others nor the end of the process.
 
@@ -176,6 +181,18 @@ class _MetricsServer(ThreadingMixIn, WSGIServer):
         self._free = threading.Semaphore(MAX_SCRAPES)
         self._ends: dict[socket.socket, float] = {}
         super().__init__(*arguments)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; wait a moment if the process may open no more files.
+
+        The connection stays where it is, and would be found there again at once, for ever.
+        """
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(FULL_PAUSE)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, if there may be one more."""

@@ -7,6 +7,7 @@ its token, else the address it calls from, whatever the port. Callers behind one
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
@@ -143,11 +144,14 @@ class PeerBytes:
             self._count_in(caller, nbytes)
             return
         waiter = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(caller, deque()).append((waiter, nbytes))
+        waiting = self._waiting.setdefault(caller, deque())
+        waiting.append((waiter, nbytes))
         try:
             await waiter
         except asyncio.CancelledError:
             if waiter.cancelled():
+                with contextlib.suppress(ValueError):  # who made room may have found it first
+                    waiting.remove((waiter, nbytes))
                 self._count_in_waiting(caller)  # it may have been in the way of the next
             else:  # counted in and cancelled at once
                 self.give_back(caller, nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import time
 import urllib.error
@@ -63,3 +64,21 @@ def test_a_scraper_that_dribbles_is_shown_the_door(endpoint, monkeypatch):
                 time.sleep(0.05)
         assert time.monotonic() - began >= 1
     assert "asked_total 0.0" in scrape(endpoint)
+
+
+def test_a_scrape_for_which_no_file_can_be_opened_is_not_asked_for_without_a_pause(
+    endpoint, monkeypatch
+):
+    pauses = []
+    monkeypatch.setattr(addresses, "FULL_PAUSE", 0.01)
+    monkeypatch.setattr(addresses.time, "sleep", pauses.append)
+    accept = addresses.WSGIServer.get_request
+
+    def full(self):
+        if len(pauses) == 3:
+            return accept(self)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(addresses.WSGIServer, "get_request", full)
+    assert "asked_total 0.0" in scrape(endpoint)
+    assert pauses == [0.01] * 3

@@ -165,6 +165,21 @@ async def test_those_behind_one_who_leaves_take_the_room_that_there_is():
     assert peers.of("a") == 100
 
 
+async def test_of_those_who_leave_nothing_stays_behind_one_who_waits():
+    peers = PeerBytes(100)
+    peers.take("a", 60)
+    waiting = [asyncio.create_task(peers.take_when_room("a", 50)) for _ in range(100)]
+    await asyncio.sleep(0)
+    for task in waiting[1:]:
+        task.cancel()
+    await asyncio.wait(waiting[1:])
+    assert len(peers._waiting["a"]) == 1
+    peers.give_back("a", 60)
+    await waiting[0]
+    assert peers.of("a") == 50
+    assert not peers._waiting
+
+
 async def test_one_who_gives_up_waiting_does_not_block_the_next():
     peers = PeerBytes(100)
     peers.take("a", 100)
