@@ -472,7 +472,10 @@ def check_open_files(soft: float, hard: float) -> Finding:
     what = f"{_limit(hard)} allowed"
     if soft < hard:
         what += f"; {_limit(soft)} in this shell, beyond which `semid serve` goes by itself"
-    todo = "ulimit -Hn 65536; for systemd LimitNOFILE=65536, for docker --ulimit nofile=65536"
+    todo = (
+        "as root: ulimit -Hn 65536, or nofile in /etc/security/limits.conf; for systemd "
+        "LimitNOFILE=65536, for docker --ulimit nofile=65536"
+    )
     if hard < FEW_FILES:
         return fail("open files", what, todo)
     if hard < ENOUGH_FILES:

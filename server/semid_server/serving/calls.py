@@ -145,7 +145,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         self._draining = True
 
     def hold(self) -> None:
-        """Tell calls that come from now on nothing, until `release`."""
+        """Tell calls that come from now on, or were not told yet, nothing until `release`."""
         self._held = asyncio.Event()
 
     def release(self) -> None:
@@ -323,14 +323,20 @@ def _shutting_down() -> NotServingError:
 
 
 def _forget_origin(error: BaseException) -> None:
-    """Let go of where an error comes from: those frames hold the request, megabytes perhaps.
+    """Let go of where an error comes from: those frames hold what was made of the message.
 
-    Else they would until the caller has been told, and many may be told at one time.
+    That may be many times the message, and they would until the caller has been told; and many
+    may be told at one time.
     """
-    told: BaseException | None = error
-    while told is not None:
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        told = left.pop()
+        if told is None or id(told) in seen:
+            continue
+        seen.add(id(told))
         told.__traceback__ = None
-        told = told.__cause__ or told.__context__
+        left += [told.__cause__, told.__context__]
 
 
 def _never() -> None:

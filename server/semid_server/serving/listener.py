@@ -67,24 +67,29 @@ class Listener:
         """Do as `grpc.aio.Server.stop` does, for good."""
         self._keeping.cancel()
         await asyncio.wait({self._keeping})
+        if not self._keeping.cancelled():
+            logger.error("port %d: %s", self.port, self._keeping.exception())
         await self._server.stop(grace)
 
     async def _begin(self, server: grpc.aio.Server) -> None:
+        self._server = server  # first: it is this one that `stop` has to end from now on
         await server.start()
-        self._server = server
         # Not awaited itself: to be cancelled there would spoil what it waits for.
         self._ended = asyncio.ensure_future(server.wait_for_termination())
+        # Whoever does not ask why it ended knows.
+        self._ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     async def _keep(self) -> None:
         while True:
             await asyncio.wait({self._ended})
             logger.error(
                 "gRPC ended its server at port %d unasked, and with it the calls in progress (%r); "
-                "it is opened again",
+                "it is to be opened again",
                 self.port,
                 self._ended.exception(),
             )
             await self._open_again()
+            logger.info("port %d is open again", self.port)
 
     async def _open_again(self) -> None:
         loop = asyncio.get_running_loop()

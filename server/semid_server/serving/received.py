@@ -1,8 +1,9 @@
-"""Requests to Encode whose numbers stay where gRPC put them: in the bytes of the message.
+"""Messages read: requests to Encode whose numbers stay where gRPC put them, in the bytes of theirs.
 
 protobuf copies a bytes field when it parses a message, and once more whenever Python looks at it.
 A tensor's numbers are therefore cut off first, and what is left, a few bytes, is parsed. Anything
-that is not as every known client writes it is parsed whole, by protobuf.
+that is not as every known client writes it is parsed whole, by protobuf, unless it is long and of
+more parts than any request has.
 
 What is left, the *head*, is the same in almost all messages of a caller. A message that is as long
 as an earlier one and begins with the same head says the same, so that it is not parsed again.
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MOST_FIELDS: Final = 16
-"""Fields before the tensor's bytes, at any level: a message of more is not worth the walk."""
+"""Fields before the tensor's bytes, at any level: a message of more is not worth the walk, and a
+long one not worth parsing."""
 
 MAX_UNCOUNTED: Final = 1 << 16
 """Bytes that protobuf may parse whatever is in them."""
@@ -37,6 +39,9 @@ MAX_HEADS: Final = 512
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _SHAPE = 2  # in a Tensor, and in a SharedTensor
+_ROW = 1 << 3 | _LENGTH  # how a row begins, in FloatRows and in CodeRows
+_LEAST_ROW = 2  # bytes
+_LONG = 0x80  # the least length that takes more than a byte
 
 
 class Head:
@@ -150,7 +155,8 @@ class Counted:
         MessageTooLargeError
             It has too many rows.
         """
-        if len(message) <= MAX_UNCOUNTED:
+        # Nor has what is shorter than so many empty rows too many of them.
+        if len(message) <= max(MAX_UNCOUNTED, _LEAST_ROW * self._max_rows):
             return
         parts = [(0, len(message))]
         try:
@@ -161,7 +167,7 @@ class Counted:
             for number, (start, end) in _fields(message, tensors):
                 if number == _SHAPE and end - start > MAX_SHAPE:
                     raise InvalidInputError.at(
-                        "tensor.shape", f"{end - start} bytes; a shape has two numbers"
+                        "shape", f"{end - start} bytes of it; a shape has two numbers"
                     )
             self._count_rows(message, [part for number, part in inside if number == self._rows])
         except IndexError as error:
@@ -174,9 +180,13 @@ class Counted:
             alike, position = _alike(message, start, end)
             left -= alike
             while position < end and left >= 0:
-                key, position = _read_varint(message, position)
-                _, position = _skip(message, position, key & 7)
                 left -= 1
+                # As most short ones are: this is gone through row by row while all else waits.
+                if message[position] == _ROW and (length := message[position + 1]) < _LONG:
+                    position += 2 + length
+                else:
+                    key, position = _read_varint(message, position)
+                    _, position = _skip(message, position, key & 7)
         if left < 0:
             raise MessageTooLargeError(
                 f"more than {self._max_rows} rows in one request; this server takes no more "
@@ -204,13 +214,15 @@ def _fields(message: bytes, parts: list[tuple[int, int]]) -> list[tuple[int, tup
 
 
 def _alike(message: bytes, start: int, end: int) -> tuple[int, int]:
-    """Return how many fields there are, and where they end, if all begin as the first does.
+    """Return how many fields there are, and where they end, if all are as long as the first.
 
     Else none, and where they begin.
     """
     if start == end:
         return 0, start
     key, body = _read_varint(message, start)
+    if key & 7 != _LENGTH:  # of others, what they begin with does not say where they end
+        return 0, start
     body, after = _skip(message, body, key & 7)
     stride = after - start
     count, rest = divmod(end - start, stride)
@@ -234,13 +246,13 @@ def _skip(message: bytes, position: int, wire_type: int) -> tuple[int, int]:
 
 
 def encode_reader(max_rows: int) -> EncodeReader:
-    """Return what reads an EncodeRequest."""
+    """Return what reads an EncodeRequest, or raises as `Counted` does."""
     check = Counted(rows=4, tensors=(3, 5), max_rows=max_rows, in_stream=False)
     return EncodeReader((3, 3), pb.EncodeRequest.FromString, check)
 
 
 def encode_stream_reader(max_rows: int) -> EncodeReader:
-    """Return what reads an EncodeStreamRequest, as the request that it holds."""
+    """Return what reads an EncodeStreamRequest, as the request that it holds, or raises so."""
     return EncodeReader(
         (1, 3, 3),
         lambda message: pb.EncodeStreamRequest.FromString(message).request,
@@ -249,7 +261,7 @@ def encode_stream_reader(max_rows: int) -> EncodeReader:
 
 
 def decode_reader(max_rows: int) -> Callable[[bytes], pb.DecodeRequest]:
-    """Return what reads a DecodeRequest."""
+    """Return what reads a DecodeRequest, or raises as `Counted` does."""
     check = Counted(rows=5, tensors=(4,), max_rows=max_rows, in_stream=False)
 
     def read(message: bytes) -> pb.DecodeRequest:
@@ -260,7 +272,7 @@ def decode_reader(max_rows: int) -> Callable[[bytes], pb.DecodeRequest]:
 
 
 def decode_stream_reader(max_rows: int) -> Callable[[bytes], pb.DecodeStreamRequest]:
-    """Return what reads a DecodeStreamRequest."""
+    """Return what reads a DecodeStreamRequest, or raises as `Counted` does."""
     check = Counted(rows=5, tensors=(4,), max_rows=max_rows, in_stream=True)
 
     def read(message: bytes) -> pb.DecodeStreamRequest:

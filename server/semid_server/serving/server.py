@@ -166,10 +166,12 @@ class Server:
         self._reading: set[asyncio.Future[Backend]] = set()
         # Versions that were replaced and may still be needed, and what sees to it that they go.
         self._replaced: list[weakref.ref[Backend]] = []
+        self._one_more = asyncio.Event()
         self._collecting: asyncio.Task[None] | None = None
         self.unfinished = False
         self._device: Device
         self._calls: Calls
+        self._listeners: list[Listener]
 
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `request_stop`, then drain; SIGHUP reloads the models.
@@ -224,11 +226,11 @@ class Server:
         health_servicer = Health(("", SERVICE))
         self._calls = self._make_calls()
         service = Listener(partial(self._open_service, servicer, health_servicer))
-        listeners = [service]
+        self._listeners = [service]
         if (admin_at := admin_address(self._config)) is not None:
-            admin = Listener(partial(self._open_admin, health_servicer))
-            listeners.append(admin)
+            admin = Listener(partial(self._open_admin, health_servicer, admin_at))
             await admin.start()
+            self._listeners.append(admin)
             self._announce(f"admin on {bracketed(admin_at.host)}:{admin.port}")
         await service.start()
         with self._watchdog():  # of the drain too: what hangs there keeps the process for ever
@@ -239,13 +241,13 @@ class Server:
                     names = ", ".join(model.name for model in self._catalogue.models)
                     where = f"{bracketed(service_address(self._config).host)}:{service.port}"
                     self._announce(f"serving {names} on {where}")
-                    await self._serve_until_stopped(listeners)
+                    await self._serve_until_stopped()
                     logger.info("draining, for at most %g s", self._config.grace)
             finally:
                 self._metrics.serving.set(0)
                 health_servicer.set(health_pb2.HealthCheckResponse.NOT_SERVING)
                 await self._drain(service, servicer)
-                for listener in listeners[1:]:
+                for listener in self._listeners[1:]:
                     await listener.stop(None)
 
     async def _load(self) -> bool:
@@ -264,15 +266,19 @@ class Server:
 
         loading = asyncio.ensure_future(self._batcher.start(make_device))
         stopping = asyncio.ensure_future(self._stop.wait())
+        closed = asyncio.create_task(self._port_lost())
         try:
-            await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({loading, stopping, closed}, return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
                 self.unfinished = True
+                if closed.done():
+                    await closed
                 return False
             self._device = loading.result()
         finally:
             loading.cancel()
             stopping.cancel()
+            closed.cancel()
         names = [backend.served.name for backend in backends]
         if len(set(names)) < len(names):
             raise ConfigurationError(
@@ -297,7 +303,11 @@ class Server:
             backend.served, proved_rows=backend.proved_rows, drift=backend.drift
         )
 
-    async def _serve_until_stopped(self, listeners: list[Listener]) -> None:
+    async def _port_lost(self) -> None:
+        """Wait until a port cannot be kept open, and raise why."""
+        await asyncio.gather(*(listener.lost() for listener in self._listeners))
+
+    async def _serve_until_stopped(self) -> None:
         """Wait for the end; meanwhile load new versions when told to, or when files change."""
         models = [
             _Model(replace(source, name=name), read)
@@ -310,17 +320,16 @@ class Server:
             watchers += [asyncio.create_task(self._reload_on_change(model)) for model in models]
         stopping = asyncio.create_task(self._stop.wait())
         lost = asyncio.create_task(self._batcher.lost())
-        closed = [asyncio.create_task(listener.lost()) for listener in listeners]
+        closed = asyncio.create_task(self._port_lost())
         try:
-            await asyncio.wait({stopping, lost, *closed}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({stopping, lost, closed}, return_when=asyncio.FIRST_COMPLETED)
             # A supervisor starts another process; this one has nothing left to serve with, or at.
             if lost.done():
                 raise lost.result()
-            for one in closed:
-                if one.done():
-                    await one
+            if closed.done():
+                await closed
         finally:
-            for task in (*watchers, stopping, lost, *closed):
+            for task in (*watchers, stopping, lost, closed):
                 task.cancel()
             if self._collecting is not None:
                 self._collecting.cancel()
@@ -401,19 +410,29 @@ class Server:
         leave dozens of them.
         """
         self._replaced.append(weakref.ref(replaced))
+        self._one_more.set()
         if self._collecting is None or self._collecting.done():
             self._collecting = asyncio.create_task(self._collect())
 
     async def _collect(self) -> None:
-        pause = COLLECT_AFTER
-        while count := len(self._replaced):
-            await asyncio.sleep(pause)
+        pause = 0.0
+        while self._replaced:
+            # The one that is still needed, perhaps for hours by a stream, is not looked for so
+            # often; but the next one is, as soon as any.
+            if pause:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._one_more.wait(), pause)
+                    pause = 0.0
+            self._one_more.clear()
+            await asyncio.sleep(COLLECT_AFTER)
             # In a thread: a version that is loaded may have to be waited for.
             await _in_daemon(collect_garbage)
+            count = len(self._replaced)
             self._replaced = [version for version in self._replaced if version() is not None]
-            # A stream may need one for hours.
-            freed = len(self._replaced) < count
-            pause = COLLECT_AFTER if freed else min(2 * pause, COLLECT_AFTER_AT_MOST)
+            if len(self._replaced) < count:
+                pause = 0.0
+            else:
+                pause = min(2 * pause + COLLECT_AFTER, COLLECT_AFTER_AT_MOST)
 
     def _begin_to_read(self, source: ModelSource) -> asyncio.Future[Backend]:
         """Return the future of a new version; the drain waits for it though nobody else does."""
@@ -428,8 +447,8 @@ class Server:
         Streams are read no further. What is still queued when the period ends is told so, rather
         than cut off. Only then does gRPC stop, at a moment when no calls come: it would cancel
         those that it has received and not handed over yet, and wait for who watches the health.
-        For such a moment to come, those turned away last are told when gRPC has stopped: who is
-        told to try again does so here as long as it can.
+        For such a moment to come, those turned away last are told once gRPC has begun to stop: who
+        is told to try again does so here as long as it can.
 
         A new version that is being read has the rest of the period too.
         """
@@ -500,21 +519,21 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, _Unregistered(server))
         if self._config.reflection and self._config.admin_port is None:
             _enable_reflection(server)
-        return server, _bind(server, service_address(self._config), port, self._config.tls)
+        return server, _listen(server, service_address(self._config), port, self._config.tls)
 
-    def _open_admin(self, health_servicer: Health, port: int | None) -> tuple[grpc.aio.Server, int]:
+    def _open_admin(
+        self, health_servicer: Health, address: Address, port: int | None
+    ) -> tuple[grpc.aio.Server, int]:
         """Make what serves health and reflection at an address of their own.
 
         Without encryption, tokens and limits, for who runs the service: a probe knows no
         certificate, and must not be refused because callers are many.
         """
-        address = admin_address(self._config)
-        assert address is not None  # noqa: S101 - else nobody asks for it
         server = grpc.aio.server(options=self._connection_options())
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, _Unregistered(server))
         if self._config.reflection:
             _enable_reflection(server)
-        return server, _bind(server, address, port)
+        return server, _listen(server, address, port)
 
     def _connection_options(self) -> list[tuple[str, int]]:
         options = [
@@ -682,7 +701,7 @@ def _enable_reflection(server: grpc.aio.Server) -> None:
     )
 
 
-def _bind(
+def _listen(
     server: grpc.aio.Server, address: Address, port: int | None, tls: TlsFiles | None = None
 ) -> int:
     """Have a server listen; return its port."""

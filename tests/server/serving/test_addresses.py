@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
@@ -71,7 +72,8 @@ def test_a_scrape_for_which_no_file_can_be_opened_is_not_asked_for_without_a_pau
 ):
     pauses = []
     monkeypatch.setattr(addresses, "FULL_PAUSE", 0.01)
-    monkeypatch.setattr(addresses.time, "sleep", pauses.append)
+    clock = SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic)
+    monkeypatch.setattr(addresses, "time", clock)
     accept = addresses.WSGIServer.get_request
 
     def full(self):

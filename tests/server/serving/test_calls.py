@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from types import SimpleNamespace
 
 import grpc
 import pytest
 
-from semid_server.errors import OverloadedError
+from semid_server.errors import InvalidInputError, OverloadedError
 from semid_server.serving.calls import Calls
 from semid_server.serving.logs import REQUEST_ID_KEY
 from semid_server.serving.metrics import Metrics
@@ -137,3 +138,45 @@ async def test_calls_whose_message_is_on_its_way_count_until_they_begin_or_end(c
     gate.set()
     assert await begun == b"message"
     await asyncio.wait(coming)
+
+
+async def test_what_was_made_of_a_message_is_gone_when_its_caller_is_told_what_is_wrong(metrics):
+    class Request: ...
+
+    made, told = [], []
+
+    def read(_message):
+        request = Request()
+        made.append(weakref.ref(request))
+        return request
+
+    async def refuse(request, context):
+        try:
+            {}["row"]
+        except KeyError as error:
+            raise InvalidInputError("row 3 is bad") from error
+
+    class Caller(Context):
+        async def abort(self, code, details, trailing_metadata=()):
+            told.append(made[0]())
+            await super().abort(code, details, trailing_metadata)
+
+    calls = Calls("toy.Service", metrics)
+    calls.serve({"Encode": grpc.unary_unary_rpc_method_handler(refuse, read, bytes)})
+    with pytest.raises(AbortedError, match="row 3 is bad"):
+        await calls.service(DETAILS).unary_unary(b"", Caller())
+    assert told == [None]
+
+
+async def test_calls_that_are_held_are_told_when_they_are_released(calls):
+    calls.drain()
+    calls.hold()
+    context = Context()
+    handler = calls.service(DETAILS)
+    held = asyncio.ensure_future(handler.stream_unary(None, context))
+    await asyncio.sleep(0.01)
+    assert context.status is None
+    calls.release()
+    with pytest.raises(AbortedError, match="shutting down"):
+        await held
+    assert context.status is grpc.StatusCode.UNAVAILABLE

@@ -79,6 +79,21 @@ async def test_one_that_ends_unasked_is_opened_again_at_its_port_as_soon_as_that
     assert [server.graces for server in maker.made] == [[], [1.5]]
 
 
+async def test_one_that_is_stopped_while_it_is_opened_again_is_closed(monkeypatch):
+    one, maker = await started()
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def start(self):
+        begun.set()
+        await go_on.wait()
+
+    monkeypatch.setattr(FakeServer, "start", start)
+    maker.made[0].crash()
+    await begun.wait()
+    await one.stop(1.5)
+    assert maker.made[1].graces == [1.5]
+
+
 async def test_one_that_is_stopped_is_not_opened_again():
     one, maker = await started()
     await one.stop(None)
