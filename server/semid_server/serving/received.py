@@ -38,6 +38,7 @@ MAX_HEADS: Final = 512
 """Heads that are remembered, one for each length of a message; the oldest makes room."""
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_SIZES: Final = {_FIXED64: 8, _FIXED32: 4}
 _SHAPE = 2  # in a Tensor, and in a SharedTensor
 _ROW = 1 << 3 | _LENGTH  # how a row begins, in FloatRows and in CodeRows
 _LEAST_ROW = 2  # bytes
@@ -239,10 +240,9 @@ def _skip(message: bytes, position: int, wire_type: int) -> tuple[int, int]:
     if wire_type == _LENGTH:
         length, position = _read_varint(message, position)
         return position, position + length
-    size = {_FIXED64: 8, _FIXED32: 4}.get(wire_type)
-    if size is None:
+    if wire_type not in _SIZES:
         raise IndexError  # a group, which nothing writes any more, or none
-    return position, position + size
+    return position, position + _SIZES[wire_type]
 
 
 def encode_reader(max_rows: int) -> EncodeReader:
@@ -326,20 +326,9 @@ def _last_field(message: bytes, start: int, end: int, number: int) -> tuple[int,
     for _ in range(_MOST_FIELDS):
         tag = position
         key, position = _read_varint(message, position)
-        wire_type = key & 7
-        if wire_type == _VARINT:
-            _, position = _read_varint(message, position)
-        elif wire_type == _FIXED64:
-            position += 8
-        elif wire_type == _FIXED32:
-            position += 4
-        elif wire_type == _LENGTH:
-            length, position = _read_varint(message, position)
-            if position + length == end:
-                return (tag, position) if key >> 3 == number else None
-            position += length
-        else:
-            return None
+        body, position = _skip(message, position, key & 7)
+        if key & 7 == _LENGTH and position == end:
+            return (tag, body) if key >> 3 == number else None
         if position >= end:
             return None
     return None
