@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from semid.v1 import semid_pb2 as pb
@@ -193,25 +193,26 @@ def test_rows_in_several_fields_are_counted_together(method):
         read(wrap(some * 3))
 
 
-def test_rows_are_not_hidden_among_fields_that_begin_alike(method):
-    read, rows, _, wrap = method
-    hiding = b"\x08\x80\x00" + b"\x0a\x00" * 4  # a number, in as many bytes as rows after it
-    body = b"\x08" + b"\xff" * 9 + b"\x01" + hiding * MAX_UNCOUNTED
-    with pytest.raises(MessageTooLargeError):
-        read(wrap(with_length(rows, body)))
-
-
 FIELDS = [b"\x0a\x00", b"\x0a\x02\x0a\x00", b"\x08\x01", b"\x08\x80\x00", b"\x15abcd"]
+LIMIT = 40_000
+HIDING = [b"\x08\x80\x00"] + [b"\x0a\x00"] * 4
+"""A number, and rows after it: together as long as the longest number, and beginning like it."""
 
 
-@given(st.lists(st.sampled_from(FIELDS), min_size=1, max_size=6))
-def test_whatever_is_read_has_no_more_rows_than_it_may(some):
-    body = b"".join(some) * (2 * MAX_UNCOUNTED // len(b"".join(some)))
+@given(st.integers(0, 9), st.lists(st.sampled_from(FIELDS), min_size=1, max_size=6))
+@example(9, HIDING)
+def test_whatever_is_read_has_no_more_rows_than_it_may(longer, some):
+    block = b"".join(some)
+    first = b"\x08" + b"\xff" * longer + b"\x01"
+    # As many bytes as there may be rows, three times, so that it is looked at and may be read.
+    message = with_length(4, first + block * (3 * LIMIT // len(block)))
     try:
-        received = read_encode_request(with_length(4, body))
+        received = encode_reader(LIMIT)(message)
     except MessageTooLargeError:
+        # What is no row counts as well: nobody who means well sends it.
+        assert 1 + len(some) * (3 * LIMIT // len(block)) > LIMIT
         return
-    assert len(received.head.request.rows.rows) <= MAX_ROWS
+    assert len(received.head.request.rows.rows) <= LIMIT
 
 
 def test_a_shape_of_very_many_numbers_is_not_parsed(method):
