@@ -191,7 +191,7 @@ class _MetricsServer(ThreadingMixIn, WSGIServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(FULL_PAUSE)
+                time.sleep(FULL_PAUSE)  # of the thread that accepts, which has nothing else to do
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:

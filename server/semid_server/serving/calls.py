@@ -322,23 +322,6 @@ def _shutting_down() -> NotServingError:
     return NotServingError("the server is shutting down; try again, elsewhere if you can")
 
 
-def _forget_origin(error: BaseException) -> None:
-    """Let go of where an error comes from: those frames hold what was made of the message.
-
-    That may be many times the message, and they would until the caller has been told; and many
-    may be told at one time.
-    """
-    left: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while left:
-        told = left.pop()
-        if told is None or id(told) in seen:
-            continue
-        seen.add(id(told))
-        told.__traceback__ = None
-        left += [told.__cause__, told.__context__]
-
-
 def _never() -> None:
     """Refuse nothing."""
 
@@ -411,7 +394,9 @@ class _Call:
         """End the call with the status of ``error``."""
         if isinstance(error, SemidError):
             status = status_of(error)
-            _forget_origin(error)
+            # Where it comes from holds what was made of the message, many times its size perhaps:
+            # not until the caller has been told, as many are at one time.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             await self.end(status)
         logger.error("%s failed", self._method, exc_info=error)
         await self._abort(grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE, self._told)

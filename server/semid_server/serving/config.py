@@ -23,7 +23,7 @@ MESSAGE_OVERHEAD = 64 * 1024
 _MOST_AT_ONCE = 8 * default_threads()
 """Processes, or threads: so many more than processors are a slip, and take the machine down."""
 
-_MOST_IN_GRPC = (1 << 31) - 1
+MOST_IN_GRPC = (1 << 31) - 1
 """gRPC holds its settings in 32 bits, with a sign."""
 
 RANGES = {
@@ -32,7 +32,7 @@ RANGES = {
     "processes": (1, _MOST_AT_ONCE, " (8 for each processor at most)"),
     "threads": (1, _MOST_AT_ONCE, " (8 for each processor at most)"),
     "verify_fraction": (0, 1, ""),
-    "max_message_bytes": (1, _MOST_IN_GRPC, ""),
+    "max_message_bytes": (1, MOST_IN_GRPC, ""),
     "max_batch_rows": (1, math.inf, ""),
     "max_batch_bytes": (1, math.inf, ""),
     "max_batch_seconds": (0.0001, math.inf, ""),
@@ -45,7 +45,7 @@ RANGES = {
     "max_connection_age": (0, math.inf, " seconds"),
     "max_connection_age_grace": (0, math.inf, " seconds"),
     "max_connection_idle": (0, math.inf, " seconds"),
-    "max_connection_streams": (1, _MOST_IN_GRPC, ""),
+    "max_connection_streams": (1, MOST_IN_GRPC, ""),
     "max_peer_bytes": (1, math.inf, ""),
     "min_ping_interval": (0, math.inf, " seconds"),
     "grace": (0, math.inf, " seconds"),

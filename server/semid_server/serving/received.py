@@ -11,7 +11,7 @@ as an earlier one and begins with the same head says the same, so that it is not
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -20,6 +20,8 @@ from semid_server.errors import InvalidInputError, MessageTooLargeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+Message = TypeVar("Message")
 
 _MOST_FIELDS: Final = 16
 """Fields before the tensor's bytes, at any level: a message of more is not worth the walk, and a
@@ -86,21 +88,21 @@ class EncodeReader:
         Number of the field, at each level, that leads to the tensor's bytes.
     parse : callable
         Given a serialised message, returns the request in it.
-    check : callable
-        Given a serialised message, raises if it is not worth parsing.
+    check : PartLimit
+        Of the messages that protobuf is to parse.
     """
 
     def __init__(
         self,
         path: tuple[int, ...],
         parse: Callable[[bytes], pb.EncodeRequest],
-        check: Callable[[bytes], None],
+        check: PartLimit,
     ) -> None:
         self._path, self._parse, self._check = path, parse, check
         self._heads: dict[int, tuple[bytes, Head]] = {}
 
     def __call__(self, message: bytes) -> ReceivedEncode:
-        """Read a message; `DecodeError` if it is none, or what ``check`` raises."""
+        """Read a message; `DecodeError` if it is none, or raise as ``check`` does."""
         known = self._heads.get(len(message))
         if known is not None and message.startswith(known[0]):
             return ReceivedEncode(known[1], memoryview(message)[len(known[0]) :])
@@ -120,7 +122,7 @@ class EncodeReader:
         return ReceivedEncode(head, data)
 
 
-class Counted:
+class PartLimit:
     """Refuses a message of very many parts before protobuf makes an object of each.
 
     2 bytes of an empty row become 32, and nothing else of this process runs meanwhile. What is
@@ -128,21 +130,25 @@ class Counted:
 
     Parameters
     ----------
-    rows : int
-        Number of the field of the request that has rows.
-    tensors : tuple of int
-        Numbers of those that have a tensor.
+    request : type
+        Of the request: `EncodeRequest` or `DecodeRequest`.
     max_rows : int
         Rows of a request, at most.
     in_stream : bool
-        Whether the request is the first field of the message.
+        Whether the request is the first field of the message, and not all of it.
     """
 
     def __init__(
-        self, *, rows: int, tensors: tuple[int, ...], max_rows: int, in_stream: bool
+        self,
+        request: type[pb.EncodeRequest | pb.DecodeRequest],
+        max_rows: int,
+        *,
+        in_stream: bool = False,
     ) -> None:
-        self._rows, self._tensors, self._max_rows = rows, tensors, max_rows
-        self._in_stream = in_stream
+        numbers = {field.name: field.number for field in request.DESCRIPTOR.fields}
+        self._rows = numbers["rows"]
+        self._tensors = {numbers[name] for name in ("tensor", "shared") if name in numbers}
+        self._max_rows, self._in_stream = max_rows, in_stream
 
     def __call__(self, message: bytes) -> None:
         """Raise if the message has more parts than any request.
@@ -246,8 +252,8 @@ def _skip(message: bytes, position: int, wire_type: int) -> tuple[int, int]:
 
 
 def encode_reader(max_rows: int) -> EncodeReader:
-    """Return what reads an EncodeRequest, or raises as `Counted` does."""
-    check = Counted(rows=4, tensors=(3, 5), max_rows=max_rows, in_stream=False)
+    """Return what reads an EncodeRequest, or raises as `PartLimit` does."""
+    check = PartLimit(pb.EncodeRequest, max_rows)
     return EncodeReader((3, 3), pb.EncodeRequest.FromString, check)
 
 
@@ -256,28 +262,25 @@ def encode_stream_reader(max_rows: int) -> EncodeReader:
     return EncodeReader(
         (1, 3, 3),
         lambda message: pb.EncodeStreamRequest.FromString(message).request,
-        Counted(rows=4, tensors=(3, 5), max_rows=max_rows, in_stream=True),
+        PartLimit(pb.EncodeRequest, max_rows, in_stream=True),
     )
 
 
 def decode_reader(max_rows: int) -> Callable[[bytes], pb.DecodeRequest]:
-    """Return what reads a DecodeRequest, or raises as `Counted` does."""
-    check = Counted(rows=5, tensors=(4,), max_rows=max_rows, in_stream=False)
-
-    def read(message: bytes) -> pb.DecodeRequest:
-        check(message)
-        return pb.DecodeRequest.FromString(message)
-
-    return read
+    """Return what reads a DecodeRequest, or raises as `PartLimit` does."""
+    return _checked(PartLimit(pb.DecodeRequest, max_rows), pb.DecodeRequest.FromString)
 
 
 def decode_stream_reader(max_rows: int) -> Callable[[bytes], pb.DecodeStreamRequest]:
-    """Return what reads a DecodeStreamRequest, or raises as `Counted` does."""
-    check = Counted(rows=5, tensors=(4,), max_rows=max_rows, in_stream=True)
+    """Return what reads a DecodeStreamRequest, or raises as `PartLimit` does."""
+    check = PartLimit(pb.DecodeRequest, max_rows, in_stream=True)
+    return _checked(check, pb.DecodeStreamRequest.FromString)
 
-    def read(message: bytes) -> pb.DecodeStreamRequest:
+
+def _checked(check: PartLimit, parse: Callable[[bytes], Message]) -> Callable[[bytes], Message]:
+    def read(message: bytes) -> Message:
         check(message)
-        return pb.DecodeStreamRequest.FromString(message)
+        return parse(message)
 
     return read
 

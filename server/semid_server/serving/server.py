@@ -37,6 +37,7 @@ from semid_server.serving.backend import Backend, Device, collect_garbage
 from semid_server.serving.batcher import AMONG_LARGE, Batcher, BatchLimits
 from semid_server.serving.calls import Calls
 from semid_server.serving.catalogue import Catalogue
+from semid_server.serving.config import MOST_IN_GRPC
 from semid_server.serving.health import Health
 from semid_server.serving.listener import Listener
 from semid_server.serving.metrics import Metrics
@@ -88,19 +89,13 @@ CALL_KINDS = {
 }
 """By whether the client, and the server, send more than one message: the metrics' ``grpc_type``."""
 
-MAX_MILLISECONDS = (1 << 31) - 1
-"""What gRPC takes as a time: 24 days."""
-
 OTHERS = 1 << 16
 """Calls in progress beyond ``max_concurrent_rpcs``: those being refused, and those of health and
 reflection. Each connection of a client keeps one that watches the health."""
 
-MAX_PENDING = (1 << 31) - 1
-"""What gRPC takes as a number of calls."""
-
-COLLECT_AFTER, COLLECT_AFTER_AT_MOST = 1.0, 60.0
-"""Seconds after which it is seen to that a replaced version is freed: first, and while it is still
-needed."""
+COLLECT_EVERY = 1.0
+"""Seconds from one time to the next that it is seen to that replaced versions are freed. It takes a
+millisecond; a stream may need one for hours."""
 
 QUIET = 0.05
 """Seconds without a call after which gRPC may stop."""
@@ -166,7 +161,6 @@ class Server:
         self._reading: set[asyncio.Future[Backend]] = set()
         # Versions that were replaced and may still be needed, and what sees to it that they go.
         self._replaced: list[weakref.ref[Backend]] = []
-        self._one_more = asyncio.Event()
         self._collecting: asyncio.Task[None] | None = None
         self.unfinished = False
         self._device: Device
@@ -410,29 +404,15 @@ class Server:
         leave dozens of them.
         """
         self._replaced.append(weakref.ref(replaced))
-        self._one_more.set()
         if self._collecting is None or self._collecting.done():
             self._collecting = asyncio.create_task(self._collect())
 
     async def _collect(self) -> None:
-        pause = 0.0
         while self._replaced:
-            # The one that is still needed, perhaps for hours by a stream, is not looked for so
-            # often; but the next one is, as soon as any.
-            if pause:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._one_more.wait(), pause)
-                    pause = 0.0
-            self._one_more.clear()
-            await asyncio.sleep(COLLECT_AFTER)
+            await asyncio.sleep(COLLECT_EVERY)
             # In a thread: a version that is loaded may have to be waited for.
             await _in_daemon(collect_garbage)
-            count = len(self._replaced)
             self._replaced = [version for version in self._replaced if version() is not None]
-            if len(self._replaced) < count:
-                pause = 0.0
-            else:
-                pause = min(2 * pause + COLLECT_AFTER, COLLECT_AFTER_AT_MOST)
 
     def _begin_to_read(self, source: ModelSource) -> asyncio.Future[Backend]:
         """Return the future of a new version; the drain waits for it though nobody else does."""
@@ -501,7 +481,7 @@ class Server:
         self, servicer: SemanticIdServicer, health_servicer: Health, port: int | None
     ) -> tuple[grpc.aio.Server, int]:
         most = self._config.max_concurrent_rpcs + OTHERS
-        pending = min(most, MAX_PENDING)
+        pending = min(most, MOST_IN_GRPC)
         server = grpc.aio.server(
             # gRPC counts those of all services; `Calls` keeps the limit on its own.
             maximum_concurrent_rpcs=most,
@@ -691,7 +671,7 @@ def _open_tracing() -> Tracing:
 
 
 def _milliseconds(seconds: float) -> int:
-    return math.ceil(min(1000 * seconds, MAX_MILLISECONDS))
+    return math.ceil(min(1000 * seconds, MOST_IN_GRPC))
 
 
 def _enable_reflection(server: grpc.aio.Server) -> None:

@@ -169,7 +169,7 @@ def uncollected():
 
 @pytest.mark.usefixtures("uncollected")
 async def test_a_version_that_was_replaced_is_let_go_of(run_server, versions, stub_of, monkeypatch):
-    monkeypatch.setattr(serving, "COLLECT_AFTER", 0.01)
+    monkeypatch.setattr(serving, "COLLECT_EVERY", 0.01)
     server = run_server(versions, models=TWO[:1])
     stub = stub_of(await server.address())
     for times in (1, 2):
@@ -187,14 +187,12 @@ async def test_a_version_that_was_replaced_is_let_go_of(run_server, versions, st
 async def test_a_version_that_is_needed_for_long_keeps_no_later_one(
     run_server, versions, stub_of, monkeypatch
 ):
-    monkeypatch.setattr(serving, "COLLECT_AFTER", 0.01)
-    monkeypatch.setattr(serving, "COLLECT_AFTER_AT_MOST", 1000.0)
+    monkeypatch.setattr(serving, "COLLECT_EVERY", 0.01)
     server = run_server(versions, models=TWO[:1])
     stub = stub_of(await server.address())
     needed = list(versions.alive)
     os.kill(os.getpid(), signal.SIGHUP)
     await reloaded(server, "ok", 1)
-    await asyncio.sleep(0.5)  # it has been looked for again and again, and less and less often
     os.kill(os.getpid(), signal.SIGHUP)
     await reloaded(server, "ok", 2)
     async with asyncio.timeout(20):
