@@ -44,6 +44,11 @@ _TEXT = "%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s"
 _FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s %(request_id)s"
 
 
+WRITTEN_TO_NOBODY: Final = ("grpc._cython.cygrpc", "ExecuteBatchError")
+"""What gRPC raises, and logs with its traceback, where an answer finds its caller gone. It has no
+public name."""
+
+
 class RequestId:
     """The id of one call, written out when it is asked for: of most calls nobody asks.
 
@@ -83,6 +88,12 @@ class _RequestFilter(logging.Filter):
         else:
             record.__dict__["request"] = f"[{request_id}] " if request_id else ""
         return True
+
+
+def _tells_of_us(record: logging.LogRecord) -> bool:
+    """Whether a line is more than that a caller left while gRPC wrote its answer."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or (kind.__module__, kind.__name__) != WRITTEN_TO_NOBODY
 
 
 class Outlet(logging.Handler):
@@ -170,6 +181,7 @@ def configure(*, level: str, as_json: bool) -> None:
     else:
         handler.setFormatter(logging.Formatter(_TEXT))
     handler.addFilter(_RequestFilter(as_json=as_json))
+    handler.addFilter(_tells_of_us)
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(level.upper())

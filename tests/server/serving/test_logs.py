@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from grpc._cython import cygrpc
 
 from semid.v1 import semid_pb2 as pb
 from semid_server.serving import logs
@@ -51,6 +52,15 @@ def test_as_text_a_line_names_its_request(configured, capfd):
     logs.begin_request("abc-1")
     logging.getLogger("semid.test").info("%d rows", 3)
     assert written(capfd).endswith("INFO semid.test: [abc-1] 3 rows\n")
+
+
+def test_that_callers_leave_while_they_are_answered_is_no_line_of_the_log(configured, capfd):
+    configured(level="info", as_json=False)
+    for error in (cygrpc.ExecuteBatchError("Failed"), RuntimeError("a fault")):
+        logging.getLogger("grpc._cython.cygrpc").error("raised", exc_info=error)
+    text = written(capfd)
+    assert "ExecuteBatchError" not in text
+    assert "RuntimeError: a fault" in text
 
 
 def test_less_severe_lines_are_left_out(configured, capfd):
