@@ -224,11 +224,13 @@ class _CallSpan:
     def _code(self, error: BaseException | None) -> grpc.StatusCode:
         if error is None:
             return grpc.StatusCode.OK
+        code: Any = self._context.code()  # a number, 0, unless the call was aborted
+        if isinstance(code, grpc.StatusCode):
+            return code
         if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
             seconds = time.perf_counter() - self._started
             return code_of_cancelled(seconds, self._context.time_remaining())
-        code: Any = self._context.code()  # a number, 0, unless the call was aborted
-        return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
+        return grpc.StatusCode.UNKNOWN
 
 
 class _Mark:
