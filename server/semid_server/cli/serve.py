@@ -280,8 +280,17 @@ def _default(name: str) -> dict[str, Any]:
     type=click.IntRange(1),
     **_default("max_concurrent_rpcs"),
     help="Calls in progress, those included whose message is on its way; more are refused with "
-    "RESOURCE_EXHAUSTED. Nothing else bounds what messages on their way take, each up to "
-    "--max-message-bytes: lower either where callers are not to be trusted with memory.",
+    "RESOURCE_EXHAUSTED. A caller with fewer messages on their way than another takes the place "
+    "of one of the other's.",
+)
+@_option(
+    "--max-memory-bytes",
+    type=click.IntRange(0),
+    **_default("max_memory_bytes"),
+    help="Bytes that a process may have in use, its models among them, while messages come. Beyond "
+    "it those on their way are given up with RESOURCE_EXHAUSTED, of the caller with most first, "
+    "and no more than a few come at a time. 0 stands for three fifths of what the models leave "
+    "of the machine's memory, or of the container's limit.",
 )
 @_option(
     "--shared-memory-bytes",

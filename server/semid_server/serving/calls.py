@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from asyncio import current_task
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import grpc
@@ -21,11 +23,20 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from semid_server.errors import InvalidInputError, NotServingError, OverloadedError, SemidError
+from semid_server.serving.incoming import (
+    FEW,
+    FULL_RETRY_AFTER,
+    NO_MESSAGE,
+    UNREADABLE,
+    Incoming,
+    may_be_gone,
+    next_message,
+)
 from semid_server.serving.logs import REQUEST_ID_KEY, begin_request, id_in
 from semid_server.serving.status import code_of_cancelled, status_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from semid_server.serving.metrics import MethodMetrics, Metrics
     from semid_server.serving.status import WireStatus
@@ -44,16 +55,18 @@ INTERNAL_MESSAGE: Final = "an internal error; the server's log says more"
 _UNKNOWN: Final = "\0"
 """In place of a request id: no caller can send it."""
 
-TOO_MANY_RETRY_AFTER: Final = 0.1
-"""Seconds after which a call that was one too many may be tried again."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """A method that is served: what answers its calls, and when they are refused."""
+    """A method that is served: what answers its calls, and when they are refused.
+
+    ``patient`` answers them as ``handler`` does, but waits for the message itself, and so may give
+    up.
+    """
 
     name: str
     handler: Handler
+    patient: Handler
     metrics: MethodMetrics
     refusal: Refusal
 
@@ -73,7 +86,11 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
     tokens : TokenFile, optional
         Who may call what; everybody everything without it.
     max_calls : int, optional
-        Calls in progress, at most, with those whose message is on its way: one more is refused.
+        Calls in progress, at most, with those whose message is on its way: one more is refused, or
+        another of the latter is given up for it.
+    incoming : Incoming, optional
+        What waits for messages, but for those of a few calls that have no message yet: to leave
+        that to gRPC is faster, by a tenth of what a short call takes.
     trace : callable, optional
         Given a method's full name and what answers its calls, returns what does so in its place:
         for spans. Without it, calls are answered by what it would have been given.
@@ -86,15 +103,19 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         tokens: TokenFile | None = None,
         *,
         max_calls: int | None = None,
+        incoming: Incoming | None = None,
         trace: Trace | None = None,
     ) -> None:
         self._service, self._metrics, self._tokens = service, metrics, tokens
         self._max_calls, self._trace = max_calls, trace
+        self._incoming = incoming or Incoming()
+        # Calls whose messages gRPC waits for. They cannot be given up, so some must be left.
+        self._few = FEW if max_calls is None else min(FEW, max_calls // 2)
         self._methods: dict[str, _Method] = {}
         self._draining = False
         self._held: asyncio.Event | None = None
         self._calls = self._in_progress = 0
-        # Calls whose message is on its way: the request id that was sent ahead of it, if one was,
+        # Calls whose message gRPC waits for: the request id that was sent ahead of it, if one was,
         # by the task, which may have ended by now.
         self._coming: dict[asyncio.Task[Any] | None, str | None] = {}
         self._idle = asyncio.Event()
@@ -125,20 +146,19 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         method = self._methods.get(handler_call_details.method)
         if method is None:
             return None
-        error = None
-        if self._tokens is not None:
-            error = self._unknown(self._tokens, method, handler_call_details)
-        error = error or method.refusal()
-        if self._held is not None:
-            error = _shutting_down()
-        if error is None and (most := self._max_calls) is not None:
-            if self._in_progress + len(self._coming) >= most and not self._made_room(most):
-                error = self._too_many()
-            else:
-                # gRPC asks in the task that will answer the call, once its message has come.
-                metadata: Any = handler_call_details.invocation_metadata
-                self._coming[current_task()] = id_in(metadata)
-        return method.handler if error is None else self._refusing(method, error)
+        error = self._refusal(method, handler_call_details)
+        if error is not None:
+            return self._refusing(method.name, method.metrics, error)
+        if self._max_calls is not None and self._is_full(self._max_calls):
+            return self._contending(method)
+        if len(self._coming) == self._few:
+            self._forget_the_gone()
+            if len(self._coming) == self._few:
+                return method.patient
+        # gRPC asks in the task that will answer the call, once its message has come.
+        metadata: Any = handler_call_details.invocation_metadata
+        self._coming[current_task()] = id_in(metadata)
+        return method.handler
 
     def drain(self) -> None:
         """Turn every further call away as unavailable; those in progress go on."""
@@ -174,7 +194,10 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         kind, wrap = kinds[handler.request_streaming, handler.response_streaming]
         metrics = self._metrics.of_method((kind, self._service, name))
         wrapped = self._traced(name, wrap(name, handler, metrics))
-        return _Method(name, wrapped, metrics, refusal)
+        patient = wrapped
+        if not handler.request_streaming:
+            patient = self._patient(name, wrapped, metrics)
+        return _Method(name, wrapped, patient, metrics, refusal)
 
     def _traced(self, name: str, handler: Handler) -> Handler:
         if self._trace is None:
@@ -223,14 +246,16 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         read = handler.request_deserializer
         assert read is not None  # noqa: S101 - generated handlers have it
 
-        async def answer(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        async def answer(_messages: object, context: Context) -> AsyncIterator[Any]:
             with _Call(self, name, metrics, context) as call:
                 try:
                     self.check(metrics)
-                    requests = _Requests(messages, read)
-                    async with aclosing(behaviour(requests, context)) as responses:
-                        async for response in responses:
-                            yield response
+                    with _Requests(self._incoming, context, read, call) as requests:
+                        async with aclosing(behaviour(requests, context)) as responses:
+                            async for response in responses:
+                                yield response
+                except grpc.aio.AbortError:  # given up
+                    raise
                 except Exception as error:  # noqa: BLE001 - told apart there
                     await call.fail(error)
 
@@ -238,20 +263,86 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             answer, response_serializer=handler.response_serializer
         )
 
-    def _refusing(self, method: _Method, error: SemidError) -> Handler:
-        """Return what refuses one call. As a reader of streams, it need not read the message."""
+    def _patient(self, name: str, handler: Handler, metrics: MethodMetrics) -> Handler:
+        """Return what answers as ``handler`` does the one message that it waits for itself."""
+
+        async def first(context: Context) -> Any:
+            def give_up(error: SemidError) -> Awaitable[NoReturn]:
+                refuse: Any = self._refusing(name, metrics, error, at_once=True).stream_unary
+                refused: Awaitable[NoReturn] = refuse(None, context)
+                return refused
+
+            message = await self._incoming.message(context, self._incoming.calls, give_up)
+            if message is None:
+                await may_be_gone()
+                await give_up(InvalidInputError(NO_MESSAGE))
+            return message
+
+        if not handler.response_streaming:
+            unary: Any = handler.unary_unary
+
+            async def answer(_messages: object, context: Context) -> Any:
+                return await unary(await first(context), context)
+
+            return grpc.stream_unary_rpc_method_handler(answer)
+        behaviour: Any = handler.unary_stream
+
+        async def answer_stream(_messages: object, context: Context) -> AsyncIterator[Any]:
+            async with aclosing(behaviour(await first(context), context)) as responses:
+                async for response in responses:
+                    yield response
+
+        return grpc.stream_stream_rpc_method_handler(
+            answer_stream, response_serializer=handler.response_serializer
+        )
+
+    def _contending(self, method: _Method) -> Handler:
+        """Return what answers one call for which there is no room, if another makes way for it."""
+        refusing = self._refusing(method.name, method.metrics, self._too_many())
+        if not self._incoming.calls or self._in_progress >= (self._max_calls or math.inf):
+            return refusing
+        refuse: Any = refusing.stream_unary
+
+        if not method.patient.response_streaming:
+            unary: Any = method.patient.stream_unary
+
+            async def answer(messages: object, context: Context) -> Any:
+                make = unary if self._incoming.make_way(context) else refuse
+                return await make(messages, context)
+
+            return grpc.stream_unary_rpc_method_handler(answer)
+        behaviour: Any = method.patient.stream_stream
+
+        async def answer_stream(messages: object, context: Context) -> AsyncIterator[Any]:
+            if not self._incoming.make_way(context):
+                await refuse(messages, context)
+            async with aclosing(behaviour(messages, context)) as responses:
+                async for response in responses:
+                    yield response
+
+        return grpc.stream_stream_rpc_method_handler(
+            answer_stream, response_serializer=method.patient.response_serializer
+        )
+
+    def _refusing(
+        self, name: str, metrics: MethodMetrics, error: SemidError, *, at_once: bool = False
+    ) -> Handler:
+        """Return what refuses one call. As a reader of streams, it need not read the message.
+
+        Unless ``at_once``, calls that are held are told when they are released.
+        """
 
         async def refuse(_messages: object, context: Context) -> NoReturn:
-            with _Call(self, method.name, method.metrics, context) as call:
-                if self._held is not None:
+            with _Call(self, name, metrics, context) as call:
+                if self._held is not None and not at_once:
                     await self._held.wait()
                 if self._draining:
                     await call.fail(_shutting_down())
                 if isinstance(error, OverloadedError):
-                    method.metrics.refused.value += 1
+                    metrics.refused.value += 1
                 await call.end(self._status_of_refusal(error))
 
-        return self._traced(method.name, grpc.stream_unary_rpc_method_handler(refuse))
+        return self._traced(name, grpc.stream_unary_rpc_method_handler(refuse))
 
     def _status_of_refusal(self, error: SemidError) -> WireStatus:
         """Return what tells of ``error``: where many are refused, many get the same one."""
@@ -259,20 +350,23 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
             self._refused_with, self._refused_status = error, status_of(error)
         return self._refused_status
 
-    def _made_room(self, most: int) -> bool:
+    @property
+    def in_all(self) -> int:
+        """Calls in progress, and those whose message is on its way."""
+        return self._in_progress + len(self._coming) + len(self._incoming.calls)
+
+    def _forget_the_gone(self) -> None:
         """Forget the calls whose caller left before their message had come: nobody told of them."""
         self._coming = {
             task: sent
             for task, sent in self._coming.items()
             if task is not None and not task.done()
         }
-        return self._in_progress + len(self._coming) < most
 
     def _too_many(self) -> OverloadedError:
         return OverloadedError(
-            f"{self._in_progress + len(self._coming)} calls are in progress; this server takes "
-            f"{self._max_calls}",
-            retry_after=TOO_MANY_RETRY_AFTER,
+            f"{self.in_all} calls are in progress; this server takes {self._max_calls}",
+            retry_after=FULL_RETRY_AFTER,
         )
 
     def id_of(self, context: Context) -> str | None:
@@ -295,6 +389,25 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         self._in_progress -= 1
         if not self._in_progress:
             self._idle.set()
+
+    def _refusal(self, method: _Method, details: grpc.HandlerCallDetails) -> SemidError | None:
+        """Return what a call is refused with before anything else is known of it, if so."""
+        error = None
+        if self._tokens is not None:
+            error = self._unknown(self._tokens, method, details)
+        error = error or method.refusal()
+        if self._held is not None:
+            error = _shutting_down()
+        if error is None and self.in_all >= FEW:
+            self._incoming.watch()
+            error = self._incoming.refusal()
+        return error
+
+    def _is_full(self, most: int) -> bool:
+        if self.in_all < most:
+            return False
+        self._forget_the_gone()
+        return self.in_all >= most
 
     def _unknown(
         self, tokens: TokenFile, method: _Method, details: grpc.HandlerCallDetails
@@ -330,22 +443,36 @@ def _read(read: Callable[[bytes], Any], message: bytes) -> Any:
     try:
         return read(message)
     except DecodeError as error:
-        raise InvalidInputError(
-            "the message cannot be read: its bytes are no message of its type"
-        ) from error
+        raise InvalidInputError(UNREADABLE) from error
 
 
 class _Requests:
-    """The messages of a stream."""
+    """The messages of a stream, which may be given up until it is left."""
 
-    def __init__(self, messages: AsyncIterator[bytes], read: Callable[[bytes], Any]) -> None:
-        self._messages, self._read = messages, read
+    def __init__(
+        self, incoming: Incoming, context: Context, read: Callable[[bytes], Any], call: _Call
+    ) -> None:
+        self._context, self._read = context, read
+        self._streams = incoming.streams
+        self._awaited = incoming.awaited(context, partial(call.give_up, current_task()))
+
+    def __enter__(self) -> Self:
+        self._streams.add(self._awaited)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._streams.discard(self._awaited)
+        self._awaited.over = True
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Any:
-        return _read(self._read, await anext(self._messages))
+        self._streams.renew(self._awaited)
+        message = await next_message(self._context)
+        if message is None:
+            raise StopAsyncIteration
+        return _read(self._read, message)
 
 
 class _Call:
@@ -356,6 +483,7 @@ class _Call:
         "_code",
         "_context",
         "_counted",
+        "_given_up",
         "_method",
         "_metrics",
         "_request_id",
@@ -368,6 +496,7 @@ class _Call:
         self._code = grpc.StatusCode.OK
         self._counted = False
         self._started = time.perf_counter()
+        self._given_up: asyncio.Future[grpc.aio.AbortError] | None = None
 
     def __enter__(self) -> Self:
         self._request_id = begin_request(self._calls.id_of(self._context))
@@ -391,7 +520,9 @@ class _Call:
         return ((REQUEST_ID_KEY, str(self._request_id)),)
 
     async def fail(self, error: Exception) -> NoReturn:
-        """End the call with the status of ``error``."""
+        """End the call with the status of ``error``, unless it is given up already."""
+        if self._given_up is not None:
+            raise await self._given_up
         if isinstance(error, SemidError):
             status = status_of(error)
             # Where it comes from holds what was made of the message, many times its size perhaps:
@@ -400,6 +531,21 @@ class _Call:
             await self.end(status)
         logger.error("%s failed", self._method, exc_info=error)
         await self._abort(grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE, self._told)
+
+    async def give_up(self, task: asyncio.Task[Any] | None, error: OverloadedError) -> None:
+        """End the call while ``task`` answers it, whatever that waits for."""
+        if self._counted:  # it ends by itself
+            return
+        self._metrics.refused.value += 1
+        self._given_up = asyncio.get_running_loop().create_future()
+        try:
+            await self.end(status_of(error))
+        except grpc.aio.AbortError as ended:  # gRPC wants to see this one again
+            self._given_up.set_result(ended)
+        finally:
+            self._given_up.cancel()
+        if task is not None:
+            task.cancel()
 
     async def end(self, status: WireStatus) -> NoReturn:
         """End the call with a status that is no success."""

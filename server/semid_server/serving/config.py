@@ -39,6 +39,7 @@ RANGES = {
     "max_queue_requests": (1, math.inf, ""),
     "max_queue_bytes": (1, math.inf, ""),
     "max_concurrent_rpcs": (1, math.inf, ""),
+    "max_memory_bytes": (0, math.inf, ""),
     "shared_memory_bytes": (0, math.inf, ""),
     "admin_port": (0, 65535, ""),
     "keepalive": (0, math.inf, " seconds"),
@@ -97,6 +98,7 @@ class ServeConfig:
     max_queue_bytes: int = 256 * MIB
     max_peer_bytes: int = 128 * MIB
     max_concurrent_rpcs: int = 4096
+    max_memory_bytes: int = 0
     shared_memory_bytes: int = 1024 * MIB
     keepalive: float = 60.0
     max_connection_age: float = 300.0
@@ -140,6 +142,11 @@ class ServeConfig:
                 f"max_batch_bytes is {self.max_batch_bytes}, less than max_message_bytes "
                 f"({self.max_message_bytes}): the largest request would fit no batch"
             )
+
+    @property
+    def verifies_callers(self) -> bool:
+        """Whether callers show certificates that are verified."""
+        return self.tls is not None and self.tls.client_ca is not None
 
     def max_rows(self, input_dim: int) -> int:
         """Rows that one request may have: a batch holds them, and one message their decoding.

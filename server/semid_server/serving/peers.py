@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
+import socket
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 from semid_server.errors import OverloadedError
 from semid_server.serving.tokens import bearer_token, hashed
@@ -51,6 +55,50 @@ def caller_of(context: Context, *, certificates: bool, tokens: bool) -> str:
         if (token := bearer_token(sent)) is not None:
             return f"token {hashed(token)[:12]}"
     return context.peer().rpartition(":")[0]
+
+
+def cut_off(peer: str) -> bool:
+    """Close the connection to a peer, whatever is under way there; False if it is not found.
+
+    gRPC has no way to end a call whose peer takes nothing that it is sent: the status waits behind
+    what went before, and the rest of its message goes on coming.
+
+    Parameters
+    ----------
+    peer : str
+        As gRPC tells it of a call.
+    """
+    wanted = _address_of(peer)
+    found = False
+    for opened in Path("/proc/self/fd").iterdir():
+        try:
+            connection = socket.socket(fileno=int(opened.name))
+        except OSError:  # no socket, or closed meanwhile
+            continue
+        try:
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
+                host, port, *_ = connection.getpeername()
+                if (_plain(host), port) == wanted:
+                    connection.shutdown(socket.SHUT_RDWR)
+                    found = True
+        except OSError:  # it listens, or has ended
+            continue
+        finally:
+            connection.detach()  # it is gRPC's, who closes it
+    return found
+
+
+def _address_of(peer: str) -> tuple[str, int] | None:
+    """The address in ``ipv4:127.0.0.1:1234`` or ``ipv6:%5B::1%5D:1234``; None in other kinds."""
+    kind, _, rest = unquote(peer).partition(":")
+    host, _, port = rest.rpartition(":")
+    return (_plain(host.strip("[]")), int(port)) if kind in ("ipv4", "ipv6") else None
+
+
+def _plain(host: str) -> str:
+    """An address in one spelling; one of IPv4 that a socket of IPv6 has as itself."""
+    address = ipaddress.ip_address(host)
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 class Untaken:

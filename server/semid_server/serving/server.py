@@ -39,8 +39,11 @@ from semid_server.serving.calls import Calls
 from semid_server.serving.catalogue import Catalogue
 from semid_server.serving.config import MOST_IN_GRPC
 from semid_server.serving.health import Health
+from semid_server.serving.incoming import FEW, Guarded, Incoming
 from semid_server.serving.listener import Listener
+from semid_server.serving.memory import Memory, allowed
 from semid_server.serving.metrics import Metrics
+from semid_server.serving.peers import caller_of
 from semid_server.serving.servicer import SemanticIdServicer, add_to_server
 from semid_server.serving.shared_memory import Bounds, SharedMemory
 from semid_server.serving.tls import Certificates, TlsFiles
@@ -48,7 +51,7 @@ from semid_server.serving.tokens import TokenFile
 from semid_server.serving.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     import numpy.typing as npt
@@ -93,12 +96,19 @@ OTHERS = 1 << 16
 """Calls in progress beyond ``max_concurrent_rpcs``: those being refused, and those of health and
 reflection. Each connection of a client keeps one that watches the health."""
 
+LEAST_PENDING = 4096
+"""Calls that gRPC keeps until Python asks for them, at least."""
+
 COLLECT_EVERY = 1.0
 """Seconds from one time to the next that it is seen to that replaced versions are freed. It takes a
 millisecond; a stream may need one for hours."""
 
 QUIET = 0.05
 """Seconds without a call after which gRPC may stop."""
+
+MEMORY_SHARE = 0.6
+"""Of the memory that the models leave, what may be in use while messages come, unless told
+otherwise: the rest is for what the allocator keeps, and for what comes before it is noticed."""
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 
@@ -155,6 +165,15 @@ class Server:
         )
         memory = self._shared_memory = SharedMemory(Bounds(config.shared_memory_bytes))
         self._metrics.watch_shared_memory(lambda: memory.nbytes, lambda: memory.segments)
+        self._memory = Memory(config.max_memory_bytes or allowed())
+        self._incoming = Incoming(
+            self._memory,
+            caller=partial(
+                caller_of,
+                certificates=config.verifies_callers,
+                tokens=config.token_file is not None,
+            ),
+        )
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         self._stamps: list[Stamp] = []
@@ -282,7 +301,22 @@ class Server:
             self._show(backend)
         backends.clear()  # the worker keeps `make_device`, which must not keep them
         self._metrics.watch_queue(lambda: self._batcher.queue)
+        self._limit_memory()
         return True
+
+    def _limit_memory(self) -> None:
+        """Set the limit of what may be in use, now that the models are; or judge the one set."""
+        # Those that gRPC waits for, and as many before anybody looks.
+        in_use, few = self._memory.in_use(), 2 * FEW * self._config.max_message_bytes
+        if not self._config.max_memory_bytes:
+            left = allowed() // self._config.processes - in_use
+            self._memory.limit = in_use + max(few, round(MEMORY_SHARE * left))
+        elif in_use + few > self._memory.limit:
+            logger.warning(
+                "%d bytes are in use with the models loaded, and %d messages may take %d: more "
+                "than the limit of %d (--max-memory-bytes), beyond which callers are refused",
+                *(in_use, 2 * FEW, few, self._memory.limit),
+            )
 
     def _load_one(self, source: ModelSource) -> Backend:
         backend = self._make_backend(source, self._config, on_verified=self._metrics.verified)
@@ -474,6 +508,7 @@ class Server:
             self._metrics,
             tokens,
             max_calls=self._config.max_concurrent_rpcs,
+            incoming=self._incoming,
             trace=None if self._tracing is None else self._tracing.trace,
         )
 
@@ -481,7 +516,7 @@ class Server:
         self, servicer: SemanticIdServicer, health_servicer: Health, port: int | None
     ) -> tuple[grpc.aio.Server, int]:
         most = self._config.max_concurrent_rpcs + OTHERS
-        pending = min(most, MOST_IN_GRPC)
+        pending = min(max(self._config.max_concurrent_rpcs, LEAST_PENDING), MOST_IN_GRPC)
         server = grpc.aio.server(
             # gRPC counts those of all services; `Calls` keeps the limit on its own.
             maximum_concurrent_rpcs=most,
@@ -489,16 +524,18 @@ class Server:
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
                 ("grpc.max_send_message_length", self._config.max_message_bytes),
                 # Calls that have come and that Python has not asked for yet. Of more than 1,000,
-                # unless told otherwise, gRPC cancels some by chance, and nobody is told why.
+                # unless told otherwise, gRPC cancels some by chance, and nobody is told why. Each
+                # may bring some of its message.
                 ("grpc.server.max_pending_requests", pending),
                 ("grpc.server.max_pending_requests_hard_limit", pending),
                 *self._connection_options(),
             ),
         )
         add_to_server(servicer, server, self._calls)
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, _Unregistered(server))
+        others = _Unregistered(server, self._incoming)
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, others)
         if self._config.reflection and self._config.admin_port is None:
-            _enable_reflection(server)
+            _enable_reflection(others)
         return server, _listen(server, service_address(self._config), port, self._config.tls)
 
     def _open_admin(
@@ -510,9 +547,10 @@ class Server:
         certificate, and must not be refused because callers are many.
         """
         server = grpc.aio.server(options=self._connection_options())
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, _Unregistered(server))
+        services = _Unregistered(server)
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, services)
         if self._config.reflection:
-            _enable_reflection(server)
+            _enable_reflection(services)
         return server, _listen(server, address, port)
 
     def _connection_options(self) -> list[tuple[str, int]]:
@@ -674,11 +712,9 @@ def _milliseconds(seconds: float) -> int:
     return math.ceil(min(1000 * seconds, MOST_IN_GRPC))
 
 
-def _enable_reflection(server: grpc.aio.Server) -> None:
+def _enable_reflection(services: _Unregistered) -> None:
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
-        ReflectionServicer(names), _Unregistered(server)
-    )
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionServicer(names), services)
 
 
 def _listen(
@@ -702,8 +738,16 @@ class _Unregistered:
     every call.
     """
 
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+    def __init__(self, server: grpc.aio.Server, incoming: Incoming | None = None) -> None:
+        self._server, self._incoming = server, incoming
+
+    def add_generic_rpc_handlers(
+        self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]
+    ) -> None:
+        """Add them, and have their messages waited for by ``incoming``, if that is given."""
+        if self._incoming is not None:
+            handlers = [Guarded(handler, self._incoming) for handler in handlers]
+        self._server.add_generic_rpc_handlers(tuple(handlers))
 
     def add_registered_method_handlers(self, service: str, handlers: object) -> None:
         """Leave it at the generic handlers, which are the same."""

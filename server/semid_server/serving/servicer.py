@@ -111,7 +111,7 @@ class SemanticIdServicer(pb_grpc.SemanticIdServiceServicer):
         self._shared_memory = shared_memory or SharedMemory(Bounds(0))
         self._on_received, self._on_refused = on_received, on_refused
         self._peers = PeerBytes(config.max_peer_bytes)
-        self._certificates = config.tls is not None and config.tls.client_ca is not None
+        self._certificates = config.verifies_callers
         self._tokens = config.token_file is not None
         self._draining = asyncio.Event()
         self._max_rows_of: dict[int, int] = {}

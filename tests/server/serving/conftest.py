@@ -193,6 +193,8 @@ class Service:
     batcher: Batcher
     metrics: Metrics
     channel: grpc.aio.Channel
+    address: str
+    calls: Calls
 
 
 @pytest.fixture
@@ -200,7 +202,9 @@ async def serve_runner():
     """Return a function that serves a runner over loopback, as `Server` would."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def serve(runner, *, model=MODEL, shared_memory=None, tracing=None, **settings):
+        async def serve(
+            runner, *, model=MODEL, shared_memory=None, tracing=None, incoming=None, **settings
+        ):
             config = ServeConfig(models=SOURCES, **settings)
             metrics = Metrics()
             batcher = Batcher(
@@ -229,16 +233,18 @@ async def serve_runner():
                 SERVICE,
                 metrics,
                 max_calls=config.max_concurrent_rpcs,
+                incoming=incoming,
                 trace=None if tracing is None else tracing.trace,
             )
             add_to_server(servicer, server, calls)
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
             stack.push_async_callback(server.stop, None)
-            channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+            address = f"127.0.0.1:{port}"
+            channel = grpc.aio.insecure_channel(address)
             stack.push_async_callback(channel.close)
             stub = pb_grpc.SemanticIdServiceStub(channel)
-            return Service(stub, servicer, catalogue, batcher, metrics, channel)
+            return Service(stub, servicer, catalogue, batcher, metrics, channel, address, calls)
 
         yield serve
 

@@ -59,7 +59,7 @@ def calls(metrics, gate):
         await gate.wait()
         return message
 
-    calls = Calls("toy.Service", metrics, max_calls=2)
+    calls = Calls("toy.Service", metrics, max_calls=4)
     handler = grpc.unary_unary_rpc_method_handler(answer, bytes, bytes)
     calls.serve({"Encode": handler})
     return calls
@@ -69,24 +69,24 @@ async def test_of_calls_that_waited_for_their_messages_no_more_than_the_limit_be
     calls, metrics, gate
 ):
     # All are let in, as none is in progress yet; then all messages come.
-    handlers = [calls.service(DETAILS) for _ in range(5)]
+    handlers = [calls.service(DETAILS) for _ in range(7)]
     contexts = [Context() for _ in handlers]
     tasks = [
         asyncio.ensure_future(handler.unary_unary(b"message", context))
         for handler, context in zip(handlers, contexts, strict=True)
     ]
-    refused, begun = await asyncio.wait(tasks[2:])
+    refused, begun = await asyncio.wait(tasks[4:])
     assert not begun
     for task in refused:
-        with pytest.raises(AbortedError, match="calls are in progress; this server takes 2"):
+        with pytest.raises(AbortedError, match="calls are in progress; this server takes 4"):
             await task
-    assert [context.status for context in contexts[2:]] == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
+    assert [context.status for context in contexts[4:]] == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
     counted = metrics.registry.get_sample_value(
         "semid_refused_requests_total", {"operation": "encode"}
     )
     assert counted == len(refused)
     gate.set()
-    assert await asyncio.gather(*tasks[:2]) == [b"message"] * 2
+    assert await asyncio.gather(*tasks[:4]) == [b"message"] * 4
     await calls.idle()
 
 

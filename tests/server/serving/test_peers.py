@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import grpc
 import grpc.aio
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid_server.errors import OverloadedError
-from semid_server.serving.peers import PeerBytes, caller_of
+from semid_server.serving.peers import PeerBytes, caller_of, cut_off
 
 
 class Context:
@@ -212,3 +213,34 @@ def test_what_is_in_work_never_exceeds_the_limit_but_by_a_single_request(request
         assert peers.of("a") == peers.of("b") == 0
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("family", "bind", "connect", "peer"),
+    [
+        (socket.AF_INET, "127.0.0.1", "127.0.0.1", "ipv4:127.0.0.1:{}"),
+        # As gRPC listens, and as it tells of who calls by IPv4 nevertheless.
+        (socket.AF_INET6, "::", "127.0.0.1", "ipv4:127.0.0.1:{}"),
+        (socket.AF_INET6, "::1", "::1", "ipv6:%5B::1%5D:{}"),
+    ],
+)
+def test_a_peer_that_is_cut_off_loses_its_connection_and_nobody_else_does(
+    family, bind, connect, peer
+):
+    with socket.create_server((bind, 0), family=family, dualstack_ipv6=bind == "::") as listening:
+        port = listening.getsockname()[1]
+        with (
+            socket.create_connection((connect, port)) as one,
+            socket.create_connection((connect, port)) as other,
+        ):
+            (accepted_one, _), (accepted_other, _) = listening.accept(), listening.accept()
+            with accepted_one, accepted_other:
+                assert cut_off(peer.format(one.getsockname()[1]))
+                assert one.recv(1) == b""
+                accepted_other.sendall(b"x")
+                assert other.recv(1) == b"x"
+
+
+@pytest.mark.parametrize("peer", ["ipv4:192.0.2.1:1", "unix:/run/semid.sock", "unix:"])
+def test_of_a_peer_that_is_not_there_nothing_is_cut_off(peer):
+    assert not cut_off(peer)

@@ -19,10 +19,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from semid.v1 import semid_pb2 as pb
-from semid_server.errors import ConfigurationError
+from semid_server.errors import ConfigurationError, OverloadedError
 from semid_server.serving.batcher import Runner
 from semid_server.serving.calls import Calls
 from semid_server.serving.config import ModelSource, ServeConfig
+from semid_server.serving.incoming import Incoming
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.server import SERVICE, Server
 from semid_server.serving.tracing import Tracing, open_tracing
@@ -242,6 +243,21 @@ async def test_a_call_that_is_refused_unread_has_a_span_too(serve_runner, tracin
     assert span.attributes["rpc.response.status_code"] == "RESOURCE_EXHAUSTED"
     gate.open.set()
     await first
+
+
+async def test_a_stream_that_is_given_up_while_it_computes_has_a_span_that_says_so(
+    serve_runner, tracing, gate, spans
+):
+    incoming = Incoming()
+    toy = await serve_runner(gate, tracing=tracing, incoming=incoming)
+    call = toy.stub.EncodeStream(iter([pb.EncodeStreamRequest(request=request())]))
+    await asyncio.to_thread(gate.began.wait, 60)
+    (awaited,) = incoming.streams.next_to_go(1)
+    await awaited.give_up(OverloadedError("memory is short", retry_after=1.0))
+    assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    (span,) = await spans(1)
+    assert span.attributes["rpc.response.status_code"] == "RESOURCE_EXHAUSTED"
+    assert not len(incoming.streams)
 
 
 async def test_metadata_leaves_nothing_but_the_request_id_in_spans(traced, spans):
