@@ -146,15 +146,17 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         method = self._methods.get(handler_call_details.method)
         if method is None:
             return None
-        error = self._refusal(method, handler_call_details)
+        # As few calls of Python's as may be: each is cold when it is come to.
+        error = None
+        if self._tokens is not None or self._held is not None:
+            error = self._shut(method, handler_call_details)
+        error = error or method.refusal()
         if error is not None:
             return self._refusing(method.name, method.metrics, error)
-        if self._max_calls is not None and self._is_full(self._max_calls):
-            return self._contending(method)
-        if len(self._coming) == self._few:
-            self._forget_the_gone()
-            if len(self._coming) == self._few:
-                return method.patient
+        if self._in_progress + len(self._coming) + self._incoming.calls.count >= self._few:
+            handler = self._in_a_crowd(method)
+            if handler is not None:
+                return handler
         # gRPC asks in the task that will answer the call, once its message has come.
         metadata: Any = handler_call_details.invocation_metadata
         self._coming[current_task()] = id_in(metadata)
@@ -390,24 +392,27 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         if not self._in_progress:
             self._idle.set()
 
-    def _refusal(self, method: _Method, details: grpc.HandlerCallDetails) -> SemidError | None:
-        """Return what a call is refused with before anything else is known of it, if so."""
-        error = None
-        if self._tokens is not None:
-            error = self._unknown(self._tokens, method, details)
-        error = error or method.refusal()
+    def _shut(self, method: _Method, details: grpc.HandlerCallDetails) -> SemidError | None:
+        """Return what a call is refused with that may not be made, or not any more, if so."""
         if self._held is not None:
-            error = _shutting_down()
-        if error is None and self.in_all >= FEW:
-            self._incoming.watch()
-            error = self._incoming.refusal()
-        return error
+            return _shutting_down()
+        return None if self._tokens is None else self._unknown(self._tokens, method, details)
 
-    def _is_full(self, most: int) -> bool:
-        if self.in_all < most:
-            return False
-        self._forget_the_gone()
-        return self.in_all >= most
+    def _in_a_crowd(self, method: _Method) -> Handler | None:
+        """Return what answers a call that comes while there are others; None if it is as ever."""
+        if self.in_all >= FEW:
+            self._incoming.watch()
+            if (short := self._incoming.refusal()) is not None:
+                return self._refusing(method.name, method.metrics, short)
+        if self._max_calls is not None and self.in_all >= self._max_calls:
+            self._forget_the_gone()
+            if self.in_all >= self._max_calls:
+                return self._contending(method)
+        if len(self._coming) == self._few:
+            self._forget_the_gone()
+            if len(self._coming) == self._few:
+                return method.patient
+        return None
 
     def _unknown(
         self, tokens: TokenFile, method: _Method, details: grpc.HandlerCallDetails

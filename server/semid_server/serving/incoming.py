@@ -106,19 +106,25 @@ class Awaited:
 
 
 class Waiting:
-    """Calls that wait for a message: by caller, and of each who has waited longest first."""
+    """Calls that wait for a message: by caller, and of each who has waited longest first.
+
+    Attributes
+    ----------
+    count : int
+        How many there are.
+    """
 
     def __init__(self) -> None:
         self._of: dict[str, dict[Awaited, None]] = {}
-        self._count = 0
+        self.count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def add(self, awaited: Awaited) -> None:
         """Count one in."""
         self._of.setdefault(awaited.caller, {})[awaited] = None
-        self._count += 1
+        self.count += 1
 
     def discard(self, awaited: Awaited) -> None:
         """Count one out, if it is in."""
@@ -126,7 +132,7 @@ class Waiting:
         if awaited not in others:
             return
         del others[awaited]
-        self._count -= 1
+        self.count -= 1
         if not others:
             del self._of[awaited.caller]
 
