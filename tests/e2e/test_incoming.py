@@ -1,4 +1,8 @@
-"""Messages that never come whole: what they take, and whom they keep out."""
+"""Messages that never come whole: what they take, and whom they keep out.
+
+What is sent of them is sent slowly, as a busy machine must not look like a broken one; some are
+therefore `slow`: ``pytest -m "slow or not slow" tests/e2e/test_incoming.py`` runs all.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +54,8 @@ async def sees_to_it(server, digits):
     "path",
     [
         "/semid.v1.SemanticIdService/Encode",
-        "/semid.v1.SemanticIdService/EncodeStream",
-        "/grpc.health.v1.Health/Check",
+        pytest.param("/semid.v1.SemanticIdService/EncodeStream", marks=pytest.mark.slow),
+        pytest.param("/grpc.health.v1.Health/Check", marks=pytest.mark.slow),
     ],
 )
 async def test_messages_that_are_half_sent_take_no_more_memory_than_the_limit(
