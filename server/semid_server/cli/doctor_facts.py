@@ -32,6 +32,7 @@ from semid_server.cli.doctor_checks import (
     ServerFacts,
     TritonFacts,
 )
+from semid_server.serving.memory import number_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -309,7 +310,7 @@ def memory(cgroups: Path, meminfo: Path) -> tuple[int, str]:
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        limit, usage = _number(cgroups / limit_file), _number(cgroups / usage_file)
+        limit, usage = number_in(cgroups / limit_file), number_in(cgroups / usage_file)
         if limit is not None and usage is not None and limit - usage < available:
             # The page cache counts as used, and is given back when memory is short.
             statistics = cgroups / Path(usage_file).with_name("memory.stat")
@@ -326,8 +327,8 @@ def processors(cgroups: Path) -> tuple[int, float]:
         return usable, math.inf if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         pass  # not this version of control groups
-    quota_us = _number(cgroups / "cpu/cpu.cfs_quota_us")
-    period_us = _number(cgroups / "cpu/cpu.cfs_period_us")
+    quota_us = number_in(cgroups / "cpu/cpu.cfs_quota_us")
+    period_us = number_in(cgroups / "cpu/cpu.cfs_period_us")
     if quota_us is None or period_us is None or quota_us <= 0:
         return usable, math.inf
     return usable, quota_us / period_us
@@ -429,13 +430,6 @@ def _timed(call: Any) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # not there, or "max"
-        return None
 
 
 def _field(path: Path, name: str) -> int:

@@ -97,12 +97,12 @@ def allowed(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
         allowances += [
             limit
             for folder in (group, *group.parents)
-            if (limit := _number(root / folder / name)) is not None
+            if (limit := number_in(root / folder / name)) is not None
         ]
     return min(allowances)
 
 
-def _number(path: Path) -> int | None:
+def number_in(path: Path) -> int | None:
     """What a file says, if it is there and says a number."""
     try:
         return int(path.read_text())
