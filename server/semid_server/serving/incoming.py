@@ -18,7 +18,7 @@ from asyncio import current_task
 from contextlib import aclosing
 from contextvars import Context
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import grpc
 import grpc.aio
@@ -71,7 +71,6 @@ SHORT_RETRY_AFTER: Final = 1.0
 FULL_RETRY_AFTER: Final = 0.1
 """The same, where there was no room among the calls in progress."""
 
-
 NO_MESSAGE: Final = "the call has no message"
 
 UNREADABLE: Final = "the message cannot be read: its bytes are no message of its type"
@@ -101,7 +100,7 @@ class Awaited:
 
     def __init__(self, caller: str, peer: str, give_up: GiveUp) -> None:
         self.caller, self.peer, self.give_up = caller, peer, give_up
-        self.task = current_task()
+        self.task = cast("asyncio.Task[Any]", current_task())  # gRPC calls in tasks only
         self.over = False
 
 
@@ -205,7 +204,7 @@ class Incoming:
         """Have memory looked at, as there are more than a few calls."""
         self._watched = True
         if self._memory is not None and self._looking is None:
-            self._look_in(SOONEST)
+            self._look_in(SOONEST, self._memory)
 
     def awaited(self, context: CallContext, give_up: GiveUp) -> Awaited:
         """Return what stands for a call in `Waiting`."""
@@ -267,17 +266,16 @@ class Incoming:
     def _count(self) -> int:
         return len(self.calls) + len(self.streams) + len(self.others)
 
-    def _look_in(self, seconds: float) -> None:
+    def _look_in(self, seconds: float, memory: Memory) -> None:
         # In no call's context: what is found is not about the one that is let in just now.
         loop = asyncio.get_running_loop()
-        self._looking = loop.call_later(seconds, self._look, context=Context())
+        self._looking = loop.call_later(seconds, self._look, memory, context=Context())
 
-    def _look(self) -> None:
+    def _look(self, memory: Memory) -> None:
         """See whether memory is short, and give up some of what takes it if so."""
-        assert self._memory is not None  # noqa: S101 - else nobody looks
         self._looking = None
         began = time.thread_time()  # what others have of the processor meanwhile is not its cost
-        in_use, limit = self._memory.in_use(), self._memory.limit
+        in_use, limit = memory.in_use(), memory.limit
         self._short = None if in_use <= limit else _shortage(in_use, limit)
         if self._short is not None:
             if time.monotonic() > self._tell_from:
@@ -287,7 +285,7 @@ class Incoming:
         if self._watched or self.others or self.calls or len(self.streams) > FEW:
             took = time.thread_time() - began
             until_full = min(LATEST, (limit - in_use) / FASTEST)
-            self._look_in(max(SOONEST, until_full, SHARE_OF_LOOKING * took))
+            self._look_in(max(SOONEST, until_full, SHARE_OF_LOOKING * took), memory)
         self._watched = False
 
     def _give_some_up(self, short: OverloadedError) -> None:
@@ -332,13 +330,11 @@ async def may_be_gone() -> None:
 async def _end(awaited: Awaited, error: OverloadedError) -> None:
     if awaited.over:
         return
-    task = awaited.task
-    assert task is not None  # noqa: S101 - gRPC's
     ending = asyncio.ensure_future(awaited.give_up(error))
-    await asyncio.wait({ending, task}, timeout=PATIENCE)
-    if not (ending.done() and task.done()):
+    await asyncio.wait({ending, awaited.task}, timeout=PATIENCE)
+    if not (ending.done() and awaited.task.done()):
         # What it was sent before is in the way: with it, what answers it waits for ever.
-        task.cancel()
+        awaited.task.cancel()
         if cut_off(awaited.peer):  # else another of its calls was first
             logger.warning("%s takes nothing that it is sent: it was cut off", awaited.peer)
     try:
@@ -413,8 +409,7 @@ class Guarded(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic 
             yield request
 
     async def _next(self, handler: Handler, context: CallContext) -> Any:
-        read = handler.request_deserializer
-        assert read is not None  # noqa: S101 - generated handlers have it
+        read: Any = handler.request_deserializer  # generated handlers have one
         give_up = partial(_abort, context)
         message = await self._incoming.message(context, self._incoming.others, give_up)
         if message is None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 
@@ -104,17 +103,15 @@ def test_memory_is_known_when_no_more_files_can_be_opened():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_the_allocator_is_not_asked_while_all_that_is_resident_is_within_the_limit(monkeypatch):
-    watched = Memory(1 << 49)
-    monkeypatch.setattr(watched, "_mallinfo2", None)
+def test_the_allocator_is_not_asked_while_all_that_is_resident_is_within_the_limit():
+    watched, asked = Memory(1 << 49), []
+    watched._mallinfo2 = lambda: asked.append("mallinfo2")
+    watched._trim = lambda _pad: asked.append("malloc_trim")
     assert 0 < watched.in_use() < 1 << 49
+    assert not asked
 
 
 def test_an_allocator_that_stands_before_glibc_s_is_not_asked_by_its_name(monkeypatch):
     addresses = iter(range(1, 10))
     monkeypatch.setattr(memory, "_address", lambda _function: next(addresses))
     assert Memory(0)._mallinfo2 is None
-
-
-def test_glibc_tells_as_many_numbers_as_its_manual_says():
-    assert ctypes.sizeof(memory._Mallinfo2) == 10 * ctypes.sizeof(ctypes.c_size_t)

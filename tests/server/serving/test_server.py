@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
 from semid_server.errors import ConfigurationError, DeviceLostError, MalformedCheckpointError
+from semid_server.serving.incoming import FEW
 from semid_server.serving.server import SERVICE
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -158,6 +159,44 @@ async def test_calls_that_come_all_at_once_are_all_answered(run_server, backend)
         time.sleep(1)  # noqa: ASYNC251 - that is what this is about
         codes = await asyncio.to_thread(lambda: collections.Counter(call.code() for call in calls))
     assert codes == {grpc.StatusCode.OK: len(calls)}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_unless_told_otherwise_three_fifths_of_what_the_models_leave_may_be_in_use(
+    run_server, backend, monkeypatch, processes
+):
+    memory = 1 << 40
+    monkeypatch.setattr("semid_server.serving.server.allowed", lambda: memory)
+    backend.may_load.set()
+    running = run_server(backend, processes=processes)
+    await running.address()
+    watched = running.server._memory
+    in_use = watched.in_use()
+    assert watched.limit == pytest.approx(in_use + 0.6 * (memory / processes - in_use), abs=1 << 27)
+
+
+async def test_where_the_models_leave_no_memory_there_is_a_limit_for_a_few_messages(
+    run_server, backend, monkeypatch
+):
+    monkeypatch.setattr("semid_server.serving.server.allowed", lambda: 1000)
+    backend.may_load.set()
+    running = run_server(backend, max_message_bytes=1 << 20)
+    await running.address()
+    watched = running.server._memory
+    assert watched.limit == pytest.approx(watched.in_use() + 2 * FEW * (1 << 20), abs=1 << 25)
+
+
+async def test_a_limit_below_what_the_models_and_a_few_messages_take_is_told(
+    run_server, backend, caplog
+):
+    backend.may_load.set()
+    running = run_server(backend, max_memory_bytes=123_456_789_012_345)
+    await running.address()
+    assert "--max-memory-bytes" not in caplog.text
+    running = run_server(backend, max_memory_bytes=1234)
+    await running.address()
+    assert running.server._memory.limit == 1234
+    assert "more than the limit of 1234 (--max-memory-bytes)" in caplog.text
 
 
 async def test_who_calls_again_at_once_while_the_server_ends_is_told_so_each_time(
