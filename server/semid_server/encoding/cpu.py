@@ -40,6 +40,11 @@ _SHARE = 4.5e7
 """Products of numbers that make a share of work: about 0.3 ms, some times what it takes to hand it
 to another thread."""
 
+_FEW = 8e6
+"""Products of numbers that are `cpu_kernels.multiply`'s, which takes a quarter of a millisecond for
+as many: the library's product first wakes threads, which takes as long, and longer where they have
+to wait for a processor."""
+
 _WIDEST_INTEGER = 1 << 16
 """Features up to which the int16 product cannot overflow (BOUNDS.md, "Rounding to integers")."""
 
@@ -274,10 +279,11 @@ class _IntegerProduct:
 
 
 class _FloatProduct:
-    """Inner products by the library's float32 matrix product, whose order of sums is unknown."""
+    """Inner products in float32: the library's, whose order of sums is unknown, but of few rows."""
 
     def __init__(self, plan: Plan) -> None:
         self._centroids = plan.centroids.T.contiguous()
+        self._few = _FEW / self._centroids.numel()
         # gamma_D, and room for products that underflow
         rounding = plan.dim * UNIT32 / (1 - plan.dim * UNIT32)
         self.steps = np.ones(len(plan.centroids), dtype=np.float32)
@@ -293,7 +299,12 @@ class _FloatProduct:
 
     def of_chunk(self, rows: Array) -> Array:
         """Inner products float32 ``(n, N)`` of ``rows`` (n, E) and all centroids."""
-        products: Array = (torch.from_numpy(rows).float() @ self._centroids).numpy()
+        products: Array
+        if len(rows) > self._few:
+            products = (torch.from_numpy(rows).float() @ self._centroids).numpy()
+        else:
+            products = np.empty((len(rows), self._centroids.shape[1]), dtype=np.float32)
+            cpu_kernels.multiply(rows, self._centroids.numpy(), products)
         return products
 
     def decide(  # noqa: PLR0917 - slices of one batch, in one order

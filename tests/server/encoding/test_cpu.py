@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import encode_cases as cases
 import numpy as np
@@ -13,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semid_server.encoding import EncodeCounts, ReferenceEncoder, make_encoder
+from semid_server.encoding import EncodeCounts, ReferenceEncoder, cpu_kernels, make_encoder
 from semid_server.encoding.cpu import CpuEncoder, has_integer_product, loss_of_short_factors
-from semid_server.errors import InvalidInputError
+from semid_server.errors import ConfigurationError, InvalidInputError
 from semid_server.model import Activation, ModelKind, ModelSpec
 
 CPU = torch.device("cpu")
@@ -245,6 +246,55 @@ def test_a_float32_product_of_short_factors_is_found_out(dim):
     assert loss_of_short_factors(dim, 3, with_bits(24)) <= explained
     assert loss_of_short_factors(dim, 3, with_bits(11)) > 5 * explained  # TF32
     assert loss_of_short_factors(dim, 3, with_bits(8)) > 5 * explained  # bfloat16
+
+
+def test_an_encoder_whose_float32_product_rounds_its_factors_is_refused(monkeypatch):
+    model, spec = cases.random_model(24, [5, 3])
+    CpuEncoder(model, spec, integer_product=False)
+    short = partial(loss_of_short_factors, product=lambda a, b: (a // 2**-8 * 2**-8) @ b)
+    monkeypatch.setattr("semid_server.encoding.cpu.loss_of_short_factors", short)
+    with pytest.raises(ConfigurationError, match="rounds its factors to fewer bits"):
+        CpuEncoder(model, spec, integer_product=False)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 7, 8, 31, 400])
+@pytest.mark.parametrize(("n", "width"), [(1, 1), (1, 37), (6, 3), (17, 64)])
+def test_products_of_few_rows_are_as_exact_as_float32_explains(n, width, dim, dtype):
+    rng = np.random.default_rng(dim)
+    rows = rng.standard_normal((n, dim)).astype(dtype)
+    columns = rng.standard_normal((dim, width), dtype=np.float32)
+    products = np.full((n, width), np.nan, dtype=np.float32)
+    cpu_kernels.multiply(rows, columns, products)
+    exact = rows.astype(np.float64) @ columns.astype(np.float64)
+    terms = np.abs(rows).astype(np.float64) @ np.abs(columns)
+    rounded = dim + (dtype is np.float64)  # a row of float64 is rounded first
+    assert np.all(np.abs(products - exact) <= rounded * 2.0**-24 * 1.001 * terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_few_rows_and_many_are_multiplied_apart_and_have_the_codes_of_the_reference(
+    monkeypatch, dtype
+):
+    model, spec = cases.random_model(24, [50, 3])
+    monkeypatch.setattr("semid_server.encoding.cpu._FEW", 10 * 24 * 53)
+    encoder = CpuEncoder(model, spec, threads=1, integer_product=False)
+    rows = cases.near_ties(model, spec, 11, dtype=dtype)
+    rows[4] = torch.finfo(dtype).max
+    want = expected(model, spec, rows)
+    few = []
+
+    def noted(rows, columns, products):
+        few.append(len(rows))
+        multiply(rows, columns, products)
+
+    multiply = cpu_kernels.multiply
+    monkeypatch.setattr(cpu_kernels, "multiply", noted)
+    for n in range(1, 12):
+        for start in range(0, len(rows) - n + 1, n):
+            part = slice(start, start + n)
+            assert torch.equal(encoder.encode(rows[part]), want[part])
+    assert set(few) == set(range(1, 11))
 
 
 def test_numba_told_of_a_lesser_processor_gets_no_instruction_that_it_lacks(tmp_path):
