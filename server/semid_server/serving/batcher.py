@@ -19,7 +19,8 @@ runner allows it (`Runner.runs_quickly`), and only while the worker rests, the e
 batches that are known to take less than `QUICK` seconds itself, once it has read all that had come.
 A short request that finds nothing queued it may run at once, alone (`Batcher.answer_now`): to wait
 for others that might share its batch would cost more than a short batch does. Where the worker has
-a processor to itself, requests that come thick and fast are left to it from `APART` seconds on.
+a processor to itself, requests that come thick and fast are left to it from `APART` seconds on,
+those of `FEW_BYTES` and less from `APART_FEW`.
 
 The life of a request that is queued::
 
@@ -83,6 +84,11 @@ QUICK_AT_MOST: Final = 4 * QUICK
 APART: Final = 0.00008
 """Seconds from which a batch is worth the way to the worker, if that has a processor of its own and
 the loop has other calls to see to."""
+
+APART_FEW: Final = 0.00015
+FEW_BYTES: Final = 128 * 1024
+"""The same for batches of at most so many bytes. To copy more is what the loop is spared; few are
+copied in no time, and what a device then takes for them is less than what the way costs."""
 
 LOOP_SHARE: Final = 7
 """The loop has, where such batches would take more than one part in so many of its time."""
@@ -445,7 +451,7 @@ class Batcher(Generic[Key, Payload, Answer]):
                 return None
             # Without a pace nothing is known of it.
             pace = self._paces.get(self._runner.kind(key))
-            if pace is None or not self._is_quick(pace, rows):
+            if pace is None or not self._is_quick(pace, rows, nbytes):
                 return None
         if pace.work(rows) < self._limits.max_batch_seconds / 2:
             self._small_at = now
@@ -608,20 +614,23 @@ class Batcher(Generic[Key, Payload, Answer]):
     def _rouse(self, entry: _Entry[Key, Payload, Answer]) -> None:
         """Have the work that waits be done: by the loop itself if it is short, else the worker."""
         assert self._loop is not None, "start() comes first"  # noqa: S101 - a bug of ours
-        if self._runner.runs_quickly(entry.key) and self._is_quick(entry.pace, self._rows):
+        if self._runner.runs_quickly(entry.key) and self._is_quick(
+            entry.pace, self._rows, self._nbytes
+        ):
             self._quick_due = True
             self._loop.call_soon(self._run_quickly)
         else:
             self._resting = False
             self._changed.notify()
 
-    def _is_quick(self, pace: Pace, rows: int) -> bool:
+    def _is_quick(self, pace: Pace, rows: int, nbytes: int) -> bool:
         # The worker waits for the interpreter's lock: by the average alone, batches that went there
         # once would seem to belong there.
         average, shortest = pace.times(rows)
         if not (0 < shortest <= QUICK and average <= QUICK_AT_MOST):
             return False
-        return shortest <= APART or not self._to_spare or shortest * LOOP_SHARE <= self._gap
+        apart = APART_FEW if nbytes <= FEW_BYTES else APART
+        return shortest <= apart or not self._to_spare or shortest * LOOP_SHARE <= self._gap
 
     def _run_quickly(self) -> None:
         """Run what has come since this was called for, unless it has become much."""
@@ -631,7 +640,7 @@ class Batcher(Generic[Key, Payload, Answer]):
                 return
             (queue, *others) = self._queues.values()
             quick = self._runner.runs_quickly(queue[0].key) and not others
-            if not quick or not self._is_quick(queue[0].pace, self._rows):
+            if not quick or not self._is_quick(queue[0].pace, self._rows, self._nbytes):
                 self._resting = False
                 self._changed.notify()
                 return

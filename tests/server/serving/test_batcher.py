@@ -20,6 +20,7 @@ from semid_server.errors import (
     NotServingError,
     OverloadedError,
 )
+from semid_server.serving import batcher as batching
 from semid_server.serving.batcher import (
     ALIKE,
     AMONG_LARGE,
@@ -1042,17 +1043,20 @@ async def test_what_cannot_be_answered_at_once_is_left_to_be_admitted(quick, mak
 
 
 @pytest.mark.parametrize(
-    ("processors", "rows", "gap", "at_once"),
+    ("processors", "rows", "gap", "few", "at_once"),
     [
-        (4, 30, 0.0005, False),  # 0.3 ms of 0.5
-        (4, 30, 0.0025, True),
-        (3, 30, 0.0005, True),  # nobody else would be faster
-        (4, 7, 0.0002, True),  # too short to be handed over
+        (4, 30, 0.0005, True, False),  # 0.3 ms of 0.5
+        (4, 30, 0.0025, True, True),
+        (3, 30, 0.0005, True, True),  # nobody else would be faster
+        (4, 14, 0.0002, True, True),  # too short to be handed over
+        (4, 14, 0.0002, False, False),  # but there is much to copy
+        (4, 7, 0.0002, False, True),
     ],
 )
 async def test_frequent_requests_are_left_to_a_worker_with_a_processor_to_itself(
-    quick_of, processors, rows, gap, at_once
+    monkeypatch, quick_of, *, processors, rows, gap, few, at_once
 ):
+    monkeypatch.setattr(batching, "FEW_BYTES", rows if few else rows - 1)
     batcher, instant = await quick_of(processors=processors)
 
     async def come(count, pause):
