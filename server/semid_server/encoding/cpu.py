@@ -41,9 +41,9 @@ _SHARE = 4.5e7
 to another thread."""
 
 _FEW = 8e6
-"""Products of numbers that are `cpu_kernels.multiply`'s, which takes a quarter of a millisecond for
-as many: the library's product first wakes threads, which takes as long, and longer where they have
-to wait for a processor."""
+"""Products of numbers up to which they are `cpu_kernels.multiply`'s, at most 0.3 to 0.4 ms: the
+library's product first wakes threads, which takes 0.2, and longer where they have to wait for a
+processor."""
 
 _WIDEST_INTEGER = 1 << 16
 """Features up to which the int16 product cannot overflow (BOUNDS.md, "Rounding to integers")."""
