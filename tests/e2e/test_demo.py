@@ -64,7 +64,9 @@ def test_it_shows_each_part_and_ends_with_status_0(demo):
 
 
 HELD = """
-import importlib, time, semid_client.cli
+import importlib, signal, time, semid_client.cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what shells start behind them ignores it
 
 def show(*_):
     while True:
