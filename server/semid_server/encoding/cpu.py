@@ -40,7 +40,7 @@ _SHARE = 4.5e7
 """Products of numbers that make a share of work: about 0.3 ms, some times what it takes to hand it
 to another thread."""
 
-_FEW = 8e6
+_FEW_PRODUCTS = 8e6
 """Products of numbers up to which they are `cpu_kernels.multiply`'s, at most 0.3 to 0.4 ms: the
 library's product first wakes threads, which takes 0.2, and longer where they have to wait for a
 processor."""
@@ -283,7 +283,7 @@ class _FloatProduct:
 
     def __init__(self, plan: Plan) -> None:
         self._centroids = plan.centroids.T.contiguous()
-        self._few = _FEW / self._centroids.numel()
+        self._few_rows = _FEW_PRODUCTS / self._centroids.numel()
         # gamma_D, and room for products that underflow
         rounding = plan.dim * UNIT32 / (1 - plan.dim * UNIT32)
         self.steps = np.ones(len(plan.centroids), dtype=np.float32)
@@ -300,7 +300,7 @@ class _FloatProduct:
     def of_chunk(self, rows: Array) -> Array:
         """Inner products float32 ``(n, N)`` of ``rows`` (n, E) and all centroids."""
         products: Array
-        if len(rows) > self._few:
+        if len(rows) > self._few_rows:
             products = (torch.from_numpy(rows).float() @ self._centroids).numpy()
         else:
             products = np.empty((len(rows), self._centroids.shape[1]), dtype=np.float32)

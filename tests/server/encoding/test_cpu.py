@@ -277,7 +277,7 @@ def test_few_rows_and_many_are_multiplied_apart_and_have_the_codes_of_the_refere
     monkeypatch, dtype
 ):
     model, spec = cases.random_model(24, [50, 3])
-    monkeypatch.setattr("semid_server.encoding.cpu._FEW", 10 * 24 * 53)
+    monkeypatch.setattr("semid_server.encoding.cpu._FEW_PRODUCTS", 10 * 24 * 53)
     encoder = CpuEncoder(model, spec, threads=1, integer_product=False)
     rows = cases.near_ties(model, spec, 11, dtype=dtype)
     rows[4] = torch.finfo(dtype).max
