@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from semid.v1 import semid_pb2 as pb
 from semid_server.encoding.rows import default_threads
 from semid_server.errors import ConfigurationError, DeviceLostError, SemidError
+from semid_server.serving import asking
 from semid_server.serving.addresses import (
     Address,
     admin_address,
@@ -517,7 +518,7 @@ class Server:
     ) -> tuple[grpc.aio.Server, int]:
         most = self._config.max_concurrent_rpcs + OTHERS
         pending = min(max(self._config.max_concurrent_rpcs, LEAST_PENDING), MOST_IN_GRPC)
-        server = grpc.aio.server(
+        server = asking.server(
             # gRPC counts those of all services; `Calls` keeps the limit on its own.
             maximum_concurrent_rpcs=most,
             options=(
