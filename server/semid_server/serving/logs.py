@@ -11,19 +11,22 @@ lines are lost, and counted, but no call waits for them.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import queue
 import random
 import re
+import stat
 import threading
+import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
 from pythonjsonlogger.json import JsonFormatter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 REQUEST_ID_KEY = "x-request-id"
 
@@ -44,9 +47,16 @@ _TEXT = "%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s"
 _FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s %(request_id)s"
 
 
-WRITTEN_TO_NOBODY: Final = ("grpc._cython.cygrpc", "ExecuteBatchError")
+GRPC: Final = "grpc._cython.cygrpc"
+"""Where gRPC logs, and what it defines."""
+
+WRITTEN_TO_NOBODY: Final = (GRPC, "ExecuteBatchError")
 """What gRPC raises, and logs with its traceback, where an answer finds its caller gone. It has no
 public name."""
+
+
+TELL_EVERY: Final = 10.0
+"""Seconds from one line that tells of text that is not UTF-8 to the next: anybody may send some."""
 
 
 class RequestId:
@@ -96,6 +106,25 @@ def _tells_of_us(record: logging.LogRecord) -> bool:
     return kind is None or (kind.__module__, kind.__name__) != WRITTEN_TO_NOBODY
 
 
+class _Unreadable(logging.Filter):
+    """Has gRPC tell that it was sent text that is not UTF-8, but not what: it may be a secret."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tell_from = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if record.name != GRPC or not isinstance(error, UnicodeError):
+            return True
+        if time.monotonic() < self._tell_from:
+            return False
+        self._tell_from = time.monotonic() + TELL_EVERY
+        record.msg, record.args = "a caller sent metadata that is not UTF-8", None
+        record.exc_info = record.exc_text = None
+        return True
+
+
 class Outlet(logging.Handler):
     """Writes lines from a thread of its own, so that nobody who logs waits for who reads.
 
@@ -111,6 +140,12 @@ class Outlet(logging.Handler):
         self._descriptor = descriptor
         self._lines: queue.Queue[str | threading.Event | None] = queue.Queue(MAX_WAITING_LINES)
         self._lost = 0
+        # Not the handler's own: the library holds that while it waits for the last lines.
+        self._counting = threading.Lock()
+        # Whether the last line was cut short: the next is to begin a line of its own.
+        self._cut = False
+        kind = os.fstat(descriptor).st_mode
+        self._shared = stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)
         self._writer = threading.Thread(target=self._write_all, name="semid-log", daemon=True)
         self._writer.start()
 
@@ -119,7 +154,8 @@ class Outlet(logging.Handler):
         try:
             self._lines.put_nowait(self.format(record))
         except queue.Full:
-            self._lost += 1  # under the handler's lock, as all of this
+            with self._counting:
+                self._lost += 1
         except Exception:  # noqa: BLE001 - as in every handler of the library: the caller goes on
             self.handleError(record)
 
@@ -147,14 +183,37 @@ class Outlet(logging.Handler):
     def _write(self, line: str) -> None:
         lost = self._lost
         text = f"{self.format(_of_lost_lines(lost))}\n{line}\n" if lost else f"{line}\n"
-        rest = text.encode(errors="backslashreplace")
+        whole = text.encode(errors="backslashreplace")
+        rest = b"\n" + whole if self._cut else whole
         try:
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+            with self._by_itself():
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+                    self._cut = 0 < len(rest) < len(whole)
         except OSError:  # nobody reads any more, or the disk is full
             lost = -1
-        with self.lock or contextlib.nullcontext():
-            self._lost -= lost
+        if lost:
+            with self._counting:
+                self._lost -= lost
+
+    @contextlib.contextmanager
+    def _by_itself(self) -> Iterator[None]:
+        """Let no other process write to the same pipe meanwhile: a long line goes there in parts.
+
+        The lock of a process that ends goes with it.
+        """
+        if not self._shared:
+            yield
+            return
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
+        except OSError:  # of a kind that has no locks: a long line may be mixed with others
+            yield
+            return
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
 
 def _of_lost_lines(count: int) -> logging.LogRecord:
@@ -182,6 +241,7 @@ def configure(*, level: str, as_json: bool) -> None:
         handler.setFormatter(logging.Formatter(_TEXT))
     handler.addFilter(_RequestFilter(as_json=as_json))
     handler.addFilter(_tells_of_us)
+    handler.addFilter(_Unreadable())
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(level.upper())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -61,6 +62,30 @@ def test_that_callers_leave_while_they_are_answered_is_no_line_of_the_log(config
     text = written(capfd)
     assert "ExecuteBatchError" not in text
     assert "RuntimeError: a fault" in text
+
+
+def test_what_grpc_cannot_read_is_told_now_and_then_and_not_shown(configured, capfd, monkeypatch):
+    configured(level="info", as_json=True)
+    grpcs = logging.getLogger("grpc._cython.cygrpc")
+
+    def fail_to_read(sent):
+        try:
+            sent.decode()
+        except UnicodeDecodeError:
+            grpcs.exception("Invalid encoding on %s", sent)
+
+    for _ in range(3):
+        fail_to_read(b"Bearer of-a-token\xff")
+    (line,) = written(capfd).splitlines()
+    assert json.loads(line)["message"] == "a caller sent metadata that is not UTF-8"
+    assert "of-a-token" not in line
+    monkeypatch.setattr(logs, "TELL_EVERY", 0)
+    configured(level="info", as_json=False)
+    for _ in range(2):
+        fail_to_read(b"Bearer of-a-token\xff")
+    text = written(capfd)
+    assert "of-a-token" not in text
+    assert "Traceback" not in text
 
 
 def test_less_severe_lines_are_left_out(configured, capfd):
@@ -156,6 +181,57 @@ def test_a_disk_with_room_again_gets_the_lines_from_then_on(tmp_path, log_into):
     first, second = (tmp_path / "log").read_text().splitlines()
     assert first.startswith("3 lines before the next were lost")
     assert second == "room for this"
+
+
+def test_a_line_that_is_cut_short_is_not_gone_on_with(tmp_path, log_into, monkeypatch):
+    write, room = os.write, [5, 0]
+
+    def into_little_room(descriptor, text):
+        if not room:
+            return write(descriptor, text)
+        if not (count := room.pop(0)):
+            raise OSError(errno.ENOSPC, "no space")
+        return write(descriptor, text[:count])
+
+    with (tmp_path / "log").open("wb") as log:
+        logger, outlet = log_into(log.fileno())
+        monkeypatch.setattr(os, "write", into_little_room)
+        for text in ("no room for this", "room for this", "and for this"):
+            logger.error(text)
+        outlet.flush()
+    cut, lost, second, third = (tmp_path / "log").read_text().splitlines()
+    assert cut == "no ro"
+    assert lost.startswith("1 lines before the next were lost")
+    assert (second, third) == ("room for this", "and for this")
+
+
+def test_all_lines_before_the_end_of_the_process_are_written(tmp_path):
+    script = (
+        "import logging; from semid_server.serving import logs; "
+        "logs.configure(level='info', as_json=False); "
+        "[logging.info('line %d', i) for i in range(2000)]"
+    )
+    with (tmp_path / "log").open("wb") as log:
+        subprocess.run([sys.executable, "-c", script], check=True, stderr=log)
+    assert len((tmp_path / "log").read_text().splitlines()) == 2000
+
+
+def test_processes_that_share_a_pipe_do_not_mix_their_lines(pipe):
+    reader, writer = pipe
+    script = (
+        "import sys, logging; from semid_server.serving import logs; "
+        "logs.configure(level='info', as_json=True); "
+        "[logging.info('%s', sys.argv[1] * 20000) for _ in range(50)]"
+    )
+    writing = [
+        subprocess.Popen([sys.executable, "-c", script, letter], stderr=writer.fileno())
+        for letter in "abc"
+    ]
+    writer.close()
+    lines = b"".join(iter(lambda: reader.read(3000), b"")).splitlines()
+    assert [process.wait() for process in writing] == [0, 0, 0]
+    assert len(lines) == 150
+    assert {json.loads(line)["message"] for line in lines} == {letter * 20000 for letter in "abc"}
 
 
 def test_the_end_of_the_process_does_not_wait_for_a_reader_that_is_stuck(pipe):
