@@ -447,7 +447,9 @@ class Backend:
 
     def _features(self, rows: torch.Tensor) -> npt.NDArray[np.floating[Any]]:
         if not self._has_network:
-            return cast("npt.NDArray[np.float32]", rows.to(torch.float32).numpy())
+            # What is beyond float32 may be of a length that float64 can square.
+            wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+            return cast("npt.NDArray[np.floating[Any]]", rows.to(wide).numpy())
         with torch.inference_mode():
             features: torch.Tensor = self._model.features(rows.to(self._device, torch.float32))
         return cast("npt.NDArray[np.float32]", features.cpu().numpy())

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 WINDOW_ROWS = 1 << 17
-"""Rows that the figures speak of: the last so many, or up to a sixteenth more."""
+"""Rows that the figures speak of: the last so many, or up to a sixteenth more; or, where batches
+are larger than that, up to one of them more."""
 
 SAMPLED_ROWS = 8
 """Rows of one batch whose error is taken, at most: few enough for torch to wake no other thread."""
@@ -95,8 +96,9 @@ class DriftWatch:
     ) -> None:
         self._codebooks, self._normalize = codebooks, normalize_residuals
         self._features = features
-        self._part_rows = max(1, window_rows // _PARTS)
-        self._parts: deque[_Part] = deque(maxlen=_PARTS + 1)
+        self._window_rows, self._part_rows = window_rows, max(1, window_rows // _PARTS)
+        self._parts: deque[_Part] = deque()
+        self._rows = 0
         self._lock = threading.Lock()
         self._nothing = np.zeros(len(codebooks))
         self._uncounted: list[npt.NDArray[Any]] = []
@@ -116,6 +118,8 @@ class DriftWatch:
         errors = None
         if sample_codes is not None and len(sample_codes):
             errors = self._squared_lengths(sample, sample_codes)
+            if not np.isfinite(errors).all():  # of numbers whose squares are none
+                errors = None
         with self._lock:
             self._uncounted.append(codes)
             self._uncounted_rows += len(codes)
@@ -134,11 +138,14 @@ class DriftWatch:
             np.bincount(codes[:, layer], minlength=len(codebook))
             for layer, codebook in enumerate(self._codebooks)
         ]
-        if not self._parts or self._parts[-1].rows >= self._part_rows:
+        if not self._parts or self._parts[-1].rows + len(codes) > self._part_rows:
             empty = [np.zeros_like(count) for count in counts]
             self._parts.append(_Part(0, empty, self._nothing, self._nothing))
         part = self._parts[-1]
         part.rows += len(codes)
+        self._rows += len(codes)
+        while self._rows - self._parts[0].rows >= self._window_rows:
+            self._rows -= self._parts.popleft().rows
         part.counts = [a + b for a, b in zip(part.counts, counts, strict=True)]
         part.entering = part.entering + self._entering
         part.left = part.left + self._left

@@ -276,6 +276,14 @@ def test_drift_figures_are_those_of_the_rows_served(make_backend, reference_set_
         assert figures.error == pytest.approx(float(residual.square().sum() / before), rel=1e-4)
 
 
+def test_numbers_beyond_float32_have_an_error_too(make_backend):
+    backend = make_backend("digits_rkmeans")
+    rows = np.full((SAMPLED_ROWS, 64), 1e39)
+    backend.run(EncodeKey(backend.served, "float64"), [rows])
+    backend.after()
+    assert backend.drift()[0].error > 0.1
+
+
 @pytest.fixture
 def share_rows():
     """Return a function that puts rows into a file, as a caller shares it, and returns both."""

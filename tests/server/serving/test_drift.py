@@ -72,3 +72,25 @@ def test_rows_leave_the_window_when_enough_newer_ones_have_come():
         drift.observe(new, np.ones((1, 4)), new[:1])
     assert drift.summary()[0].perplexity == pytest.approx(1)
     assert drift.summary()[0].dead_codes == 3
+
+
+@pytest.mark.parametrize("batch", [1, 7, 10, 11, 160, 500])
+def test_the_window_is_no_more_than_a_part_or_a_batch_too_long(batch):
+    drift = watch(window_rows=160)
+    old, new = np.zeros((batch, 2), int), np.ones((batch, 2), int)
+    for _ in range(500 // batch):
+        drift.observe(old)
+    rows = 0
+    while not drift.summary() or drift.summary()[0].perplexity != 1 or not rows:
+        drift.observe(new)
+        rows += batch
+    assert 160 <= rows <= 160 + max(10, batch) + batch
+
+
+def test_a_row_too_long_to_be_squared_hides_nothing_of_the_others():
+    drift = watch()
+    rows = np.array([[2.0, 0, 0, 0], [1e200, 0, 0, 0]])
+    codes = np.array([[0, 0], [0, 0]])
+    for sample in (rows[:1], rows, rows[:1]):
+        drift.observe(codes[: len(sample)], sample, codes[: len(sample)])
+    assert [layer.error for layer in drift.summary()] == pytest.approx([1 / 4, 1 / 4])
