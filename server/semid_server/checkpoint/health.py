@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from semid_server.model import ModelSpec
 
 NEGLIGIBLE = 1e-6
-"""Relative to the largest centroid: a few units in the last place of float32, no structure."""
+"""A few units in the last place of float32, which hold no structure.
+
+The longest centroid of a layer is compared with this share of the scale of the residuals: 1 where
+they are normalised, else the longest centroid of the model; how far the centroids of a layer
+differ, with this share of the longest of them.
+"""
 
 SHORT = 0.1
 """A centroid shorter than this part of its layer's median is named as an attractor."""
@@ -77,8 +82,9 @@ def examine(spec: ModelSpec, state: Mapping[str, Tensor]) -> Health:
     problems: list[str] = []
     warnings: list[str] = []
     if not damage:
+        scale = 1.0 if spec.normalize_residuals else max(report.norm_max for report in reports)
         for layer, (codebook, report) in enumerate(zip(codebooks, reports, strict=True)):
-            problem = _collapse(codebook, report)
+            problem = _collapse(codebook, report, scale)
             if problem is not None:
                 problems.append(f"layer {layer}: {problem}")
                 continue
@@ -126,17 +132,18 @@ def _damage(state: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _collapse(codebook: Tensor, report: LayerReport) -> str | None:
+def _collapse(codebook: Tensor, report: LayerReport, scale: float) -> str | None:
     width = report.codebook_width
     if report.norm_max == 0:
         return (
             f"all {width} centroids are zero: this layer was never initialised, its codes mean "
             "nothing. Train on until every layer is initialised"
         )
-    if report.norm_max <= NEGLIGIBLE:
+    if report.norm_max <= NEGLIGIBLE * scale:
         return (
             f"all {width} centroids are about zero (the longest has length "
-            f"{report.norm_max:.3g}): the codebook has collapsed, its codes are rounding noise"
+            f"{report.norm_max:.3g} where residuals are on the scale of {scale:.3g}): the codebook "
+            "has collapsed, its codes are rounding noise"
         )
     spread = float((codebook - codebook[0]).abs().max())
     if width > 1 and spread <= NEGLIGIBLE * report.norm_max:

@@ -59,6 +59,22 @@ def test_a_codebook_that_says_nothing_is_a_problem(examined, codebook, words):
         raise AssertionError(health.problems[0])
 
 
+def test_a_small_scale_is_no_collapse_where_residuals_keep_theirs(make_model, rq_kmeans_spec):
+    raw = replace(rq_kmeans_spec, normalize_residuals=False)
+    state = {name: tensor * 1e-9 for name, tensor in make_model(raw).state_dict().items()}
+    assert examine(raw, state).problems == ()
+    problems = examine(rq_kmeans_spec, state).problems
+    assert [problem[:7] for problem in problems] == ["layer 0", "layer 1"]
+    assert all("where residuals are on the scale of 1)" in problem for problem in problems)
+
+
+def test_a_layer_is_about_zero_beside_the_longest_centroid_of_its_model(make_model, rq_kmeans_spec):
+    raw = replace(rq_kmeans_spec, normalize_residuals=False)
+    state = {name: tensor * 1e-9 for name, tensor in make_model(raw).state_dict().items()}
+    (problem,) = examine(raw, {**state, LAST: state[LAST] * 1e-8}).problems
+    assert problem.startswith("layer 1: all 3 centroids are about zero")
+
+
 def test_a_single_centroid_has_not_collapsed(examined, rq_kmeans_spec):
     spec = replace(rq_kmeans_spec, codebook_widths=(3, 1))
     state = {
