@@ -84,11 +84,11 @@ class ArrayRows:
         Raises
         ------
         ConfigurationError
-            If one of them holds NaN or infinity; the message names the row.
+            If one of them holds NaN, infinity or a number beyond float32; the message names the
+            row.
         """
         start, stop = self.blocks[block]
-        rows = np.array(self._array[start:stop], dtype=np.float32, order="C")
-        return _finite(rows, start, self._name)
+        return _float32(self._array[start:stop], start, self._name)
 
 
 class ParquetRows:
@@ -154,7 +154,8 @@ class ParquetRows:
         Raises
         ------
         ConfigurationError
-            If rows differ in length, or one holds NaN, infinity or nothing; the message names it.
+            If rows differ in length, or one holds NaN, infinity, a number beyond float32 or
+            nothing; the message names it.
         """
         start, stop = self.blocks[block]
         column = self._file.read_row_group(block, columns=[self._column]).column(0)
@@ -169,8 +170,7 @@ class ParquetRows:
                 f"{self._path}: row {start + row} of column {self._column!r} has "
                 f"{lengths[row]} numbers; expected {dim or 'at least 1'} as in row 0"
             )
-        rows = np.array(values.reshape(stop - start, dim), dtype=np.float32, order="C")
-        return _finite(rows, start, str(self._path))
+        return _float32(values.reshape(stop - start, dim), start, str(self._path))
 
 
 def open_rows(path: Path, column: str | None = None) -> Rows:
@@ -271,9 +271,26 @@ def _groups(rows: Rows, order: list[int], shuffle_rows: int) -> Iterator[list[in
     yield group
 
 
-def _finite(rows: Floats, start: int, name: str) -> Floats:
-    finite = np.isfinite(rows).all(axis=1)
-    if not finite.all():
-        row = start + int(np.flatnonzero(~finite)[0])
-        raise ConfigurationError(f"{name}: row {row} holds NaN or infinity; remove or replace it")
-    return rows
+def _float32(rows: NDArray[Any], start: int, name: str) -> Floats:
+    """Rows float32 of rows of any type of numbers, a copy; the first has index ``start``.
+
+    Raises
+    ------
+    ConfigurationError
+        If one holds NaN, infinity, or a finite number that float32 has not; the message names it.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # what became of it is looked at below
+        converted = np.array(rows, dtype=np.float32, order="C")
+    finite = np.isfinite(converted).all(axis=1)
+    if finite.all():
+        return converted
+    index = int(np.flatnonzero(~finite)[0])
+    lost = rows[index][~np.isfinite(converted[index])]
+    if not np.isfinite(lost).all():
+        raise ConfigurationError(
+            f"{name}: row {start + index} holds NaN or infinity; remove or replace it"
+        )
+    raise ConfigurationError(
+        f"{name}: row {start + index} holds {lost[0]:.6g}, which is beyond float32 (up to "
+        f"{np.finfo(np.float32).max:.6g}); bring the embeddings to a smaller scale"
+    )

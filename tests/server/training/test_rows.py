@@ -154,6 +154,25 @@ def test_a_row_that_is_not_finite_is_named(bad):
         ArrayRows(array).read(1)
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_a_number_beyond_float32_is_told_from_one_that_is_none(tmp_path, suffix):
+    array = np.ones((3, 2))
+    array[1, 1] = -1e200
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".npy":
+        np.save(path, array)
+    else:
+        pq.write_table(pa.table({"x": array.tolist()}), path)
+    message = r"x\.\w+: row 1 holds -1e\+200, which is beyond float32 \(up to 3\.40282e\+38\)"
+    with pytest.raises(ConfigurationError, match=message):
+        open_rows(path).read(0)
+
+
+def test_all_numbers_of_float32_are_taken_from_a_wider_type():
+    limit = float(np.finfo(np.float32).max)
+    assert ArrayRows(np.array([[limit, -limit]])).read(0).tolist() == [[limit, -limit]]
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
