@@ -37,7 +37,8 @@ def column_option(command: str) -> Callable[[Any], Any]:
         command,
         "--column",
         default=None,
-        help="Column of a .parquet file that holds the embeddings. Needed when several hold lists.",
+        help="Column of a .parquet file that holds the embeddings. Needed when several hold lists "
+        "of numbers.",
     )
 
 

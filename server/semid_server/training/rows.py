@@ -92,7 +92,7 @@ class ArrayRows:
 
 
 class ParquetRows:
-    """Rows of a Parquet column of lists of numbers; each row group is a block.
+    """Rows of a Parquet column of lists of numbers; each row group that has rows is a block.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ class ParquetRows:
     Raises
     ------
     ConfigurationError
-        If pyarrow is not installed, or the file has no such column.
+        If pyarrow is not installed, the file has no such column, or its first rows are at fault.
     """
 
     def __init__(self, path: Path, column: str | None = None) -> None:
@@ -119,29 +119,35 @@ class ParquetRows:
             self._file = pq.ParquetFile(path)
         except (OSError, pa.ArrowInvalid) as error:
             raise ConfigurationError(f"{path}: cannot be read as Parquet: {error}") from error
-        lists = [
-            field.name
-            for field in self._file.schema_arrow
-            if pa.types.is_list(field.type)
-            or pa.types.is_large_list(field.type)
-            or pa.types.is_fixed_size_list(field.type)
-        ]
+        schema = self._file.schema_arrow
+        lists = [field.name for field in schema if _is_list_of_numbers(pa, field.type)]
         if column is None and len(lists) != 1:
             raise ConfigurationError(
-                f"{path}: columns that hold lists: {', '.join(lists) or 'none'}; "
-                "name the one with the embeddings"
+                f"{path}: columns that hold lists of numbers: {', '.join(lists) or 'none'}; "
+                + ("name the one with the embeddings" if lists else f"there are: {_named(schema)}")
             )
-        if column is not None and column not in lists:
+        self._column = lists[0] if column is None else column
+        if (n_named := schema.names.count(self._column)) != 1:
             raise ConfigurationError(
-                f"{path}: no column {column!r} that holds lists; there are: "
-                f"{', '.join(lists) or 'none'}"
+                f"{path}: {n_named or 'no'} column{'s' * (n_named > 1)} {self._column!r}; expected "
+                f"one; there are: {_named(schema)}"
             )
-        self._column = column or lists[0]
+        if self._column not in lists:
+            raise ConfigurationError(
+                f"{path}: column {column!r} is {schema.field(column).type}; expected lists of "
+                "numbers"
+            )
         self._path = path
         metadata = self._file.metadata
-        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        stops = np.cumsum(sizes).tolist()
-        self.blocks = [(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+        self.blocks: list[tuple[int, int]] = []
+        self._groups: list[int] = []  # of each block
+        start = 0
+        for group in range(metadata.num_row_groups):
+            stop = start + metadata.row_group(group).num_rows
+            if stop > start:
+                self.blocks.append((start, stop))
+                self._groups.append(group)
+            start = stop
         self.n_rows = metadata.num_rows
         if self.n_rows == 0:
             raise ConfigurationError(f"{path}: holds no rows")
@@ -158,19 +164,43 @@ class ParquetRows:
             nothing; the message names it.
         """
         start, stop = self.blocks[block]
-        column = self._file.read_row_group(block, columns=[self._column]).column(0)
-        lists = column.combine_chunks()
-        values = lists.flatten().to_numpy(zero_copy_only=False)
+        group = self._file.read_row_group(self._groups[block], columns=[self._column])
+        lists = group.column(0).combine_chunks()
+        if lists.null_count:
+            row = start + int(np.flatnonzero(lists.is_null().to_numpy(zero_copy_only=False))[0])
+            raise ConfigurationError(
+                f"{self._path}: row {row} of column {self._column!r} is null; "
+                "expected a list of numbers"
+            )
         lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
         dim = self.dim or int(lengths[0])
-        wrong = np.flatnonzero(~(lengths == dim))
+        wrong = np.flatnonzero(lengths != dim)
         if wrong.size or dim == 0:
             row = int(wrong[0]) if wrong.size else 0
             raise ConfigurationError(
                 f"{self._path}: row {start + row} of column {self._column!r} has "
                 f"{lengths[row]} numbers; expected {dim or 'at least 1'} as in row 0"
             )
+        numbers = lists.flatten()
+        if numbers.null_count:
+            place = int(np.flatnonzero(numbers.is_null().to_numpy(zero_copy_only=False))[0])
+            raise ConfigurationError(
+                f"{self._path}: row {start + place // dim} of column {self._column!r} holds a null "
+                f"as number {place % dim}; remove or replace it"
+            )
+        values = numbers.to_numpy(zero_copy_only=False)
         return _float32(values.reshape(stop - start, dim), start, str(self._path))
+
+
+def _is_list_of_numbers(pa: Any, kind: Any) -> bool:
+    types = pa.types
+    if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
+        return False
+    return bool(types.is_floating(kind.value_type) or types.is_integer(kind.value_type))
+
+
+def _named(schema: Any) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
 
 
 def open_rows(path: Path, column: str | None = None) -> Rows:

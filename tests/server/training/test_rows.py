@@ -137,6 +137,63 @@ def test_a_parquet_row_of_another_length_is_named(tmp_path):
         open_rows(tmp_path / "x.parquet")
 
 
+def grouped(path, groups):
+    """Write a Parquet file with one row group for each list of rows, empty ones as well."""
+    kind = pa.list_(pa.float32())
+    with pq.ParquetWriter(path, pa.schema([("x", kind)])) as writer:
+        for rows in groups:
+            writer.write_table(pa.table({"x": pa.array(rows, kind)}))
+    assert pq.ParquetFile(path).num_row_groups == len(groups)
+    return path
+
+
+def test_row_groups_without_rows_are_no_blocks(tmp_path):
+    path = grouped(tmp_path / "x.parquet", [[], [[1, 2], [3, 4]], [], [[5, 6]], []])
+    rows = open_rows(path)
+    assert (rows.n_rows, rows.dim, rows.blocks) == (3, 2, [(0, 2), (2, 3)])
+    assert [rows.read(block).tolist() for block in range(2)] == [[[1, 2], [3, 4]], [[5, 6]]]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.list_(pa.float32()), pa.large_list(pa.float64()), pa.list_(pa.float32(), 2)],
+    ids=str,
+)
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_parquet_row_that_is_null_is_named(tmp_path, kind, row):
+    lists = [[1.0, 2.0]] * 3
+    lists[row] = None
+    pq.write_table(pa.table({"x": pa.array(lists, kind)}), tmp_path / "x.parquet")
+    with pytest.raises(ConfigurationError, match=f"row {row} of column 'x' is null; expected a"):
+        open_rows(tmp_path / "x.parquet")
+
+
+def test_a_number_of_a_parquet_row_that_is_null_is_named(tmp_path):
+    path = grouped(tmp_path / "x.parquet", [[[1, 2]], [[3, 4], [5, None]]])
+    with pytest.raises(ConfigurationError, match="row 2 of column 'x' holds a null as number 1"):
+        open_rows(path).read(1)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ("a", "list<element: string>"),
+        ([1.0, 2.0], "list<element: list<element: double>>"),
+        (True, "list<element: bool>"),
+    ],
+)
+def test_parquet_lists_of_anything_but_numbers_are_refused(tmp_path, value, kind):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"id": [1], "x": [[value]]}), path)
+    for column, words in ((None, "lists of numbers: none; there are: id"), ("x", "column 'x' is")):
+        with pytest.raises(ConfigurationError, match=words) as refused:
+            open_rows(path, column)
+        assert kind in str(refused.value)
+    table = pa.table({"x": [[value]], "y": [[1, 2]]})
+    pq.write_table(table, path)
+    assert open_rows(path).read(0).tolist() == [[1.0, 2.0]]
+
+
 def test_a_parquet_file_with_two_lists_asks_which(tmp_path):
     pq.write_table(pa.table({"x": [[1.0]], "y": [[2.0]]}), tmp_path / "x.parquet")
     with pytest.raises(ConfigurationError, match="x, y; name the one"):
@@ -144,6 +201,14 @@ def test_a_parquet_file_with_two_lists_asks_which(tmp_path):
     assert open_rows(tmp_path / "x.parquet", "y").read(0).tolist() == [[2.0]]
     with pytest.raises(ConfigurationError, match="no column 'z'"):
         open_rows(tmp_path / "x.parquet", "z")
+
+
+@pytest.mark.parametrize("column", [None, "x"])
+def test_a_name_of_two_parquet_columns_tells_neither(tmp_path, column):
+    lists = pa.array([[1.0]])
+    pq.write_table(pa.Table.from_arrays([lists, lists], ["x", "x"]), tmp_path / "x.parquet")
+    with pytest.raises(ConfigurationError, match=r"x, x; name the one|2 columns 'x'; expected one"):
+        open_rows(tmp_path / "x.parquet", column)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
