@@ -212,8 +212,8 @@ def train(
     """Train on EMBEDDINGS, an .npy or .parquet file that may be larger than memory.
 
     A run that was interrupted or killed goes on where it was when the same command is given
-    again, with the same result. Over several GPUs: torchrun --no-python --nproc-per-node N semid
-    train ...
+    again with the same file, with the same result. Over several GPUs: torchrun --no-python
+    --nproc-per-node N semid train ...
     """
     refuse_if_taken(output, force=force)
     built = _settings(settings, hidden_dims)
@@ -239,6 +239,12 @@ def train(
             )
             if run.resumed and first:
                 click.echo(f"going on from {folder} at step {run.trainer.steps}", err=True)
+                if run.origin_unknown:
+                    click.echo(
+                        f"warning: the state in {folder} does not record the file it began on; of "
+                        f"{embeddings} only the shape was compared: --restart if it is another",
+                        err=True,
+                    )
             with writing(folder):
                 finished = run.run()
     if not finished:

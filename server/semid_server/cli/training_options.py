@@ -102,6 +102,16 @@ class WatchedRows:
         self._bar: tqdm[Any] | None = None
 
     @property
+    def name(self) -> str:
+        """What messages call them."""
+        return self._rows.name
+
+    @property
+    def origin(self) -> Any:
+        """What tells their file from another."""
+        return self._rows.origin
+
+    @property
     def n_rows(self) -> int:
         """How many there are."""
         return self._rows.n_rows

@@ -10,7 +10,7 @@ import numpy as np
 from semid_server.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -26,6 +26,19 @@ SHUFFLE_BYTES = 1 << 28
 
 class Rows(Protocol):
     """Embeddings that are read in blocks."""
+
+    @property
+    def name(self) -> str:
+        """What messages call them: the path of their file."""
+        ...
+
+    @property
+    def origin(self) -> Mapping[str, Any] | None:
+        """``path``, ``bytes`` and ``changed_ns`` of their file, and ``column`` where it has such.
+
+        They change when the content does. None for an array in memory, which has no file.
+        """
+        ...
 
     @property
     def n_rows(self) -> int:
@@ -56,6 +69,8 @@ class ArrayRows:
         The rows.
     name : str
         Its name in messages.
+    origin : mapping, optional
+        What tells its file from another, as in `Rows`.
 
     Raises
     ------
@@ -63,7 +78,12 @@ class ArrayRows:
         If it is not such an array.
     """
 
-    def __init__(self, array: NDArray[Any], name: str = "embeddings") -> None:
+    def __init__(
+        self,
+        array: NDArray[Any],
+        name: str = "embeddings",
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
         if array.ndim != 2 or 0 in array.shape:  # noqa: PLR2004 - a matrix
             raise ConfigurationError(
                 f"{name}: shape {array.shape}; expected (n, dim) with at least one row and column"
@@ -76,7 +96,7 @@ class ArrayRows:
             for start in range(0, self.n_rows, NPY_BLOCK_ROWS)
         ]
         self._array = array
-        self._name = name
+        self.name, self.origin = name, origin
 
     def read(self, block: int) -> Floats:
         """Rows float32 ``(stop - start, dim)`` of a block.
@@ -88,7 +108,7 @@ class ArrayRows:
             row.
         """
         start, stop = self.blocks[block]
-        return _float32(self._array[start:stop], start, self._name)
+        return _float32(self._array[start:stop], start, self.name)
 
 
 class ParquetRows:
@@ -115,6 +135,7 @@ class ParquetRows:
             raise ConfigurationError(
                 f"{path}: reading Parquet needs pyarrow: pip install pyarrow, or convert to .npy"
             ) from error
+        origin = _origin(path)
         try:
             self._file = pq.ParquetFile(path)
         except (OSError, pa.ArrowInvalid) as error:
@@ -137,7 +158,7 @@ class ParquetRows:
                 f"{path}: column {column!r} is {schema.field(column).type}; expected lists of "
                 "numbers"
             )
-        self._path = path
+        self.name, self.origin = str(path), {**origin, "column": self._column}
         metadata = self._file.metadata
         self.blocks: list[tuple[int, int]] = []
         self._groups: list[int] = []  # of each block
@@ -169,7 +190,7 @@ class ParquetRows:
         if lists.null_count:
             row = start + int(np.flatnonzero(lists.is_null().to_numpy(zero_copy_only=False))[0])
             raise ConfigurationError(
-                f"{self._path}: row {row} of column {self._column!r} is null; "
+                f"{self.name}: row {row} of column {self._column!r} is null; "
                 "expected a list of numbers"
             )
         lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
@@ -178,18 +199,18 @@ class ParquetRows:
         if wrong.size or dim == 0:
             row = int(wrong[0]) if wrong.size else 0
             raise ConfigurationError(
-                f"{self._path}: row {start + row} of column {self._column!r} has "
+                f"{self.name}: row {start + row} of column {self._column!r} has "
                 f"{lengths[row]} numbers; expected {dim or 'at least 1'} as in row 0"
             )
         numbers = lists.flatten()
         if numbers.null_count:
             place = int(np.flatnonzero(numbers.is_null().to_numpy(zero_copy_only=False))[0])
             raise ConfigurationError(
-                f"{self._path}: row {start + place // dim} of column {self._column!r} holds a null "
+                f"{self.name}: row {start + place // dim} of column {self._column!r} holds a null "
                 f"as number {place % dim}; remove or replace it"
             )
         values = numbers.to_numpy(zero_copy_only=False)
-        return _float32(values.reshape(stop - start, dim), start, str(self._path))
+        return _float32(values.reshape(stop - start, dim), start, self.name)
 
 
 def _is_list_of_numbers(pa: Any, kind: Any) -> bool:
@@ -220,11 +241,17 @@ def open_rows(path: Path, column: str | None = None) -> Rows:
     with path.open("rb") as file:
         if file.read(6) != b"\x93NUMPY":  # numpy would take it for a pickle
             raise ConfigurationError(f"{path}: is no .npy file: it does not begin as one")
+    origin = _origin(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path}: cannot be read as .npy: {error}") from error
-    return ArrayRows(array, str(path))
+    return ArrayRows(array, str(path), origin)
+
+
+def _origin(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {"path": str(path), "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
 
 
 def batches(

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from semid_server.training.rows import batches
 from semid_server.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from semid_server.model import ResidualQuantization
@@ -54,6 +55,14 @@ class TrainingRun:
         Called after each mini-batch step and for each pass over the whole set.
     should_stop : callable
         Asked after each step and each layer; once it says yes, the state is saved and `run` ends.
+
+    Attributes
+    ----------
+    resumed : bool
+        Whether a state was found and is gone on with.
+    origin_unknown : bool
+        Whether that state does not record which file the run began on, as those of earlier versions
+        do not: of its embeddings only the shape was compared.
 
     Raises
     ------
@@ -91,7 +100,7 @@ class TrainingRun:
         self.model: ResidualQuantization = settings.build(rows.dim).to(device)
         self.trainer = Trainer(self.model, max_steps=settings.steps)
         self.fitted_layers = 0
-        self.resumed = False
+        self.resumed = self.origin_unknown = False
         folder.mkdir(parents=True, exist_ok=True)
         if self._state_path.exists():
             self._load()
@@ -185,6 +194,7 @@ class TrainingRun:
         state = {
             "settings": self._plain_settings(),
             "rows": [self.rows.n_rows, self.rows.dim],
+            "origin": None if self.rows.origin is None else dict(self.rows.origin),
             "trainer": self.trainer.state(),
             "fitted_layers": self.fitted_layers,
             "log_bytes": self._log.flushed_bytes(),
@@ -214,17 +224,39 @@ class TrainingRun:
                 f"{tuple(state['rows'])}, and is now given {(self.rows.n_rows, self.rows.dim)}: "
                 "give the same to go on, or --restart to begin anew"
             )
+        self._check_origin(state)
         self.trainer.load_state(state["trainer"])
         self.fitted_layers = state["fitted_layers"]
         self.resumed = True
         if is_first_rank() and self._log_path.exists():
             os.truncate(self._log_path, state["log_bytes"])
 
+    def _check_origin(self, state: dict[str, Any]) -> None:
+        if "origin" not in state:
+            self.origin_unknown = True
+            return
+        # The first rank's, which wrote it: other machines may have copies of another time.
+        if is_first_rank() and state["origin"] != self.rows.origin:
+            raise ConfigurationError(
+                f"{self._state_path}: this run began on {_described(state['origin'])}, and is now "
+                f"given {_described(self.rows.origin)}: give the same to go on, or --restart to "
+                "begin anew"
+            )
+
     def _plain_settings(self) -> dict[str, Any]:
         return {
             name: list(value) if isinstance(value, tuple) else str(value)
             for name, value in asdict(self.settings).items()
         }
+
+
+def _described(origin: Mapping[str, Any] | None) -> str:
+    """Words for the origin of rows."""
+    if origin is None:
+        return "an array in memory"
+    changed = datetime.fromtimestamp(origin["changed_ns"] / 1e9, UTC).isoformat()
+    column = f", column {origin['column']!r}" if "column" in origin else ""
+    return f"{origin['path']} ({origin['bytes']:,} bytes, last changed {changed}{column})"
 
 
 class _Log:

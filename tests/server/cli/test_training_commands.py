@@ -25,6 +25,7 @@ from semid_server.cli.import_ import import_
 from semid_server.cli.report import report
 from semid_server.cli.train import _interruptible, train
 from semid_server.model import DecodeMode, ModelKind, ModelSpec, build_model
+from semid_server.training import TrainingRun, TrainingSettings, open_rows
 
 SMALL = ["--layers", "2", "--codebook-width", "8", "--batch-size", "32", "--threads", "1"]
 SMALL += ["--init-buffer-size", "64", "--device", "cpu"]
@@ -243,6 +244,23 @@ def test_an_interrupted_training_is_saved_and_the_same_command_goes_on(embedding
     assert "going on from" in result.output
     whole = call(train, embeddings, "-o", tmp_path / "whole", *SMALL, *steps)
     assert whole.output.split()[-1] == result.output.split()[-1]
+
+
+def test_a_state_that_records_no_file_is_gone_on_with_and_a_warning(embeddings, tmp_path):
+    folder = tmp_path / "items.training"
+    settings = TrainingSettings(
+        layers=2, codebook_width=8, batch_size=32, init_buffer_size=64, steps=20
+    )
+    rows, place = open_rows(embeddings), torch.device("cpu")
+    run = TrainingRun(settings, rows, folder, device=place, should_stop=lambda: True)
+    assert not run.run()
+    state = torch.load(folder / "state.pt", weights_only=True)
+    del state["origin"]
+    torch.save(state, folder / "state.pt")
+    result = call(train, embeddings, "-o", tmp_path / "items", *SMALL, "--steps", 20)
+    assert result.exit_code == 0, result.output
+    assert "going on from" in result.stderr
+    assert "x.npy only the shape was compared: --restart if it is another" in result.stderr
 
 
 def test_under_torchrun_processes_train_together_and_one_writes(embeddings, tmp_path):

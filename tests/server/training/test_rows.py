@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import islice
 
 import numpy as np
@@ -250,6 +251,20 @@ def test_what_is_no_matrix_of_floats_is_refused(tmp_path, array, message):
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(ConfigurationError, match=message):
         open_rows(tmp_path / "x.npy")
+
+
+def test_rows_of_a_file_tell_their_origin_and_those_in_memory_have_none(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((3, 2)))
+    table = pa.table({"x": [[1.0]], "y": [[2.0]]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    for name, column in (("x.npy", {}), ("x.parquet", {"column": "y"})):
+        path = tmp_path / name
+        os.utime(path, ns=(5, 7))
+        rows = open_rows(path, column.get("column"))
+        size = path.stat().st_size
+        assert rows.name == str(path)
+        assert rows.origin == {"path": str(path), "bytes": size, "changed_ns": 7, **column}
+    assert ArrayRows(np.ones((3, 2))).origin is None
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

@@ -10,12 +10,14 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from semid_server.errors import ConfigurationError
 from semid_server.model import MiniBatchKMeans, ModelKind, build_model
-from semid_server.training import ArrayRows, TrainingRun, TrainingSettings
+from semid_server.training import ArrayRows, TrainingRun, TrainingSettings, open_rows
 
 CPU = torch.device("cpu")
 
@@ -170,6 +172,56 @@ def test_a_run_goes_on_only_with_the_settings_it_began_with(tmp_path):
         start(replace(KMEANS, seed=4), tmp_path)
     with pytest.raises(ConfigurationError, match=r"shape \(200, 6\), and is now given \(150, 6\)"):
         TrainingRun(KMEANS, ArrayRows(embeddings()[:150]), tmp_path, device=CPU)
+
+
+def stored(path, array, changed_ns=10**18):
+    np.save(path, array)
+    os.utime(path, ns=(changed_ns, changed_ns))
+    return path
+
+
+def test_a_run_goes_on_only_with_the_file_it_began_with(tmp_path):
+    def begin(path):
+        return TrainingRun(KMEANS, open_rows(path), tmp_path / "run", device=CPU)
+
+    path = stored(tmp_path / "x.npy", embeddings())
+    for resumed in (False, True):
+        run = begin(path)
+        assert run.resumed is resumed
+        assert run.run()
+    size = path.stat().st_size
+    began = rf"began on .*x\.npy \({size:,} bytes, last changed 2001-09-09T01:46:40\+00:00\)"
+    other = stored(tmp_path / "y.npy", embeddings() + 1)
+    with pytest.raises(ConfigurationError, match=began + r", and is now given .*y\.npy \("):
+        begin(other)
+    stored(path, embeddings() + 1, 2 * 10**18)
+    with pytest.raises(ConfigurationError, match=began + r", and is now given .*x\.npy .* 2033-"):
+        begin(path)
+    with pytest.raises(ConfigurationError, match=began + ", and is now given an array in memory"):
+        start(KMEANS, tmp_path / "run")
+
+
+def test_a_run_goes_on_only_with_the_column_it_began_with(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"x": embeddings().tolist(), "y": embeddings().tolist()}), path)
+    run = TrainingRun(KMEANS, open_rows(path, "x"), tmp_path / "run", device=CPU)
+    assert run.run()
+    with pytest.raises(ConfigurationError, match=r"column 'x'\), and is now given .*column 'y'\)"):
+        TrainingRun(KMEANS, open_rows(path, "y"), tmp_path / "run", device=CPU)
+
+
+def test_a_state_that_records_no_file_is_gone_on_with_and_told(tmp_path):
+    path = stored(tmp_path / "x.npy", embeddings())
+    begun = TrainingRun(KMEANS, open_rows(path), tmp_path / "run", device=CPU)
+    assert begun.run()
+    assert not begun.origin_unknown
+    earlier = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    del earlier["origin"]
+    torch.save(earlier, tmp_path / "run" / "state.pt")
+    again = TrainingRun(KMEANS, open_rows(path), tmp_path / "run", device=CPU)
+    assert again.resumed
+    assert again.origin_unknown
+    assert again.run()
 
 
 def test_fewer_rows_than_centroids_are_refused(tmp_path):
