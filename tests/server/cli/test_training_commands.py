@@ -319,6 +319,19 @@ def test_calibrating_adds_norms_and_leaves_all_else(embeddings, tmp_path):
     assert provenance["calibration_embeddings"] == "x.npy"
 
 
+@pytest.mark.parametrize(("scale", "length"), [(0, "0"), (1e-25, "0"), (1e25, "inf")])
+def test_lengths_that_nothing_is_decoded_by_are_refused_and_the_old_ones_stay(
+    scale, length, trained, tmp_path
+):
+    np.save(tmp_path / "bad.npy", array() * np.float32(scale))
+    before = (trained / "config.json").read_bytes()
+    result = call(calibrate, trained, tmp_path / "bad.npy")
+    assert result.exit_code == 1
+    assert f"Error: {tmp_path}/bad.npy: the mean length of the 200 rows that" in result.output
+    assert f" is {length} in float32; expected a finite number above 0" in result.output
+    assert (trained / "config.json").read_bytes() == before
+
+
 def test_a_file_is_calibrated_into_a_folder(trained, embeddings, tmp_path):
     call(export, trained, "-o", tmp_path / "items.ckpt")
     result = call(calibrate, tmp_path / "items.ckpt", embeddings)
