@@ -94,7 +94,7 @@ def save_checkpoint(
         ``path`` is taken: by anything without ``force``, by something that is not a checkpoint
         with it.
     ValueError
-        ``model`` is not of the shape of ``spec``.
+        ``model`` is not of the shape of ``spec``, or ``calibration`` holds what is not a length.
     """
     path = Path(path)
     _refuse_if_taken(path, force=force)
@@ -342,12 +342,23 @@ def _check_record(path: Path, name: str, tensor: Tensor, record: Mapping[str, An
 def _calibration_tensors(calibration: Calibration | None) -> dict[str, Tensor]:
     if calibration is None:
         return {}
-    return {
+    tensors = {
         f"{_CALIBRATION}input_norm": torch.tensor(calibration.input_norm, dtype=torch.float64)
     } | {
         f"{_CALIBRATION}residual_norms.{layer}": norms.detach().cpu().float().contiguous()
         for layer, norms in enumerate(calibration.residual_norms)
     }
+    for name, value in tensors.items():
+        lengths = _are_lengths(value)
+        if not lengths.all():
+            raise ValueError(
+                f"{name} holds {value[~lengths][0]:.6g}; expected a length, finite and 0 or more"
+            )
+    return tensors
+
+
+def _are_lengths(values: Tensor) -> Tensor:
+    return torch.isfinite(values) & (values >= 0)
 
 
 def _read_calibration(
@@ -375,7 +386,7 @@ def _read_calibration(
                 path,
                 f"{name} is {value.dtype} {tuple(value.shape)}; expected {dtype} {shape}",
             )
-        if not bool((torch.isfinite(value) & (value >= 0)).all()):
+        if not _are_lengths(value).all():
             _malformed(path, f"{name} holds a number that is not a length (negative, NaN or Inf)")
     return Calibration(
         input_norm=float(found[f"{_CALIBRATION}input_norm"]),

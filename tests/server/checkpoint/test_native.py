@@ -112,6 +112,19 @@ def test_calibration_comes_back_exactly(tmp_path, spec, model):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_calibration_that_loading_refuses_is_not_saved(tmp_path, spec, model, value):
+    sound = calibration_of(spec)
+    norms = sound.residual_norms
+    for name, broken in (
+        ("input_norm", replace(sound, input_norm=value)),
+        (r"residual_norms\.0", replace(sound, residual_norms=(norms[0] * value, *norms[1:]))),
+    ):
+        with pytest.raises(ValueError, match=rf"calibration\.{name} holds .*; expected a length"):
+            save_checkpoint(tmp_path / "a", model=model, spec=spec, name="a", calibration=broken)
+        assert not (tmp_path / "a").exists()
+
+
 def test_a_calibration_has_a_fingerprint_of_its_own(spec):
     calibration = calibration_of(spec)
     norms = calibration.residual_norms
