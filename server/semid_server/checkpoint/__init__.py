@@ -2,7 +2,7 @@
 
 from semid_server.checkpoint.contents import Overrides
 from semid_server.checkpoint.fingerprint import calibration_fingerprint, fingerprint
-from semid_server.checkpoint.health import LayerReport
+from semid_server.checkpoint.health import LayerReport, examine
 from semid_server.checkpoint.loading import (
     Checkpoint,
     Inspection,
@@ -17,6 +17,7 @@ __all__ = [
     "LayerReport",
     "Overrides",
     "calibration_fingerprint",
+    "examine",
     "fingerprint",
     "inspect_checkpoint",
     "load_checkpoint",

@@ -18,7 +18,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from semid_server.checkpoint import save_checkpoint
+from semid_server.checkpoint import examine, save_checkpoint
 from semid_server.cli import errors_as_sentences, writing
 from semid_server.cli.training_options import (
     WatchedRows,
@@ -29,13 +29,14 @@ from semid_server.cli.training_options import (
     refuse_if_taken,
     threads_option,
 )
-from semid_server.errors import ConfigurationError
+from semid_server.errors import ConfigurationError, DegenerateModelError
 from semid_server.model import Activation, ModelKind
 from semid_server.training import TrainingRun, TrainingSettings, calibrate, open_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from semid_server.model import ModelSpec
     from semid_server.model.residual_quantization import TrainingStep
     from semid_server.training import Pass, Trainer
 
@@ -194,6 +195,12 @@ INTERRUPTED = 130
     is_flag=True,
     help="Replace the checkpoint at OUTPUT. The old one stays until the new one is whole.",
 )
+@_option(
+    "--allow-degenerate",
+    is_flag=True,
+    help="Write a model whose codes mean nothing (uninitialised, collapsed or shared codebooks) "
+    "with a warning, to study it. A server refuses it until it is told the same.",
+)
 @errors_as_sentences()
 def train(
     *,
@@ -207,6 +214,7 @@ def train(
     save_every: int,
     restart: bool,
     force: bool,
+    allow_degenerate: bool,
     **settings: Any,
 ) -> None:
     """Train on EMBEDDINGS, an .npy or .parquet file that may be larger than memory.
@@ -255,6 +263,8 @@ def train(
         sys.exit(INTERRUPTED)
     if not first:
         return
+    spec = built.spec(rows.dim)
+    _refuse_degenerate(run, spec, output, allowed=allow_degenerate)
     watched = WatchedRows(rows, "calibrating")
     calibration = calibrate(run.model, watched)
     watched.close()
@@ -262,7 +272,7 @@ def train(
         fingerprint = save_checkpoint(
             output,
             model=run.model,
-            spec=built.spec(rows.dim),
+            spec=spec,
             name=name or output.resolve().name,
             calibration=calibration,
             provenance=provenance_of(embeddings, rows, command=_command(), torch=torch.__version__),
@@ -270,6 +280,25 @@ def train(
         )
     (folder / "state.pt").unlink()
     click.echo(f"{output}: {built.kind}, {built.layers} x {built.codebook_width}, {fingerprint}")
+
+
+def _refuse_degenerate(run: TrainingRun, spec: ModelSpec, output: Path, *, allowed: bool) -> None:
+    """Refuse to write what `load_checkpoint` refuses; where it is allowed, warn.
+
+    Raises
+    ------
+    DegenerateModelError
+        If the model holds NaN or infinity, or its codes mean nothing and that is not allowed.
+    """
+    health = examine(spec, {name: value.cpu() for name, value in run.model.state_dict().items()})
+    if health.damage or (health.problems and not allowed):
+        found = "; ".join((*health.damage, *health.problems))
+        hint = "" if health.damage else " (to write it all the same: --allow-degenerate)"
+        raise DegenerateModelError(
+            output, f"not written, and the state stays in {run.folder}: {found}{hint}"
+        )
+    for problem in health.problems:
+        click.echo(f"warning: {problem}", err=True)
 
 
 def _settings(given: dict[str, Any], hidden_dims: str) -> TrainingSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,10 @@ NPY_BLOCK_ROWS = 4096
 
 SHUFFLE_BYTES = 1 << 28
 """Rows held in memory to be shuffled, in bytes: a set no larger is shuffled whole."""
+
+
+LONGEST = 1e15
+"""Length of a row up to which float32 holds the squares of distances, and sums of many of them."""
 
 
 class Rows(Protocol):
@@ -211,6 +216,55 @@ class ParquetRows:
             )
         values = numbers.to_numpy(zero_copy_only=False)
         return _float32(values.reshape(stop - start, dim), start, self.name)
+
+
+class TrainableRows:
+    """Rows that a quantiser can be trained on in float32.
+
+    Parameters
+    ----------
+    rows : Rows
+        All of them.
+
+    Raises
+    ------
+    ConfigurationError
+        If there are several, and all are equal.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self.name, self.origin = rows.name, rows.origin
+        self.n_rows, self.dim, self.blocks = rows.n_rows, rows.dim, rows.blocks
+        if self.n_rows > 1 and self._are_equal():
+            raise ConfigurationError(
+                f"{self.name}: all {self.n_rows} rows are equal; expected at least two that "
+                "differ, for codes to tell them apart"
+            )
+
+    def _are_equal(self) -> bool:
+        first = self.read(0)[0]
+        return all((self.read(block) == first).all() for block in range(len(self.blocks)))
+
+    def read(self, block: int) -> Floats:
+        """Rows float32 ``(stop - start, dim)`` of a block.
+
+        Raises
+        ------
+        ConfigurationError
+            If one of them is longer than `LONGEST`; the message names the row.
+        """
+        rows = self._rows.read(block)
+        if max(float(rows.max()), -float(rows.min())) * math.sqrt(self.dim) > LONGEST:  # perhaps
+            lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
+            if (lengths > LONGEST).any():
+                index = int((lengths > LONGEST).argmax())
+                raise ConfigurationError(
+                    f"{self.name}: row {self.blocks[block][0] + index} has length "
+                    f"{lengths[index]:.6g}; expected at most {LONGEST:.6g}, or squares of "
+                    "distances are beyond float32: bring the embeddings to a smaller scale"
+                )
+        return rows
 
 
 def _is_list_of_numbers(pa: Any, kind: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import distributed
 from semid_server.errors import ConfigurationError
 from semid_server.model.ranks import is_first_rank, summed_over_ranks, together
 from semid_server.training.codebooks import fit_distinct, refine
-from semid_server.training.rows import batches
+from semid_server.training.rows import TrainableRows, batches
 from semid_server.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class TrainingRun:
     Raises
     ------
     ConfigurationError
-        If the folder holds the state of a run with other settings or embeddings, or there are
-        fewer rows than centroids.
+        If the folder holds the state of a run with other settings or embeddings, there are fewer
+        rows than centroids, or all rows are equal.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TrainingRun:
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.settings = settings
-        self.rows = rows
+        self.rows = TrainableRows(rows)
         self.folder = folder
         self.device = device
         self.save_every = save_every
@@ -117,7 +117,13 @@ class TrainingRun:
         return self.folder / LOG_NAME
 
     def run(self) -> bool:
-        """Train to the end and leave the model in evaluation mode; False if stopped before."""
+        """Train to the end and leave the model in evaluation mode; False if stopped before.
+
+        Raises
+        ------
+        ConfigurationError
+            If rows cannot be read, or one is too long to be trained on in float32.
+        """
         try:
             finished = (self.settings.distinct or self._take_steps()) and (
                 not is_first_rank() or self._fit_codebooks()

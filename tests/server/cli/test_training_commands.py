@@ -18,12 +18,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from semid_server.checkpoint import load_checkpoint, save_checkpoint
+from semid_server.checkpoint import Overrides, load_checkpoint, save_checkpoint
 from semid_server.cli.calibrate import calibrate
 from semid_server.cli.export import export
 from semid_server.cli.import_ import import_
 from semid_server.cli.report import report
 from semid_server.cli.train import _interruptible, train
+from semid_server.errors import DegenerateModelError
 from semid_server.model import DecodeMode, ModelKind, ModelSpec, build_model
 from semid_server.training import TrainingRun, TrainingSettings, open_rows
 
@@ -106,6 +107,60 @@ def test_what_cannot_be_trained_is_one_sentence(arguments, message, embeddings, 
     assert result.exit_code == 1
     assert message in result.output
     assert "Traceback" not in result.output
+    assert not (tmp_path / "items").exists()
+
+
+LARGE = "row 0 has length 9.33862e+24; expected at most 1e+15"
+EQUAL = "all 200 rows are equal"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--distinct"], ["--no-normalize-residuals"], ["--kind", "r-vq"], ["--kind", "rq-vae"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x * np.float32(1e25), LARGE),
+        (lambda x: x * 0, EQUAL),
+        (lambda x: x[:1].repeat(200, axis=0), EQUAL),
+    ],
+    ids=["large", "zero", "equal"],
+)
+def test_embeddings_that_no_codes_come_of_are_one_sentence(change, message, more, tmp_path):
+    np.save(tmp_path / "x.npy", change(array()))
+    result = call(train, tmp_path / "x.npy", "-o", tmp_path / "items", *SMALL, *more)
+    assert result.exit_code == 1
+    assert f"Error: {tmp_path}/x.npy: {message}" in result.output
+    assert not (tmp_path / "items").exists()
+
+
+def test_a_degenerate_model_is_not_written_unless_that_is_allowed(tmp_path, embeddings):
+    output, folder = tmp_path / "items", tmp_path / "items.training"
+    command = [train, embeddings, "-o", output, *SMALL, "--steps", 1]  # no step for layer 1
+    for _ in range(2):
+        refused = call(*command)
+        assert refused.exit_code == 1
+        assert f"Error: {output}: not written, and the state stays in {folder}: " in refused.output
+        assert "layer 1: all 8 centroids are zero: this layer was never init" in refused.output
+        assert "--allow-degenerate" in refused.output
+        assert (folder / "state.pt").exists()
+        assert not output.exists()
+    allowed = call(*command, "--allow-degenerate")
+    assert allowed.exit_code == 0, allowed.output
+    assert "warning: layer 1: all 8 centroids are zero" in allowed.stderr
+    with pytest.raises(DegenerateModelError):
+        load_checkpoint(output)
+    assert load_checkpoint(output, overrides=Overrides(allow_degenerate=True)).calibration
+
+
+def test_a_model_that_holds_no_numbers_is_never_written(tmp_path, embeddings):
+    more = ["--kind", "r-vq", "--layers", 1, "--learning-rate", 1e38, "--allow-degenerate"]
+    result = call(train, embeddings, "-o", tmp_path / "items", *SMALL, "--steps", 10, *more)
+    assert result.exit_code == 1
+    assert re.search(r"list\.0\.centroids holds \d+ NaN or infinite numbers out", result.output)
+    assert "--allow-degenerate" not in result.output
     assert not (tmp_path / "items").exists()
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid_server.errors import ConfigurationError
-from semid_server.training.rows import ArrayRows, batches, open_rows
+from semid_server.training.rows import LONGEST, ArrayRows, TrainableRows, batches, open_rows
 
 
 class Blocks:
@@ -251,6 +251,28 @@ def test_what_is_no_matrix_of_floats_is_refused(tmp_path, array, message):
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(ConfigurationError, match=message):
         open_rows(tmp_path / "x.npy")
+
+
+def test_a_row_too_long_for_squares_in_float32_is_not_trained_on():
+    array = np.ones((6000, 2), np.float32)
+    array[:, 0] = np.arange(6000)
+    array[5000] = LONGEST / 2
+    assert np.array_equal(TrainableRows(ArrayRows(array)).read(1), array[4096:])
+    array[5000] = LONGEST
+    rows = TrainableRows(ArrayRows(array, "x.npy"))
+    message = r"x\.npy: row 5000 has length 1\.41421e\+15; expected at most 1e\+15"
+    with pytest.raises(ConfigurationError, match=message):
+        rows.read(1)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_rows_that_are_all_equal_are_not_trained_on(value):
+    array = np.full((6000, 2), value)
+    with pytest.raises(ConfigurationError, match=r"x\.npy: all 6000 rows are equal; expected at "):
+        TrainableRows(ArrayRows(array, "x.npy"))
+    array[-1, -1] = 2
+    assert TrainableRows(ArrayRows(array)).n_rows == 6000
+    assert TrainableRows(ArrayRows(array[:1])).n_rows == 1
 
 
 def test_rows_of_a_file_tell_their_origin_and_those_in_memory_have_none(tmp_path):
