@@ -497,8 +497,11 @@ class _Job:
         went_on = f", {resumed:,} of them by an earlier command" if resumed else ""
         listed = f" listed in {bad_list}" if bad_list else ""
         bad = f", {progress.bad_rows:,} bad ones{listed}" if progress.bad_rows else ""
+        rows = f"{progress.rows_in:,} rows"
+        if progress.rows_out != progress.rows_in:
+            rows += f" read, {progress.rows_out:,} written"
         click.echo(
-            f"{flags.output}: {progress.rows_in:,} rows in {seconds:.2f} s "
+            f"{flags.output}: {rows} in {seconds:.2f} s "
             f"({speed:,.0f} rows/s){went_on}{bad}, fingerprint {engine.info.fingerprint}",
             err=aside,
         )
