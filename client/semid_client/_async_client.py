@@ -18,6 +18,7 @@ from semid_client._transfer import Decoding, Encoding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from concurrent.futures import Future
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
@@ -159,6 +160,9 @@ class AsyncClient(BaseClient):
 
     def _pause(self, seconds: float) -> Any:
         return asyncio.sleep(seconds)
+
+    def _wait_for(self, future: Future[Any], seconds: float) -> Any:
+        return asyncio.wait([asyncio.wrap_future(future)], timeout=seconds)
 
     async def _drive(self, flow: Flow[T]) -> T:
         """Run a flow, awaiting whatever it yields."""

@@ -41,6 +41,7 @@ from semid_client._transfer import Answers, Collected, Decoding, Encoding, spans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
@@ -142,7 +143,11 @@ class BaseClient(ABC):
         self._fingerprints = Fingerprints(target, expected_fingerprint, on_fingerprint_change)
         self._hedging = None if hedge_after is None else Hedging(hedge_after)
         self._sharing = Sharing(
-            shared_memory, target, slots=max_in_flight, open_lease=self._lease_flow
+            shared_memory,
+            target,
+            slots=max_in_flight,
+            open_lease=self._lease_flow,
+            wait=self._wait_for,
         )
         self._channel = self._open_channel(self._settings)
         self._stub = SemanticIdServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
@@ -199,6 +204,10 @@ class BaseClient(ABC):
     @abstractmethod
     def _pause(self, seconds: float) -> Any:
         """Something that can be waited for, and takes that long."""
+
+    @abstractmethod
+    def _wait_for(self, future: Future[Any], seconds: float) -> Any:
+        """Something that can be waited for, and ends with the future, or after that long."""
 
     # Flows.
 

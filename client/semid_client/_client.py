@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -74,7 +74,9 @@ class Client(BaseClient):
         so where the target is a loopback address and the server takes it, and sends them
         otherwise; the reason is logged once. True tries for every target, and fails with
         `ConfigurationError` where it cannot be had. Client and server run as the same user and see
-        the same ``/dev/shm``.
+        the same ``/dev/shm``. Each call has memory of its own, ``max_in_flight`` times 4 MiB; where
+        the server shares no more with one client, further calls at the same time are sent, or with
+        True wait for one that is done.
     tls : TLS or None
         Encryption; None for none.
     token : str or None
@@ -365,6 +367,9 @@ class Client(BaseClient):
 
     def _pause(self, seconds: float) -> _Blocking:
         return _Blocking(partial(time.sleep, seconds))
+
+    def _wait_for(self, future: Future[Any], seconds: float) -> _Blocking:
+        return _Blocking(partial(wait, [future], seconds))
 
     @staticmethod
     def _drive(flow: Flow[T]) -> T:

@@ -16,7 +16,9 @@ so. Here is the client's side of it:
   segments are kept for the next transfer.
 
 All of it is a shortcut. Whatever keeps it from working, from a server in another container to a
-full ``/dev/shm``, the embeddings are sent as bytes, and the reason is logged once.
+full ``/dev/shm``, the embeddings are sent as bytes, and the reason is logged once. Where the server
+takes no further segment beside those that are in use, that goes for the one transfer alone; and one
+that must not be sent waits for a segment that another gives back.
 """
 
 from __future__ import annotations
@@ -31,9 +33,12 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
+from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
+import grpc
 import numpy as np
 
 from semid.v1 import semid_pb2 as pb
@@ -41,9 +46,11 @@ from semid_client._channel import is_loopback
 from semid_client._errors import (
     CallError,
     ConfigurationError,
+    DeadlineExceededError,
     InvalidInputError,
     NotFoundError,
     ProtocolError,
+    ResourceExhaustedError,
     SemidClientError,
     UnavailableError,
 )
@@ -280,6 +287,8 @@ class Sharing:
         Messages of one transfer that are in flight at once.
     open_lease : callable
         A flow, as in `_base`: given a request and seconds, it returns a `Lease`.
+    wait : callable
+        Given a `Future` and seconds, returns what a flow yields to wait for its end, or that long.
     """
 
     def __init__(
@@ -289,21 +298,25 @@ class Sharing:
         *,
         slots: int,
         open_lease: Callable[[pb.ShareMemoryRequest, float], Generator[Any, Any, Lease]],
+        wait: Callable[[Future[Any], float], Any],
     ) -> None:
         if mode not in MODES:
             raise ConfigurationError(
                 f"shared_memory is {mode!r}; expected one of {', '.join(map(repr, MODES))}"
             )
         self._mode, self._target, self._slots = mode, target, slots
-        self._open_lease = open_lease
+        self._open_lease, self._wait = open_lease, wait
         # Taken again by the thread that has it when that thread drops an array meanwhile.
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._idle: list[Staging] = []
+        # What transfers have, and a mark for each that the server is being asked for.
+        self._out: set[object] = set()
+        self._waiting: deque[Future[Staging | None]] = deque()
         self._leases: weakref.WeakSet[Any] = weakref.WeakSet()
         self._in_place: list[InPlace] = []
         self._not_before = 0.0
-        self._told = False
+        self._told: set[str] = set()
 
     # Flows.
 
@@ -316,6 +329,8 @@ class Sharing:
         ------
         ConfigurationError
             If the client was told to share memory, and cannot.
+        DeadlineExceededError
+            If it was told to, and no segment came free in time.
         UnavailableError
             If the server cannot be reached.
         """
@@ -327,13 +342,80 @@ class Sharing:
         limits = self._limits(info)
         if limits is None:
             return None
-        carrier = self._holder(transfer.source) or self._kept()
+        carrier = self._holder(transfer.source)
         if carrier is None:
-            carrier = yield from self._stage(row_bytes, limits, timeout)
+            carrier = yield from self._staging(row_bytes, limits, timeout)
         if carrier is None or carrier.rows_at_once(row_bytes):
             return carrier
         self.give_back(carrier)
         return None
+
+    def _staging(
+        self, row_bytes: int, limits: SharedMemoryLimits, timeout: float
+    ) -> Generator[Any, Any, Staging | None]:
+        """Return a segment that is idle, or a new one, or the next to come free; None for bytes."""
+        until = time.monotonic() + timeout
+        while True:
+            kept = self._kept()
+            if kept is not None:
+                return kept
+            try:
+                left = max(0.0, until - time.monotonic())
+                return (yield from self._asked_for(row_bytes, limits, left))
+            except ResourceExhaustedError as error:
+                refusal = error
+            if not self.required:
+                self._full(refusal)
+                return None
+            freed = yield from self._freed(refusal, until - time.monotonic(), timeout)
+            if freed is not None:
+                return freed
+
+    def _asked_for(
+        self, row_bytes: int, limits: SharedMemoryLimits, timeout: float
+    ) -> Generator[Any, Any, Staging | None]:
+        """Return what `_stage` does, as something that a transfer has."""
+        mark = object()
+        made: Staging | None = None
+        with self._lock:
+            self._out.add(mark)
+        try:
+            made = yield from self._stage(row_bytes, limits, timeout)
+        finally:
+            with self._lock:
+                self._out.remove(mark)
+                if made is not None:
+                    self._out.add(made)
+                if not self._out:
+                    self._wake()
+        return made
+
+    def _freed(
+        self, refusal: ResourceExhaustedError, left: float, timeout: float
+    ) -> Generator[Any, Any, Staging | None]:
+        """Wait for what another transfer gives back; None if it is time to look and ask again."""
+        waiter: Future[Staging | None] = Future()
+        with self._lock:
+            if self._idle:
+                return None
+            if not self._out:  # nothing will come free
+                self._full(refusal)
+            self._waiting.append(waiter)
+        try:
+            yield self._wait(waiter, max(0.0, left))
+        except BaseException:
+            if not waiter.cancel():
+                self.give_back(waiter.result())
+            raise
+        if waiter.cancel():
+            raise DeadlineExceededError(
+                f"shared_memory=True, but no memory shared with {self._target} came free within "
+                f"{timeout:g} s: {refusal.details}",
+                target=self._target,
+                method="ShareMemory",
+                code=grpc.StatusCode.DEADLINE_EXCEEDED,
+            ) from refusal
+        return waiter.result()
 
     def _stage(
         self, row_bytes: int, limits: SharedMemoryLimits, timeout: float
@@ -359,7 +441,10 @@ class Sharing:
         limits = None if self._mode is False or not nbytes else self._limits(info)
         made = None
         if limits is not None:
-            made = yield from self._share(nbytes, limits, timeout)
+            try:
+                made = yield from self._share(nbytes, limits, timeout)
+            except ResourceExhaustedError as error:
+                self._full(error)
         if limits is None or made is None:
             return np.empty((rows, width), kind)
         segment, lease = made
@@ -400,7 +485,7 @@ class Sharing:
             )
             patience = timeout if self.required else min(timeout, PATIENCE)
             lease = yield from self._open_lease(request, patience)
-        except UnavailableError:
+        except (UnavailableError, ResourceExhaustedError):
             raise
         except (CallError, ProtocolError) as error:
             self._cannot(str(error))
@@ -413,16 +498,25 @@ class Sharing:
     # The rest waits for nothing.
 
     def give_back(self, carrier: Carrier | None) -> None:
-        """Keep what carried a transfer for the next one."""
+        """Keep what carried a transfer for the next one, which may be waiting for it."""
         if isinstance(carrier, Staging):
             carrier.clear()
             with self._lock:
-                self._idle.append(carrier)
+                if carrier not in self._out:  # it was let go of
+                    return
+                self._out.remove(carrier)
+                if carrier.lease.active:
+                    self._hand_on(carrier)
+                else:
+                    self._wake()
 
     def lost(self, carrier: Carrier | None, ended: SharingEndedError, *, again: bool) -> None:
         """Let go of what is no longer shared; unless ``again``, use bytes for a while."""
         if carrier is not None:
             self._forget(carrier)
+            with self._lock:
+                self._out.discard(carrier)
+                self._wake()
         if not (again and ended.can_begin_again):
             self._cannot(str(ended))
 
@@ -438,6 +532,8 @@ class Sharing:
             self._in_place.clear()
         for lease in list(self._leases):
             lease.end()
+        with self._lock:
+            self._wake()
 
     def _holder(self, rows: object) -> Carrier | None:
         """Return what has rows in place already."""
@@ -447,14 +543,32 @@ class Sharing:
                     return carrier
         return None
 
-    def _kept(self) -> Carrier | None:
+    def _kept(self) -> Staging | None:
         """Return what another transfer has left, if it is still shared."""
         with self._lock:
             while self._idle:
                 staging = self._idle.pop()
                 if staging.lease.active:
+                    self._out.add(staging)
                     return staging
         return None
+
+    def _hand_on(self, staging: Staging) -> None:
+        """Give a segment to the transfer that has waited longest, or keep it for the next."""
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if waiter.set_running_or_notify_cancel():
+                self._out.add(staging)
+                waiter.set_result(staging)
+                return
+        self._idle.append(staging)
+
+    def _wake(self) -> None:
+        """Have all that wait look again: there may be room by now, or nothing to wait for."""
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if waiter.set_running_or_notify_cancel():
+                waiter.set_result(None)
 
     def _forget(self, carrier: Carrier) -> None:
         if self._pid != os.getpid():  # a copy of the array, dropped by a forked process
@@ -479,15 +593,21 @@ class Sharing:
 
     def _cannot(self, reason: str, *, again: float = UNTIL_AGAIN) -> None:
         """Say once why bytes are sent; raise if the client was told not to."""
+        self._tell("no memory is shared with %s, embeddings are sent instead: %s", reason)
+        self._not_before = time.monotonic() + again
+
+    def _full(self, refusal: ResourceExhaustedError) -> None:
+        """Say once why one transfer is sent; what is shared already stays in use."""
+        self._tell(
+            "no more memory is shared with %s now, some embeddings are sent instead: %s",
+            refusal.details,
+        )
+
+    def _tell(self, text: str, reason: str) -> None:
         if self._mode is True:
             raise ConfigurationError(
                 f"shared_memory=True, but no memory can be shared with {self._target}: {reason}"
             )
-        self._not_before = time.monotonic() + again
-        if not self._told:
-            self._told = True
-            logger.info(
-                "no memory is shared with %s, embeddings are sent instead: %s",
-                self._target,
-                reason,
-            )
+        if text not in self._told:
+            self._told.add(text)
+            logger.info(text, self._target, reason)

@@ -160,6 +160,40 @@ def test_threads_share_at_once(digits_server, digits):
             np.testing.assert_array_equal(codes, np.roll(expected, shift, axis=0))
 
 
+def test_more_calls_at_once_than_one_connection_may_share_wait_or_are_sent(
+    serve, checkpoint, digits
+):
+    rows = enough(digits, np.float32)
+    of_two_calls = 2 * ((4 * _shared_memory.SLOT_BYTES) + _shared_memory.HEADER_BYTES)
+    server = serve(checkpoint, "--shared-memory-bytes", 4 * of_two_calls)
+
+    def at_once(mode):
+        with Client(server.target, shared_memory=mode) as client, ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: client.encode(rows), range(32)))
+            before = shared_bytes(server)
+            client.encode(rows)
+            assert shared_bytes(server) - before == rows.nbytes, "a lone call is shared as ever"
+        return answers
+
+    async def together(mode):
+        async with AsyncClient(server.target, shared_memory=mode) as client:
+            answers = await asyncio.gather(*(client.encode(rows) for _ in range(32)))
+            before = shared_bytes(server)
+            await client.encode(rows)
+            assert shared_bytes(server) - before == rows.nbytes, "a lone call is shared as ever"
+        return answers
+
+    with Client(server.target, shared_memory=False) as client:
+        expected = client.encode(rows)
+    for run in (at_once, lambda mode: asyncio.run(together(mode))):
+        sent = sent_bytes(server)
+        for codes in run(True):
+            np.testing.assert_array_equal(codes, expected)
+        assert sent_bytes(server) == sent
+        for codes in run("auto"):
+            np.testing.assert_array_equal(codes, expected)
+
+
 @pytest.mark.parametrize("allocated", [False, True])
 def test_a_bad_row_is_named_where_it_is_in_the_array(digits_server, digits, allocated):
     rows = enough(digits, np.float32)
