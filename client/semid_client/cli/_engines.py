@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from importlib.metadata import entry_points
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 from click.core import ParameterSource
 
 from semid_client._errors import ConfigurationError, FingerprintMismatchError
-from semid_client._transfer import Collected
+from semid_client._transfer import MESSAGE_BYTES, Collected
 from semid_client.cli._options import F, connect, connection_options, option
 from semid_client.files.memory import pages
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
+    from semid_client._client import Client
     from semid_client.files import Engine
     from semid_client.files.memory import Memory
 
@@ -32,23 +37,39 @@ RAY_NEEDS: Final = ("--engine ray", "ray,server")
 
 
 class ServerEngine:
-    """A server, with two blocks under way so that it need not wait between them."""
+    """A server, with two blocks under way so that it need not wait between them.
+
+    Parameters
+    ----------
+    in_flight : int
+        Messages under way at once, of all blocks together.
+    blocks : int
+        Blocks under way at once, at most.
+    connection
+        What `connect` takes besides.
+    """
 
     stage = "server"
-    block_bytes = 4 << 20
     screens = False
 
-    def __init__(self, *, in_flight: int, **connection: Any) -> None:
-        self.threads = min(2, in_flight)
-        self._client = connect(
-            in_flight=in_flight // self.threads, on_fingerprint_change="error", **connection
-        )
+    def __init__(self, *, in_flight: int, blocks: int = 2, **connection: Any) -> None:
+        self.threads = min(blocks, in_flight)
+        # A client for each block under way, so that their shares of the messages may differ by one.
+        shares = [(in_flight + i) // self.threads for i in range(self.threads)]
+        self.block_bytes = max(4, *shares) * MESSAGE_BYTES
+        self._clients = [
+            connect(in_flight=share, on_fingerprint_change="error", **connection)
+            for share in shares
+        ]
+        self._free: SimpleQueue[Client] = SimpleQueue()
+        for client in self._clients:
+            self._free.put(client)
         try:
-            self.info = self._client.model()
+            self.info = self._clients[0].model()
         except BaseException:
-            self._client.close()
+            self.close()
             raise
-        self.where = f"at {self._client.target}"
+        self.where = f"at {self._clients[0].target}"
 
     def memory(self, n_bytes: int) -> Memory:
         """Any memory: what is sent is copied from there."""
@@ -57,15 +78,26 @@ class ServerEngine:
     def encode(self, rows: NDArray[Any]) -> NDArray[Any]:
         """Codes of embeddings; waits for a server that is busy or restarts."""
         sink = Collected(len(rows))
-        self._check(self._client.encode_into(rows, sink))
+        with self._client() as client:
+            self._check(client.encode_into(rows, sink))
         return sink.array
 
     def decode(self, codes: NDArray[Any], mode: Any) -> NDArray[Any]:
         """Reconstructions of codes; waits likewise."""
         sink = Collected(len(codes))
         calibration = self.info.calibration if mode == "calibrated" else None
-        self._check(self._client.decode_into(codes, sink, mode, calibration=calibration))
+        with self._client() as client:
+            self._check(client.decode_into(codes, sink, mode, calibration=calibration))
         return sink.array
+
+    @contextmanager
+    def _client(self) -> Iterator[Client]:
+        """Have a client for one block."""
+        client = self._free.get()
+        try:
+            yield client
+        finally:
+            self._free.put(client)
 
     def _check(self, fingerprint: str) -> None:
         if fingerprint != self.info.fingerprint:
@@ -75,8 +107,9 @@ class ServerEngine:
             )
 
     def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
+        """Close the connections."""
+        for client in self._clients:
+            client.close()
 
 
 def engine_options(command: F) -> F:

@@ -88,7 +88,7 @@ def verify(
     with (
         closing(open_rows(source, "embeddings", column=column, id_column=id_column)) as embeddings,
         closing(open_rows(output, "codes")) as codes,
-        closing(open_engine(**engine_flags)) as engine,
+        closing(open_engine(**engine_flags, blocks=1)) as engine,
     ):
         n_codes = codes_of(codes, engine, extra_digit=extra_digit)
         if not embeddings.takes_width(engine.info.input_dim):

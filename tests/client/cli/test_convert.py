@@ -175,6 +175,38 @@ def test_an_input_that_cannot_be_decoded_is_one_sentence(make_server, folder, co
     assert names(folder) == ["in.npy"]
 
 
+@pytest.mark.parametrize("in_flight", [1, 3, 4, 5, 13])
+@pytest.mark.parametrize("command", ["encode", "verify"])
+def test_as_many_messages_are_under_way_as_are_asked_for(make_server, folder, command, in_flight):
+    server = make_server(input_dim=1 << 16)
+    save("in.npy", 64, n_columns=1 << 16)  # in messages of 3 rows
+    if command == "verify":
+        np.save("out.npy", server.expected_codes(np.load("in.npy")))
+    together = threading.Barrier(in_flight)
+    under_way, most = set(), []
+
+    def wait_for_all(request, _context):
+        with server.lock:
+            under_way.add(id(request))
+        together.wait(30)
+
+    def answer(request, context):
+        with server.lock:
+            under_way.add(id(request))
+            most.append(len(under_way))
+        answer = usual(request, context)
+        with server.lock:
+            under_way.discard(id(request))
+        return answer
+
+    usual, server.usual_Encode = server.usual_Encode, answer
+    server.script["Encode"] += [wait_for_all] * in_flight
+    paths = ["out.npy", "in.npy", "--all"] if command == "verify" else ["in.npy", "-o", "out.npy"]
+    result = semid(command, *paths, "--target", server.target, "--in-flight", in_flight)
+    assert result.exit_code == 0, result.output
+    assert max(most) == in_flight
+
+
 def test_a_mode_that_the_model_lacks_is_one_sentence(server, folder):
     save("in.npy", 5, int, 3)
     result = semid(
