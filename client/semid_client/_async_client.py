@@ -33,8 +33,14 @@ T = TypeVar("T")
 class AsyncClient(BaseClient):
     """A semid server, as seen from asyncio: `Client`, to be awaited.
 
-    It takes the same arguments and raises the same errors. Make it and use it in one running event
-    loop. A task that is cancelled cancels its calls.
+    It takes the same arguments, and its methods raise the same errors as those of `Client`. Make it
+    and use it in one running event loop: in another one each method, `close` included, raises
+    `ClientClosedError`. A task that is cancelled cancels its calls.
+
+    Raises
+    ------
+    ConfigurationError
+        If an argument cannot be used, or no event loop is running.
 
     Examples
     --------
@@ -43,7 +49,7 @@ class AsyncClient(BaseClient):
     """
 
     async def encode(self, embeddings: ArrayLike, *, timeout: float | None = None) -> NDArray[Any]:  # noqa: ASYNC109 -- it goes to the server as the call's deadline
-        """Codes of each embedding; see `Client.encode`."""
+        """Codes of each embedding; see `Client.encode`, also for errors."""
         return await self._drive(self._encode_flow(embeddings, timeout))
 
     async def decode(
@@ -53,7 +59,7 @@ class AsyncClient(BaseClient):
         *,
         timeout: float | None = None,  # noqa: ASYNC109 -- it goes to the server
     ) -> NDArray[Any]:
-        """Reconstruction behind each semantic ID; see `Client.decode`."""
+        """Reconstruction behind each semantic ID; see `Client.decode`, also for errors."""
         return await self._drive(self._decode_flow(codes, mode, timeout))
 
     async def encode_into(
@@ -63,7 +69,7 @@ class AsyncClient(BaseClient):
         *,
         timeout: float | None = None,  # noqa: ASYNC109 -- it goes to the server
     ) -> str:
-        """Encode rows that need not fit in memory; see `Client.encode_into`."""
+        """Encode rows that need not fit in memory; see `Client.encode_into`, also for errors."""
         return await self._drive(self._transfer(Encoding(source), sink, timeout, patient=True))
 
     async def decode_into(
@@ -75,7 +81,7 @@ class AsyncClient(BaseClient):
         calibration: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 -- it goes to the server
     ) -> str:
-        """Decode codes that need not fit in memory; see `Client.decode_into`."""
+        """Decode codes that need not fit in memory; see `Client.decode_into`, also for errors."""
         transfer = Decoding(source, mode, calibration)
         return await self._drive(self._transfer(transfer, sink, timeout, patient=True))
 
@@ -87,23 +93,29 @@ class AsyncClient(BaseClient):
         *,
         timeout: float | None = None,  # noqa: ASYNC109 -- it goes to the server
     ) -> NDArray[Any]:
-        """Allocate an array that is encoded without a copy; see `Client.allocate`."""
+        """Allocate an array encoded without a copy; see `Client.allocate`, also for errors."""
         return await self._drive(self._allocate_flow(rows, width, dtype, timeout))
 
     async def model(self, *, timeout: float | None = None) -> ModelInfo:  # noqa: ASYNC109 -- it goes to the server
-        """Ask what the model is; see `Client.model`."""
+        """Ask what the model is; see `Client.model`, also for errors."""
         return await self._drive(self._model_flow(timeout))
 
     async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:  # noqa: ASYNC109 -- it goes to the server
-        """Ask for every model that is served; see `Client.models`."""
+        """Ask for every model that is served; see `Client.models`, also for errors."""
         return await self._drive(self._models_flow(timeout))
 
     async def wait_ready(self, timeout: float = 60.0) -> ModelInfo:  # noqa: ASYNC109 -- the same signature as Client's
-        """Wait until the server answers; see `Client.wait_ready`."""
+        """Wait until the server answers; see `Client.wait_ready`, also for errors."""
         return await self._drive(self._ready_flow(timeout))
 
     async def close(self) -> None:
-        """Close the connection. Calls under way fail with `ClientClosedError`."""
+        """Close the connection. Calls under way fail with `ClientClosedError`.
+
+        Raises
+        ------
+        ClientClosedError
+            If the client was made in another event loop.
+        """
         if self._forked:
             self._closed = True
             return

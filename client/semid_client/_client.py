@@ -124,8 +124,14 @@ class Client(BaseClient):
         InvalidInputError
             For a wrong shape, type or length of rows, NaN, an infinity or a masked number; ``row``
             says where.
+        ConfigurationError
+            If the timeout is no positive number of seconds, or memory must be shared and cannot be.
+        ClientClosedError
+            If the client was closed, or made before a fork.
         FingerprintMismatchError
             If the model is not the one expected, or was replaced meanwhile.
+        ProtocolError
+            If the answer breaks the contract.
         CallError
             If the server or the network ended the call; see its subclasses.
         """
@@ -160,10 +166,16 @@ class Client(BaseClient):
         ------
         InvalidInputError
             For a wrong shape or type, or a code out of range; ``row`` says where.
+        ConfigurationError
+            If there is no such mode, or the timeout is no positive number of seconds.
+        ClientClosedError
+            If the client was closed, or made before a fork.
         FailedPreconditionError
             If the model lacks what the mode needs.
         FingerprintMismatchError
             If the model is not the one expected, or was replaced meanwhile.
+        ProtocolError
+            If the answer breaks the contract.
         CallError
             If the server or the network ended the call; see its subclasses.
         """
@@ -200,7 +212,7 @@ class Client(BaseClient):
         Raises
         ------
         SemidClientError
-            As `encode`.
+            As `encode`. What ``source`` and ``sink`` raise passes as it is.
         """
         return self._drive(self._transfer(Encoding(source), sink, timeout, patient=True))
 
@@ -217,6 +229,11 @@ class Client(BaseClient):
 
         If ``calibration`` is given, as in `ModelInfo`, it is a `FingerprintMismatchError` that an
         answer was made with another one.
+
+        Raises
+        ------
+        SemidClientError
+            As `decode`. What ``source`` and ``sink`` raise passes as it is.
         """
         decoding = Decoding(source, mode, calibration)
         return self._drive(self._transfer(decoding, sink, timeout, patient=True))
@@ -254,6 +271,14 @@ class Client(BaseClient):
         ------
         InvalidInputError
             For another dtype, or a shape that no array has.
+        ConfigurationError
+            If the timeout is no positive number of seconds, or memory must be shared and cannot be.
+        ClientClosedError
+            If the client was closed, or made before a fork.
+        FingerprintMismatchError
+            If the model is not the one expected.
+        ProtocolError
+            If the answer breaks the contract.
         CallError
             If the server or the network ended the call; see its subclasses.
         """
@@ -264,15 +289,33 @@ class Client(BaseClient):
 
         Raises
         ------
+        ConfigurationError
+            If the timeout is no positive number of seconds.
+        ClientClosedError
+            If the client was closed, or made before a fork.
         FingerprintMismatchError
             If it is not the one expected.
+        ProtocolError
+            If the answer breaks the contract.
         CallError
             If the server or the network ended the call; see its subclasses.
         """
         return self._drive(self._model_flow(timeout))
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
-        """Ask for every model that is served. Raises `CallError`."""
+        """Ask for every model that is served.
+
+        Raises
+        ------
+        ConfigurationError
+            If the timeout is no positive number of seconds.
+        ClientClosedError
+            If the client was closed, or made before a fork.
+        ProtocolError
+            If the answer breaks the contract.
+        CallError
+            If the server or the network ended the call; see its subclasses.
+        """
         return self._drive(self._models_flow(timeout))
 
     def wait_ready(self, timeout: float = 60.0) -> ModelInfo:
@@ -285,8 +328,16 @@ class Client(BaseClient):
 
         Raises
         ------
+        ConfigurationError
+            If the timeout is no positive number of seconds.
+        ClientClosedError
+            If the client was closed, or made before a fork.
         DeadlineExceededError
             If it was not ready by then; the message tells the last reason.
+        FingerprintMismatchError
+            At once, if the model is not the one expected.
+        ProtocolError
+            If the answer breaks the contract.
         CallError
             At once, for anything that waiting does not cure, such as a wrong token.
         """

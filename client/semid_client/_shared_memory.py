@@ -35,6 +35,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import Future
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -432,11 +433,19 @@ class Sharing:
     def allocate(
         self, rows: int, width: int, dtype: DTypeLike, info: ModelInfo, timeout: float
     ) -> Generator[Any, Any, NDArray[Any]]:
-        """Return an array ``(rows, width)`` in memory that is shared, or one that is not."""
-        kind = np.dtype(dtype)
-        check_embedding_type(kind)
-        if min(rows, width) < 0:
-            raise InvalidInputError(f"an array of shape {(rows, width)} cannot be")
+        """Return an array ``(rows, width)`` in memory that is shared, or one that is not.
+
+        Raises
+        ------
+        InvalidInputError
+            For a dtype that embeddings do not have, or a shape that no array has.
+        ConfigurationError
+            If the client was told to share memory, and cannot.
+        UnavailableError
+            If the server cannot be reached.
+        """
+        kind = _dtype(dtype)
+        rows, width = _length("rows", rows), _length("width", width)
         nbytes = rows * width * kind.itemsize
         limits = None if self._mode is False or not nbytes else self._limits(info)
         made = None
@@ -611,3 +620,22 @@ class Sharing:
         if text not in self._told:
             self._told.add(text)
             logger.info(text, self._target, reason)
+
+
+def _dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """Return the type of embeddings that is meant; `InvalidInputError` if none is."""
+    try:
+        kind = np.dtype(dtype)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"dtype is {dtype!r}; expected float32, float16, bfloat16 (of ml_dtypes) or float64"
+        ) from error
+    check_embedding_type(kind)
+    return kind
+
+
+def _length(name: str, value: int) -> int:
+    """Return one side of a shape as an int; `InvalidInputError` if no array has it."""
+    if not (isinstance(value, Integral) and value >= 0):
+        raise InvalidInputError(f"{name} is {value!r}; expected a whole number, at least 0")
+    return int(value)

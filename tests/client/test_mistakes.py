@@ -2,12 +2,24 @@
 
 import copy
 import pickle
+import re
 
+import grpc
 import numpy as np
 import pytest
 import torch
 
-from semid_client import Client, ConfigurationError, InvalidInputError
+from semid.v1 import semid_pb2 as pb
+from semid_client import (
+    Client,
+    ClientClosedError,
+    ConfigurationError,
+    FingerprintMismatchError,
+    InvalidInputError,
+    NotFoundError,
+    ProtocolError,
+    SemidClientError,
+)
 
 
 def column_of(*rows):
@@ -181,10 +193,72 @@ def test_a_proxy_is_not_asked_for_the_way_to_this_very_machine(server, run_pytho
     assert done.stdout == "fake\n", done.stderr
 
 
-def test_an_array_of_less_than_nothing_is_refused(server, connect):
-    for shape in [(-1, 4), (4, -1)]:
-        with pytest.raises(InvalidInputError, match="cannot be"):
-            connect(server).allocate(*shape)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((-1, 4), "rows is -1; expected a whole number, at least 0"),
+        ((4, -1), "width is -1; expected"),
+        ((1.5, 4), "rows is 1.5; expected"),
+        ((4, "384"), "width is '384'; expected"),
+        ((None, 4), "rows is None; expected"),
+        ((1, 384, "nonsense"), "dtype is 'nonsense'; expected float32, float16, bfloat16"),
+        ((1, 384, 7), "dtype is 7; expected float32"),
+        ((1, 384, "int8"), "embeddings are int8; expected float32"),
+    ],
+)
+def test_an_array_that_cannot_be_is_refused_with_what_it_would_be(server, connect, arguments, says):
+    with pytest.raises(InvalidInputError, match=says):
+        connect(server).allocate(*arguments)
+
+
+def unsound(_request, _context):
+    return pb.GetModelResponse()
+
+
+def refused(_request, context):
+    context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
+
+
+METHODS = {
+    "encode": lambda client, **how: client.encode(np.ones((1, 4), np.float32), **how),
+    "decode": lambda client, **how: client.decode([[1, 2, 3]], **how),
+    "allocate": lambda client, **how: client.allocate(1, 4, **how),
+    "model": lambda client, **how: client.model(**how),
+    "models": lambda client, **how: client.models(**how),
+    "wait_ready": lambda client, **how: client.wait_ready(**how),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_raises_the_errors_that_its_docstring_names(server, connect, method):
+    call = METHODS[method]
+    caught = []
+
+    def fails(client, **how):
+        with pytest.raises(SemidClientError) as error:
+            call(client, **how)
+        caught.append(type(error.value))
+
+    asked = "ListModels" if method == "models" else "GetModel"
+    fails(connect(server), timeout=-1)
+    server.script[asked].append(refused)
+    fails(connect(server))
+    server.script[asked].append(
+        (lambda *_: pb.ListModelsResponse(models=[pb.Model()])) if method == "models" else unsound
+    )
+    fails(connect(server))
+    expected = [ConfigurationError, NotFoundError, ProtocolError]
+    if method != "models":
+        fails(connect(server, expected_fingerprint="0" * 64))
+        expected.append(FingerprintMismatchError)
+    closed = connect(server)
+    closed.close()
+    fails(closed)
+    assert caught == [*expected, ClientClosedError]
+    _, _, told = getattr(Client, method).__doc__.partition("Raises")
+    named = set(re.findall(r"^ +(\w+Error)$", told, re.MULTILINE))
+    for error in caught:
+        assert named & {base.__name__ for base in error.__mro__}, error
 
 
 def test_a_port_that_speaks_another_protocol_is_told(connect):
