@@ -120,6 +120,12 @@ def test_a_client_machine_has_the_commands_of_the_client(cli):
         assert _run(cli, command, "--help").returncode == 0
 
 
+def test_a_client_machine_can_ask_a_server_whether_it_is_ready(cli):
+    told = _run(cli, "health", "--target", "127.0.0.1:1")
+    assert told.returncode == 1
+    assert told.stderr.startswith("Error: 127.0.0.1:1: UNAVAILABLE: ")
+
+
 def test_a_client_machine_says_what_the_server_needs(cli):
     told = _run(cli, "serve", "--checkpoint", "nowhere")
     assert told.returncode != 0

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "semid.commands"
 
+WITHOUT_SERVER = frozenset({"health"})
+"""Commands of the server's part that need no more than those of the client."""
+
 
 class Root(click.Group):
     """A group whose commands are imported only when they are called.
@@ -74,7 +77,8 @@ def _summary(entry: EntryPoint) -> str:
 
 def _needs(entry: EntryPoint, error: ModuleNotFoundError) -> click.ClickException:
     """Say which extra brings a module that a command lacks."""
-    extra = "cli" if entry.module.startswith("semid_client.") else "server"
+    of_client = entry.module.startswith("semid_client.") or entry.name in WITHOUT_SERVER
+    extra = "cli" if of_client else "server"
     return click.ClickException(
         f"semid {entry.name} needs {error.name}, which is not installed: "
         f"pip install 'semid[{extra}]'"

@@ -114,7 +114,8 @@ def test_a_bug_keeps_its_traceback():
 
 
 @pytest.mark.parametrize(
-    ("command", "extra"), [("encode", "cli"), ("serve", "server"), ("inspect", "server")]
+    ("command", "extra"),
+    [("encode", "cli"), ("health", "cli"), ("serve", "server"), ("inspect", "server")],
 )
 def test_a_command_whose_extra_is_not_installed_names_it(command, extra):
     error = ModuleNotFoundError("No module named 'torch'", name="torch")
