@@ -11,14 +11,27 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
 import click
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from semid_server.cli.serve import serve
 from semid_server.serving.status import CODES
+
+NOT_THERE = """
+import os
+from importlib.machinery import PathFinder
+
+names, find = frozenset(os.environ["NOT_THERE"].split()), PathFinder.find_spec
+PathFinder.find_spec = lambda name, *where: None if name in names else find(name, *where)
+"""
+"""Python runs it as it starts: some modules that are installed are not there."""
 
 DEFAULTS_IN_WORDS = {
     "",
@@ -31,10 +44,12 @@ DEFAULTS_IN_WORDS = {
     "the checkpoint's",
 }
 
+DEVELOP = "pip install -q -c docker/constraints.txt -e '.[dev]'"
+
 NOT_RUN = {
     "bash tests/run.sh": "it runs this very test",
     "docker build": "needs a container engine; tests/e2e/test_container.py takes its steps apart",
-    "pip install -q -c docker/constraints.txt -e '.[dev]'": "tests/run.sh installs the same",
+    DEVELOP: "tests/run.sh installs the same",
     "semid encode embeddings -o": "needs Ray; tests/e2e/test_ray.py runs it, word for word",
 }
 """Blocks that no test runs, by their beginning, and why."""
@@ -62,7 +77,8 @@ def _blocks(readme: str) -> list[Block]:
     return found
 
 
-BLOCKS = _blocks((Path(__file__).parents[2] / "README.md").read_text())
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = _blocks(README)
 
 
 def _with_beginning(beginning: str) -> Block:
@@ -107,6 +123,40 @@ def _environment() -> dict[str, str]:
     return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
+def _brought_by(extras: frozenset[str]) -> set[str]:
+    """Names of all distributions that semid with these extras brings."""
+    seen: dict[str, frozenset[str]] = {}
+    waiting = [("semid", extras)]
+    while waiting:
+        name, extras = waiting.pop()
+        if name in seen and extras <= seen[name]:
+            continue
+        seen[name] = seen.get(name, frozenset()) | extras
+        with contextlib.suppress(PackageNotFoundError):  # what is for other machines
+            for requirement in map(Requirement, distribution(name).requires or ()):
+                marker = requirement.marker
+                if marker is None or any(marker.evaluate({"extra": e}) for e in extras | {""}):
+                    wanted = frozenset(requirement.extras)
+                    waiting.append((canonicalize_name(requirement.name), wanted))
+    return set(seen)
+
+
+@pytest.fixture(scope="module")
+def as_installed_first(tmp_path_factory) -> dict[str, str]:
+    """Environment in which there is nothing but what the README's first command installs."""
+    (named,) = re.findall(r"'\.\[([\w,]+)\]'", _with_beginning(SET_UP).text)
+    there = _brought_by(frozenset(named.split(",")))
+    hidden = [
+        module
+        for module, names in packages_distributions().items()
+        if there.isdisjoint(map(canonicalize_name, names)) and module not in {"pip", "setuptools"}
+    ]
+    assert {"pytest", "boto3"} <= set(hidden)
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(NOT_THERE)
+    return {"PYTHONPATH": str(folder), "NOT_THERE": " ".join(hidden)}
+
+
 @pytest.fixture(scope="module")
 def ports() -> dict[str, str]:
     """Free ports in the place of the README's own."""
@@ -144,26 +194,32 @@ def server(checkout, ports, tmp_path_factory):
 
 
 @pytest.mark.parametrize("block", SESSION, ids=lambda block: block.text.split("\n")[0][:40])
-def test_a_block_runs_as_written_and_prints_what_it_says(block, checkout, server, ports):
+def test_a_block_runs_as_written_and_prints_what_it_says(
+    block, checkout, server, ports, as_installed_first
+):
     assert server.poll() is None
+    environment = _environment()
+    if BLOCKS.index(block) < BLOCKS.index(_with_beginning(DEVELOP)):
+        environment |= as_installed_first
     text = block.text
     for written, free in ports.items():
         text = text.replace(written, free)
     shell = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else ["python", "-c"]
-    ran = subprocess.run(
-        [*shell, text],
-        check=False,
-        cwd=checkout,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    printed = ran.stdout.splitlines()
-    for line in block.output:
-        for written, free in ports.items():
-            line = line.replace(written, free)  # noqa: PLW2901 - the same line, as printed here
-        assert line in printed
+    for _ in range(2 if block.language == "python" else 1):  # pasted again, it does the same
+        ran = subprocess.run(
+            [*shell, text],
+            check=False,
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        printed = ran.stdout.splitlines()
+        for line in block.output:
+            for written, free in ports.items():
+                line = line.replace(written, free)  # noqa: PLW2901 - the same line, as printed here
+            assert line in printed
 
 
 @pytest.mark.slow  # two minutes: it makes an environment
@@ -187,6 +243,37 @@ def test_the_first_command_takes_a_fresh_checkout_to_the_demo(checkout):
 def test_making_the_stubs_again_changed_nothing(checkout, root):
     for path in (root / "proto/semid/v1").glob("*_pb2*"):
         assert (checkout / "proto/semid/v1" / path.name).read_bytes() == path.read_bytes()
+
+
+# --- links and names --------------------------------------------------------------------------
+
+
+def _anchor(title: str) -> str:
+    """The anchor of a title, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", title.strip().lower()).replace(" ", "-")
+
+
+def test_links_within_the_readme_lead_somewhere():
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    anchors = {_anchor(title) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    links = re.findall(r"\]\(#([^)]*)\)", text)
+    assert links
+    assert [link for link in links if link not in anchors] == []
+
+
+def test_files_that_the_readme_links_are_there(root):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", README)
+    assert links
+    assert [link for link in links if not (root / link).exists()] == []
+
+
+def test_extras_are_those_of_the_project_and_named_in_one_way(root):
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    named = re.findall(r"(?<=')\.\[([\w,]+)\](?=')", README)
+    assert {extra for extras in named for extra in extras.split(",")} <= set(
+        project["optional-dependencies"]
+    )
+    assert README.count("semid[") == 1, "the other way is explained once"
 
 
 # --- the tables -----------------------------------------------------------------------------
