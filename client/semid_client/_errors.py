@@ -143,7 +143,10 @@ class DeadlineExceededError(CallError, TimeoutError):
 class UnavailableError(CallError, ConnectionError):
     """No server could be reached, or it is loading or draining. Several attempts were made."""
 
-    advice = "check that a semid server runs at that address"
+    advice = (
+        "check that a semid server runs at that address, and whether it is still loading: "
+        "`semid health` tells, and wait_ready() waits for it"
+    )
 
 
 class CancelledError(UnavailableError):

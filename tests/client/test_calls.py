@@ -342,6 +342,20 @@ def test_nobody_at_the_address_is_said_with_the_address(connect):
         connect("127.0.0.1:1").encode(rows(1))
 
 
+def test_a_server_that_is_still_loading_may_be_why_nobody_is_at_one_of_its_addresses(
+    server, connect
+):
+    server.says_serving(serving=False)
+    refused = r"address, and whether it is still loading: `semid health` tells, and wait_ready\(\)"
+    with pytest.raises(UnavailableError, match=refused):
+        connect("127.0.0.1:1").encode(rows(1))
+    # Of the addresses of one name gRPC tells the last that failed: the one where nobody is, or not.
+    both = f"ipv4:127.0.0.1:{server.port},127.0.0.1:1"
+    for target in (f"localhost:{server.port}", both):
+        with pytest.raises(UnavailableError, match="loading"):
+            connect(target).encode(rows(1))
+
+
 def tensor(dtype=pb.DATA_TYPE_UINT8, shape=(2, 3), data=b"123456", fingerprint=FINGERPRINT):
     body = pb.Tensor(dtype=dtype, shape=shape, data=data)
     return lambda *_: pb.EncodeResponse(fingerprint=fingerprint, tensor=body)
