@@ -55,6 +55,10 @@ are built, sends timeouts rounded up to three digits, by up to 0.01, and message
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
+NEVER_AGAIN = "-1"
+"""A pushback below 0 tells gRPC not to retry (proposal A6), though the status is one of those that
+are retried: the same message would be refused each time."""
+
 
 @dataclass(frozen=True, slots=True)
 class WireStatus:
@@ -91,6 +95,8 @@ def status_of(error: errors.SemidError) -> WireStatus:
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
         # The same hint where gRPC's own retries look for it.
         metadata.append((PUSHBACK_KEY, str(round(error.retry_after * 1000))))
+    if isinstance(error, errors.MessageTooLargeError):
+        metadata.append((PUSHBACK_KEY, NEVER_AGAIN))
     if details:
         status = status_pb2.Status(code=code.value[0], message=message)
         for detail in details:

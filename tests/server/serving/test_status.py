@@ -66,6 +66,12 @@ def test_an_overload_carries_its_hint_twice():
     assert DETAILS_KEY in metadata
 
 
+def test_a_message_that_is_too_large_is_not_to_be_sent_again():
+    status = status_of(errors.MessageTooLargeError("20000 rows in one request"))
+    assert status.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert dict(status.trailing_metadata) == {"grpc-retry-pushback-ms": "-1"}
+
+
 @given(timeout=st.floats(0.01, 1e6), rounded_up=st.floats(0, 0.01))
 def test_a_caller_who_left_at_its_deadline_ran_out_of_time(timeout, rounded_up):
     code = code_of_cancelled(timeout, rounded_up * timeout)
