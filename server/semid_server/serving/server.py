@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import gc
 import logging
@@ -11,11 +10,10 @@ import math
 import os
 import signal
 import sys
-import threading
 import weakref
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -39,6 +37,7 @@ from semid_server.serving.batcher import AMONG_LARGE, Batcher, BatchLimits
 from semid_server.serving.calls import Calls
 from semid_server.serving.catalogue import Catalogue
 from semid_server.serving.config import MOST_IN_GRPC
+from semid_server.serving.disk import in_daemon, look_again
 from semid_server.serving.health import Health
 from semid_server.serving.incoming import FEW, Guarded, Incoming
 from semid_server.serving.listener import Listener
@@ -52,7 +51,7 @@ from semid_server.serving.tokens import TokenFile
 from semid_server.serving.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
     from pathlib import Path
 
     import numpy.typing as npt
@@ -63,7 +62,6 @@ if TYPE_CHECKING:
     from semid_server.serving.types import Payload, ServedModel, WorkKey
 
 Stamp = tuple[tuple[int, int, int], ...] | None
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +108,10 @@ QUIET = 0.05
 MEMORY_SHARE = 0.6
 """Of the memory that the models leave, what may be in use while messages come, unless told
 otherwise: the rest is for what the allocator keeps, and for what comes before it is noticed."""
+
+LOOK_AT_TOKENS = 0.1
+"""Seconds from one look at the token file to the next: a token that was taken back is good for as
+long, at most, while the disk answers."""
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 
@@ -183,6 +185,7 @@ class Server:
         self._replaced: list[weakref.ref[Backend]] = []
         self._collecting: asyncio.Task[None] | None = None
         self.unfinished = False
+        self._tokens: TokenFile | None = None
         self._device: Device
         self._calls: Calls
         self._listeners: list[Listener]
@@ -247,6 +250,7 @@ class Server:
             self._listeners.append(admin)
             self._announce(f"admin on {bracketed(admin_at.host)}:{admin.port}")
         await service.start()
+        looking = [asyncio.create_task(look) for look in self._looks()]
         with self._watchdog():  # of the drain too: what hangs there keeps the process for ever
             try:
                 if await self._load():
@@ -263,6 +267,18 @@ class Server:
                 await self._drain(service, servicer)
                 for listener in self._listeners[1:]:
                     await listener.stop(None)
+                for look in looking:
+                    look.cancel()
+
+    def _looks(self) -> Iterator[Coroutine[Any, Any, None]]:
+        """Yield what looks, all the while, at files that change what callers may do."""
+        if self._tokens is not None:
+            yield look_again(
+                self._tokens.look,
+                LOOK_AT_TOKENS,
+                where=self._config.token_file,
+                meanwhile="the tokens read before stay good",
+            )
 
     async def _load(self) -> bool:
         """Load and warm up the models; False if told to stop before that was done."""
@@ -446,12 +462,12 @@ class Server:
         while self._replaced:
             await asyncio.sleep(COLLECT_EVERY)
             # In a thread: a version that is loaded may have to be waited for.
-            await _in_daemon(collect_garbage)
+            await in_daemon(collect_garbage)
             self._replaced = [version for version in self._replaced if version() is not None]
 
     def _begin_to_read(self, source: ModelSource) -> asyncio.Future[Backend]:
         """Return the future of a new version; the drain waits for it though nobody else does."""
-        reading = _in_daemon(self._load_one, source)
+        reading = in_daemon(self._load_one, source)
         self._reading.add(reading)
         reading.add_done_callback(self._reading.discard)
         return asyncio.shield(reading)
@@ -496,9 +512,8 @@ class Server:
 
     def _make_calls(self) -> Calls:
         methods = pb.DESCRIPTOR.services_by_name["SemanticIdService"].methods
-        tokens = None
         if self._config.token_file is not None:
-            tokens = TokenFile(
+            self._tokens = TokenFile(
                 self._config.token_file, frozenset(method.name for method in methods)
             )
         for method in methods:
@@ -507,7 +522,7 @@ class Server:
         return Calls(
             SERVICE,
             self._metrics,
-            tokens,
+            self._tokens,
             max_calls=self._config.max_concurrent_rpcs,
             incoming=self._incoming,
             trace=None if self._tracing is None else self._tracing.trace,
@@ -673,28 +688,6 @@ def stamp(path: Path) -> Stamp:
     # so: the version in memory serves on.
     except OSError:
         return None
-
-
-def _in_daemon(work: Callable[..., T], *args: object) -> asyncio.Future[T]:
-    """Do as `asyncio.to_thread`, in a thread that does not keep the process from ending.
-
-    Storage may take for ever to be read; the interpreter waits at its end for the threads of
-    `asyncio.to_thread`.
-    """
-    done: concurrent.futures.Future[T] = concurrent.futures.Future()
-    done.set_running_or_notify_cancel()  # who waits may leave, and the thread goes on
-    threading.Thread(
-        target=_settle, args=(done, work, *args), name="semid-reload", daemon=True
-    ).start()
-    return asyncio.wrap_future(done)
-
-
-def _settle(done: concurrent.futures.Future[T], work: Callable[..., T], *args: object) -> None:
-    try:
-        done.set_result(work(*args))
-    except BaseException as error:  # noqa: BLE001 - handed to whoever awaits it
-        done.set_exception(error)
-        del done  # which has the error, which has this frame: what it holds would stay
 
 
 def _open_tracing() -> Tracing:

@@ -13,15 +13,13 @@ from semid_server.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
+from semid_server.serving.disk import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
-
-Stamp = tuple[int, int, int]
-"""What tells one state of a file from the next."""
 
 _LINE = re.compile(r"(?P<digest>[0-9a-f]{64})(?:\s+(?P<methods>\S+))?")
 
@@ -40,7 +38,7 @@ def hashed(token: str) -> str:
 
 
 class TokenFile:
-    """The tokens that are accepted, read again whenever the file has changed.
+    """The tokens that are accepted: those of a file, as it was when it was looked at last.
 
     Each line is the SHA-256 of a token in hexadecimal, then, if the token is not good for every
     method, the methods that it is good for, separated by commas; ``#`` begins a comment::
@@ -49,6 +47,10 @@ class TokenFile:
         5e884898da28047151d0e56f8dc6292773603d0d6aabbdd62a11ef721d1542d8 Encode,EncodeStream
 
     Tokens are long and random, so that a plain hash keeps them; a password would not be safe here.
+
+    Calls are checked against what is known. `look` is for a thread, in short intervals, since the
+    disk may hang. It reads the file, which is small, rather than compare times: of two changes
+    within a tick of the clock it misses none, nor that the file may be read again.
 
     Parameters
     ----------
@@ -65,8 +67,11 @@ class TokenFile:
 
     def __init__(self, path: Path, methods: frozenset[str]) -> None:
         self._path, self._methods = path, methods
-        self._version: Stamp | None = _stamp(path)
-        self._accepted = self._read()
+        self._content = self._read()
+        self._accepted = self._parse(self._content)
+        # The content that could not be used, None if there was none, and why: the last that the
+        # log has.
+        self._refused: tuple[bytes | None, str] | None = None
 
     def check(self, authorization: str | None, method: str) -> None:
         """Raise unless ``authorization``, ``Bearer TOKEN``, is good for ``method``.
@@ -78,7 +83,6 @@ class TokenFile:
         PermissionDeniedError
             It is known, but not for this method.
         """
-        self._refresh()
         token = bearer_token(authorization)
         if token is None:
             raise UnauthenticatedError(
@@ -95,44 +99,45 @@ class TokenFile:
         if method not in allowed:
             raise PermissionDeniedError(f"the token is not good for {method}")
 
-    def _refresh(self) -> None:
-        try:
-            stamp = _stamp(self._path)
-        except ConfigurationError as error:
-            self._keep(None, error)
-            return
-        if stamp == self._version:
-            return
-        try:
-            self._accepted = self._read()
-        except ConfigurationError as error:
-            self._keep(stamp, error)
-            return
-        self._version = stamp
-        logger.info("%s: read again, %d tokens", self._path, len(self._accepted))
+    def look(self) -> None:
+        """Take up what the file holds now, if that is new and can be used. It reads the disk.
 
-    def _keep(self, stamp: Stamp | None, error: ConfigurationError) -> None:
-        """Go on with the tokens read before: a half-written file neither opens nor closes doors.
-
-        Said once for each state of the file, not at each call.
+        A half-written file neither opens nor closes doors: the tokens read before stay good, and
+        the log says why, once for each state of the file.
         """
-        if stamp != self._version:
-            logger.error("%s; the tokens read before stay good", error)
-        self._version = stamp
-
-    def _read(self) -> Mapping[str, frozenset[str]]:
-        accepted: dict[str, frozenset[str]] = {}
+        content = None
         try:
-            lines = self._path.read_text("utf-8").splitlines()
+            content = self._read()
+            if content == self._content:
+                self._refused = None
+                return
+            accepted = self._parse(content)
+        except ConfigurationError as error:
+            refused = content, str(error)
+            if refused != self._refused:
+                logger.error("%s; the tokens read before stay good", error)  # noqa: TRY400 - no bug
+            self._refused = refused
+            return
+        self._content, self._accepted, self._refused = content, accepted, None
+        logger.info("%s: read again, %d tokens", self._path, len(accepted))
+
+    def _read(self) -> bytes:
+        try:
+            return read_file(self._path)
         except OSError as error:
             raise ConfigurationError(f"{self._path}: {error.strerror}") from error
+
+    def _parse(self, content: bytes) -> Mapping[str, frozenset[str]]:
+        accepted: dict[str, frozenset[str]] = {}
+        try:
+            lines = content.decode().splitlines()
         except UnicodeDecodeError as error:
             raise ConfigurationError(f"{self._path}: is not text in UTF-8") from error
         for number, line in enumerate(lines, 1):
-            content = line.split("#")[0].strip()
-            if not content:
+            entry = line.split("#")[0].strip()
+            if not entry:
                 continue
-            match = _LINE.fullmatch(content)
+            match = _LINE.fullmatch(entry)
             if match is None:
                 raise ConfigurationError(
                     f"{self._path}, line {number}: expected the SHA-256 of a token as 64 "
@@ -154,11 +159,3 @@ class TokenFile:
         if not accepted:
             raise ConfigurationError(f"{self._path}: holds no token, so that nobody could call")
         return accepted
-
-
-def _stamp(path: Path) -> Stamp:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from error
-    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -365,3 +365,53 @@ def backend(device, toy_served):
     yield fake
     fake.may_load.set()
     device.free()
+
+
+class HangingDisk:
+    """A disk that does not answer from when the test says so until its end.
+
+    Attributes
+    ----------
+    asked : Event
+        Whether anything was asked of it since.
+    who : set of int
+        The threads that asked.
+    """
+
+    def __init__(self):
+        self.asked, self.who = threading.Event(), set()
+        self._answers = threading.Event()
+        self._answers.set()
+
+    def path(self, path):
+        """The path of a file on this disk."""
+        disk = self
+
+        class OnThisDisk(type(Path())):
+            def __fspath__(self):
+                disk.ask()
+                return super().__fspath__()
+
+        return OnThisDisk(path)
+
+    def begin(self):
+        self._answers.clear()
+
+    def end(self):
+        self._answers.set()
+
+    def ask(self):
+        if self._answers.is_set():
+            return
+        self.who.add(threading.get_ident())
+        self.asked.set()
+        # The event loop would end the test with it.
+        if threading.current_thread() is not threading.main_thread():
+            self._answers.wait(300)
+
+
+@pytest.fixture
+def hanging():
+    disk = HangingDisk()
+    yield disk
+    disk.end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import threading
 
 import grpc
 import grpc.aio
@@ -217,6 +218,30 @@ async def test_with_a_token_file_calls_need_a_token_that_is_good_for_them(
     text = await server.metrics()
     for code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         assert f'grpc_code="{code}",grpc_method="GetModel"' in text
+
+
+async def test_a_token_that_is_taken_back_is_refused_a_moment_later(run_server, ready, token_file):
+    address = await run_server(ready, token_file=token_file).address()
+    metadata = [("authorization", "Bearer all")]
+    assert await ask(address, metadata=metadata) == grpc.StatusCode.OK
+    token_file.write_text(f"{hashlib.sha256(b'other').hexdigest()}\n")
+    async with asyncio.timeout(60):
+        while await ask(address, metadata=metadata) == grpc.StatusCode.OK:
+            await asyncio.sleep(0.01)
+    assert await ask(address, metadata=metadata) == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_calls_do_not_wait_for_the_disk_of_the_token_file(
+    run_server, ready, token_file, hanging
+):
+    address = await run_server(ready, token_file=hanging.path(token_file)).address()
+    hanging.begin()
+    await asyncio.to_thread(hanging.asked.wait, 60)
+    metadata = [("authorization", "Bearer all")]
+    for _ in range(3):
+        assert await ask(address, metadata=metadata) == grpc.StatusCode.OK
+    assert await ask(address) == grpc.StatusCode.UNAUTHENTICATED
+    assert threading.get_ident() not in hanging.who
 
 
 async def test_a_stream_needs_a_token_too(run_server, ready, token_file):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 
@@ -57,26 +59,41 @@ def test_an_unknown_token_is_refused_and_not_repeated(tokens, token):
     assert token.strip() not in str(caught.value)
 
 
-def change(path, content):
-    """Write a file so that its stamp differs, however coarse the clock of the file system."""
-    before = path.stat().st_mtime_ns
-    path.write_text(content)
-    os.utime(path, ns=(before + 10**9, before + 10**9))
-
-
-def test_a_changed_file_counts_from_the_next_call_on(tokens, file):
-    change(file, hashed("new"))
+def test_a_changed_file_counts_once_it_was_looked_at(tokens, file):
+    file.write_text(hashed("new") + "\n")
+    tokens.check("Bearer all", "Encode")
+    tokens.look()
     tokens.check("Bearer new", "Encode")
     with pytest.raises(UnauthenticatedError):
         tokens.check("Bearer all", "Encode")
 
 
-@pytest.mark.parametrize("content", ["", "nonsense", None])
+def test_a_file_that_changes_within_a_tick_of_the_clock_is_seen_to_change(tokens, file):
+    for token in ("new", "old"):
+        file.write_text(hashed(token) + "\n")
+        os.utime(file, ns=(0, 0))
+        tokens.look()
+    tokens.check("Bearer old", "Encode")
+    with pytest.raises(UnauthenticatedError):
+        tokens.check("Bearer new", "Encode")
+
+
+def replace_by(file, content):
+    """Put something in the place of the file: None for nothing, a function for what it makes."""
+    file.unlink()
+    if callable(content):
+        content(file)
+    elif content is not None:
+        file.write_text(content)
+
+
+UNUSABLE = ["", "nonsense\n", None, os.mkdir, os.mkfifo]
+
+
+@pytest.mark.parametrize("content", UNUSABLE)
 def test_a_file_that_becomes_unusable_leaves_the_tokens_as_they_were(tokens, file, content, caplog):
-    if content is None:
-        file.unlink()
-    else:
-        change(file, content)
+    replace_by(file, content)
+    tokens.look()
     tokens.check("Bearer all", "Encode")
     with pytest.raises(UnauthenticatedError):
         tokens.check("Bearer nonsense", "Encode")
@@ -87,23 +104,47 @@ def said(caplog):
     return [record.getMessage() for record in caplog.records]
 
 
-@pytest.mark.parametrize("content", ["nonsense", None])
-def test_an_unusable_file_is_told_of_once_and_not_at_each_call(tokens, file, content, caplog):
-    if content is None:
-        file.unlink()
-    else:
-        change(file, content)
+@pytest.mark.parametrize("content", UNUSABLE)
+def test_an_unusable_file_is_told_of_once_and_not_at_each_look(tokens, file, content, caplog):
+    replace_by(file, content)
     for _ in range(3):
-        tokens.check("Bearer all", "Encode")
+        tokens.look()
     assert len(said(caplog)) == 1
 
 
 def test_a_file_that_comes_back_is_read_as_it_was_before(tokens, file):
     aside = file.rename(file.with_name("aside"))
-    tokens.check("Bearer all", "Encode")
-    aside.write_text(hashed("new"))
+    tokens.look()
+    aside.write_text(hashed("new") + "\n")
     aside.rename(file)
+    tokens.look()
     tokens.check("Bearer new", "Encode")
+
+
+class Unreadable(type(Path())):
+    """A file whose content may be read once its permissions are mended, which leaves no trace."""
+
+    mended = True
+
+    def __fspath__(self):
+        if not self.mended:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return super().__fspath__()
+
+
+def test_a_file_that_may_be_read_again_is_read_though_nothing_else_of_it_has_changed(file, caplog):
+    path = Unreadable(file)
+    tokens = TokenFile(path, METHODS)
+    file.write_text(hashed("new") + "\n")
+    path.mended = False
+    tokens.look()
+    tokens.check("Bearer all", "Encode")
+    assert "tokens: Permission denied; the tokens read before stay good" in caplog.text
+    path.mended = True
+    tokens.look()
+    tokens.check("Bearer new", "Encode")
+    with pytest.raises(UnauthenticatedError):
+        tokens.check("Bearer all", "Encode")
 
 
 @pytest.mark.parametrize(
@@ -125,6 +166,13 @@ def test_a_bad_file_is_refused_with_its_line_and_without_its_content(tmp_path, c
     with pytest.raises(ConfigurationError, match=text) as caught:
         TokenFile(path, METHODS)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, make):
+    make(tmp_path / "tokens")
+    with pytest.raises(ConfigurationError, match="tokens: is not a regular file"):
+        TokenFile(tmp_path / "tokens", METHODS)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,0 +1,128 @@
+"""Files that are looked at while the server serves: by threads, and never by the event loop.
+
+A disk may hang: whoever asks it for anything, a file's size even, waits until it comes back,
+perhaps for ever. Only threads that nothing waits for without limit may do so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import errno
+import logging
+import os
+import stat
+import threading
+from typing import TYPE_CHECKING, Final, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+SLOW: Final = 10.0
+"""Seconds after which the log says that files are still waited for."""
+
+IRREGULAR: Final = "is not a regular file"
+
+
+def in_daemon(work: Callable[..., T], *args: object) -> asyncio.Future[T]:
+    """Do as `asyncio.to_thread`, in a thread that does not keep the process from ending.
+
+    Storage may take for ever to be read; the interpreter waits at its end for the threads of
+    `asyncio.to_thread`.
+    """
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()  # who waits may leave, and the thread goes on
+    threading.Thread(
+        target=_settle, args=(done, work, *args), name="semid-disk", daemon=True
+    ).start()
+    return asyncio.wrap_future(done)
+
+
+def _settle(done: concurrent.futures.Future[T], work: Callable[..., T], *args: object) -> None:
+    try:
+        done.set_result(work(*args))
+    except BaseException as error:  # noqa: BLE001 - handed to whoever awaits it
+        done.set_exception(error)
+        del done  # which has the error, which has this frame: what it holds would stay
+
+
+async def patiently(
+    work: asyncio.Future[T], *, where: object, meanwhile: str, slow: float = SLOW
+) -> T:
+    """Wait for what a thread does with files, however long it takes; the log says so if it is slow.
+
+    Parameters
+    ----------
+    work : Future
+        What is waited for.
+    where, meanwhile : str
+        The files, and what holds until it has ended, for the log.
+    slow : float
+        Seconds after which it is slow.
+    """
+    try:
+        done, _ = await asyncio.wait({work}, timeout=slow)
+        if not done:
+            logger.warning(
+                "%s: the disk has not answered within %g s; until it does, %s",
+                *(where, slow, meanwhile),
+            )
+            await asyncio.wait({work})
+            logger.warning("%s: the disk has answered", where)
+        return await work
+    finally:
+        work.cancel()
+
+
+async def look_again(
+    look: Callable[[], None],
+    every: float,
+    *,
+    where: object,
+    meanwhile: str,
+    slow: float = SLOW,
+) -> None:
+    """Call ``look`` in a thread again and again, ``every`` so many seconds, until cancelled.
+
+    While it hangs it is not called a second time, and nobody else waits. The other parameters are
+    those of `patiently`.
+    """
+    failed = ""
+    while True:
+        await asyncio.sleep(every)
+        try:
+            await patiently(in_daemon(look), where=where, meanwhile=meanwhile, slow=slow)
+        except Exception as error:  # a bug, say; the next look may do better
+            if failed != (failed := repr(error)):
+                logger.exception("%s: could not be looked at; until it can, %s", where, meanwhile)
+        else:
+            failed = ""
+
+
+def read_file(path: Path) -> bytes:
+    """Return what a file holds.
+
+    Raises
+    ------
+    OSError
+        It cannot be read, or is a pipe, say, which might be waited for until somebody writes.
+    """
+    # A pipe would be waited for as it is opened already.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        refuse_irregular(os.fstat(descriptor))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def refuse_irregular(status: os.stat_result) -> None:
+    """Raise OSError if this is the status of anything but a regular file."""
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, IRREGULAR)
