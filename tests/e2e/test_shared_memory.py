@@ -378,12 +378,9 @@ def test_more_than_the_server_takes_is_sent_as_bytes(serve, checkpoint, digits):
 
 def test_a_token_that_is_not_good_for_sharing_sends_bytes(serve, checkpoint, digits, tmp_path):
     rows = enough(digits, np.float32)
-    lines = [
-        hashlib.sha256(b"all").hexdigest(),
-        f"{hashlib.sha256(b'some').hexdigest()} Encode,GetModel",
-    ]
+    all_, some = (hashlib.sha256(token).hexdigest() for token in (b"all", b"some"))
     tokens = tmp_path / "tokens"
-    tokens.write_text("\n".join(lines))
+    tokens.write_text(f"{all_}\n{some} Encode,GetModel\n")
     server = serve(checkpoint, "--token-file", tokens)
     with Client(server.target, token="some") as client:  # noqa: S106 - of this test
         expected = client.encode(rows)

@@ -388,7 +388,8 @@ def _default(name: str) -> dict[str, Any]:
     type=click.Path(path_type=Path),
     default=None,
     help="File of SHA-256 hashes of bearer tokens, one a line, each followed by the methods it is "
-    "good for if not all; calls without a token are refused. Use it with TLS.",
+    "good for if not all, and by a newline, the last too; read again when it changes. Calls "
+    "without a token are refused. Use it with TLS.",
 )
 @_option(
     "--reflection/--no-reflection",

@@ -41,7 +41,8 @@ class TokenFile:
     """The tokens that are accepted: those of a file, as it was when it was looked at last.
 
     Each line is the SHA-256 of a token in hexadecimal, then, if the token is not good for every
-    method, the methods that it is good for, separated by commas; ``#`` begins a comment::
+    method, the methods that it is good for, separated by commas; ``#`` begins a comment. A newline
+    ends each line, the last one too: a file without is taken for half-written::
 
         # the recommender
         5e884898da28047151d0e56f8dc6292773603d0d6aabbdd62a11ef721d1542d8 Encode,EncodeStream
@@ -62,7 +63,8 @@ class TokenFile:
     Raises
     ------
     ConfigurationError
-        The file cannot be read, or a line is not of that form; the line is named, not shown.
+        The file cannot be read, or a line is not of that form or has no end; the line is named, not
+        shown.
     """
 
     def __init__(self, path: Path, methods: frozenset[str]) -> None:
@@ -130,9 +132,17 @@ class TokenFile:
     def _parse(self, content: bytes) -> Mapping[str, frozenset[str]]:
         accepted: dict[str, frozenset[str]] = {}
         try:
-            lines = content.decode().splitlines()
+            text = content.decode()
         except UnicodeDecodeError as error:
             raise ConfigurationError(f"{self._path}: is not text in UTF-8") from error
+        lines = text.splitlines()
+        # Cut within its last line, a file may well be of the right form: with all methods for a
+        # token, say, that is good for some.
+        if text and not text.endswith("\n"):
+            raise ConfigurationError(
+                f"{self._path}, line {len(lines)}: the file ends without a newline, as one does "
+                "that is half-written; end each line with one"
+            )
         for number, line in enumerate(lines, 1):
             entry = line.split("#")[0].strip()
             if not entry:

@@ -87,6 +87,27 @@ def replace_by(file, content):
         file.write_text(content)
 
 
+WHOLE = f"{hashed('all')}\n{hashed('some')} GetModel,Encode\n"
+
+
+@pytest.mark.parametrize("length", range(len(WHOLE)))
+def test_a_file_that_was_cut_anywhere_opens_no_door(tokens, file, length):
+    file.write_text(WHOLE[:length])
+    tokens.look()
+    with pytest.raises((PermissionDeniedError, UnauthenticatedError)):
+        tokens.check("Bearer some", "Decode")
+    file.write_text(WHOLE)
+    tokens.look()
+    tokens.check("Bearer some", "Encode")
+
+
+@pytest.mark.parametrize("length", [len(WHOLE) - 1, len(WHOLE) - len(" GetModel,Encode\n")])
+def test_a_file_that_was_cut_before_its_last_newline_is_refused_at_the_start(file, length):
+    file.write_text(WHOLE[:length])
+    with pytest.raises(ConfigurationError, match="line 2: the file ends without a newline"):
+        TokenFile(file, METHODS)
+
+
 UNUSABLE = ["", "nonsense\n", None, os.mkdir, os.mkfifo]
 
 
@@ -151,12 +172,13 @@ def test_a_file_that_may_be_read_again_is_read_though_nothing_else_of_it_has_cha
     ("content", "text"),
     [
         ("", "holds no token"),
-        ("# only comments", "holds no token"),
-        ("secret", "line 1: expected the SHA-256"),
-        (f"\n{'a' * 63}", "line 2: expected the SHA-256"),
-        (f"{'A' * 64}", "line 1: expected the SHA-256"),
-        (f"{'a' * 64} Encode,Delete", "line 1: no method is called Delete; there are Decode"),
-        (f"{'a' * 64} Encode\n{'a' * 64}", "line 2: a token that a line before has already"),
+        ("# only comments\n", "holds no token"),
+        ("secret\n", "line 1: expected the SHA-256"),
+        (f"\n{'a' * 63}\n", "line 2: expected the SHA-256"),
+        (f"{'A' * 64}\n", "line 1: expected the SHA-256"),
+        (f"{'a' * 64} Encode,Delete\n", "line 1: no method is called Delete; there are Decode"),
+        (f"{'a' * 64} Encode\n{'a' * 64}\n", "line 2: a token that a line before has already"),
+        ("secret", "line 1: the file ends without a newline"),
         (b"\xff\xfe", "is not text in UTF-8"),
     ],
 )
