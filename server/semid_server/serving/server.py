@@ -37,7 +37,7 @@ from semid_server.serving.batcher import AMONG_LARGE, Batcher, BatchLimits
 from semid_server.serving.calls import Calls
 from semid_server.serving.catalogue import Catalogue
 from semid_server.serving.config import MOST_IN_GRPC
-from semid_server.serving.disk import in_daemon, look_again
+from semid_server.serving.disk import in_daemon, look_again, patiently
 from semid_server.serving.health import Health
 from semid_server.serving.incoming import FEW, Guarded, Incoming
 from semid_server.serving.listener import Listener
@@ -51,7 +51,7 @@ from semid_server.serving.tokens import TokenFile
 from semid_server.serving.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
     from pathlib import Path
 
     import numpy.typing as npt
@@ -112,6 +112,9 @@ otherwise: the rest is for what the allocator keeps, and for what comes before i
 LOOK_AT_TOKENS = 0.1
 """Seconds from one look at the token file to the next: a token that was taken back is good for as
 long, at most, while the disk answers."""
+
+SLOW_LOAD = 15.0
+"""Seconds for which other new versions wait for one that is being loaded."""
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 
@@ -179,6 +182,7 @@ class Server:
         )
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
+        self._turns = _Turns()
         self._stamps: list[Stamp] = []
         self._reading: set[asyncio.Future[Backend]] = set()
         # Versions that were replaced and may still be needed, and what sees to it that they go.
@@ -287,10 +291,10 @@ class Server:
         gc.collect()
         gc.freeze()
         backends: list[Backend] = []
-        # Looked at before they are read: what changes from here on is a new version.
-        self._stamps = [stamp(source.path) for source in self._config.models]
 
         def make_device() -> Device:
+            # Looked at before they are read: what changes from here on is a new version.
+            self._stamps = [stamp(source.path) for source in self._config.models]
             backends.extend(self._load_one(source) for source in self._config.models)
             return Device()
 
@@ -360,7 +364,8 @@ class Server:
                 self._config.models, self._catalogue.names, self._stamps, strict=True
             )
         ]
-        watchers = [asyncio.create_task(self._reload_when_told(models))]
+        watchers = [asyncio.create_task(self._reload_when_told(model)) for model in models]
+        watchers.append(asyncio.create_task(self._tell(models)))
         if self._config.watch:
             watchers += [asyncio.create_task(self._reload_on_change(model)) for model in models]
         stopping = asyncio.create_task(self._stop.wait())
@@ -395,19 +400,30 @@ class Server:
             patience=self._config.grace + 10 * LAST_WORDS,
         )
 
-    async def _reload_when_told(self, models: list[_Model]) -> None:
+    async def _tell(self, models: list[_Model]) -> None:
+        """Pass on to each model that all are to be reloaded."""
         while True:
             await self._reload.wait()
             self._reload.clear()
             for model in models:
-                async with model.reloading:
-                    await self._replace(model)
+                model.told.set()
+
+    async def _reload_when_told(self, model: _Model) -> None:
+        while True:
+            await model.told.wait()
+            model.told.clear()
+            async with model.reloading:
+                await self._replace(model)
 
     async def _reload_on_change(self, model: _Model) -> None:
         seen = model.read
         while True:
             await asyncio.sleep(self._config.watch)
-            now = stamp(model.source.path)
+            now = await patiently(
+                in_daemon(stamp, model.source.path),
+                where=model.source.path,
+                meanwhile=f"no new version of {model.source.name} is seen",
+            )
             async with model.reloading:
                 # Twice the same: whoever writes the files has finished.
                 if now is not None and now == seen and now != model.read:
@@ -421,22 +437,23 @@ class Server:
         `_Model.reloading`.
         """
         source = model.source
-        # Looked at before they are read: what changes from here on is a new version.
-        model.read = stamp(source.path)
-        self._device.loading += 1
-        try:
-            backend = await self._begin_to_read(source)
-            before = self._catalogue.find(backend.served.name)
-            _check_width(backend.served, before)
-        except Exception as error:
-            self._metrics.reloads.labels(source.name, "failed").inc()
-            if isinstance(error, SemidError):
-                logger.error("%s; %s goes on as it was", error, source.name)  # noqa: TRY400 - no bug
-            else:
-                logger.exception("%s could not be reloaded, and goes on as it was", source.name)
-            return
-        finally:
-            self._device.loading -= 1
+        async with self._turns.turn(f"{source.path}: a new version of {source.name}"):
+            # Looked at before they are read: what changes from here on is a new version.
+            model.read = await in_daemon(stamp, source.path)
+            self._device.loading += 1
+            try:
+                backend = await self._begin_to_read(source)
+                before = self._catalogue.find(backend.served.name)
+                _check_width(backend.served, before)
+            except Exception as error:
+                self._metrics.reloads.labels(source.name, "failed").inc()
+                if isinstance(error, SemidError):
+                    logger.error("%s; %s goes on as it was", error, source.name)  # noqa: TRY400 - no bug
+                else:
+                    logger.exception("%s could not be reloaded, and goes on as it was", source.name)
+                return
+            finally:
+                self._device.loading -= 1
         self._show(backend)
         self._let_go(before.backend)
         self._metrics.reloads.labels(source.name, "ok").inc()
@@ -644,11 +661,46 @@ class _Model:
         The state of the files when they were read last.
     reloading : asyncio.Lock
         Held while they are read: an older version must not be ready after a newer one.
+    told : asyncio.Event
+        Set when they are to be read, changed or not.
     """
 
     source: ModelSource
     read: Stamp
     reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    told: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class _Turns:
+    """Lets new versions be loaded one after another, so that there need be memory for one alone.
+
+    One that takes long, behind a disk that hangs, say, goes on, and the next one begins.
+    """
+
+    def __init__(self) -> None:
+        self._free = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def turn(self, what: str) -> AsyncIterator[None]:
+        """Wait for a turn and have it; ``what`` begins the log's line about one that takes long."""
+        await self._free.acquire()
+        has = contextlib.ExitStack()
+        has.callback(self._free.release)
+
+        def pass_on() -> None:
+            logger.warning(
+                "%s has not been read within %g s: the one before serves on, and other models are "
+                "not kept waiting",
+                *(what, SLOW_LOAD),
+            )
+            has.close()
+
+        passing = asyncio.get_running_loop().call_later(SLOW_LOAD, pass_on)
+        try:
+            yield
+        finally:
+            passing.cancel()
+            has.close()
 
 
 def leave_at_once(status: int) -> NoReturn:

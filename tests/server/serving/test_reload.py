@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import threading
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -96,10 +97,10 @@ def number_in(response):
     return int(np.frombuffer(response.tensor.data, np.uint16)[0])
 
 
-async def reloaded(server, result, times=1):
+async def reloaded(server, result, times=1, model="toy"):
     """Wait until that many attempts to reload have ended so."""
     value = server.server._metrics.registry.get_sample_value
-    labels = {"model": "toy", "result": result}
+    labels = {"model": model, "result": result}
     while value("semid_model_reloads_total", labels) < times:
         await asyncio.sleep(0)
 
@@ -304,6 +305,72 @@ async def test_with_watch_what_was_read_on_sighup_is_not_read_again(run_server, 
     await reloaded(server, "ok")
     await asyncio.sleep(0.2)  # it is seen meanwhile, and would be read
     assert written.read == [1, 2]
+
+
+async def test_with_watch_a_disk_that_hangs_holds_up_no_call(
+    run_server, versions, stub_of, tmp_path, hanging
+):
+    file = tmp_path / "toy"
+    file.write_text("1")
+    server = run_server(versions, models=(ModelSource(hanging.path(file)),), watch=0.01)
+    stub = stub_of(await server.address())
+    hanging.begin()
+    await asyncio.to_thread(hanging.asked.wait, 60)
+    assert number_in(await stub.Encode(REQUEST)) == 1
+    assert threading.get_ident() not in hanging.who
+    (tmp_path / "newer").write_text("2")
+    (tmp_path / "newer").replace(file)
+    hanging.end()
+    await reloaded(server, "ok")
+    assert number_in(await stub.Encode(REQUEST)) == 2
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A new version waits for another one for a moment only."""
+    monkeypatch.setattr(serving, "SLOW_LOAD", 0.01)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_on_sighup_a_model_on_a_disk_that_hangs_keeps_no_other_waiting_for_long(
+    run_server, versions, stub_of, hanging, caplog
+):
+    hung = ModelSource(hanging.path("y"), "other")
+    server = run_server(versions, models=(hung, TWO[0]))
+    stub = stub_of(await server.line("serving other, toy on "))
+    hanging.begin()
+    to_toy = pb.EncodeRequest(model="toy", tensor=REQUEST.tensor)
+    for times in (1, 2):
+        os.kill(os.getpid(), signal.SIGHUP)
+        await reloaded(server, "ok", times)
+        assert number_in(await stub.Encode(to_toy)) == 1 + times
+    assert number_in(await stub.Encode(REQUEST)) == 1
+    assert threading.get_ident() not in hanging.who
+    assert "y: a new version of other has not been read within 0.01 s" in caplog.text
+    hanging.end()
+    await reloaded(server, "ok", model="other")
+    assert number_in(await stub.Encode(REQUEST)) >= 2
+
+
+async def test_on_sighup_new_versions_are_loaded_one_after_another(run_server, toy_served):
+    loading, most, made = [], [], []
+
+    def make(source, config, *, on_verified):
+        name = source.name or source.path.name
+        loading.append(name)
+        most.append(len(loading))
+        if len(made) >= len(TWO):
+            time.sleep(0.05)  # the other one could begin
+        loading.remove(name)
+        made.append(name)
+        return Version(1, replace(toy_served, name=name))
+
+    server = run_server(make, models=TWO)
+    await server.line("serving other, toy on ")
+    os.kill(os.getpid(), signal.SIGHUP)
+    for name in ("toy", "other"):
+        await reloaded(server, "ok", model=name)
+    assert max(most) == 1
 
 
 class SlowReload:
