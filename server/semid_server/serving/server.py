@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import time
 import weakref
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -115,6 +116,9 @@ long, at most, while the disk answers."""
 
 SLOW_LOAD = 15.0
 """Seconds for which other new versions wait for one that is being loaded."""
+
+MAX_PAUSE = 60.0
+"""Seconds from one attempt to the next, at most, to read a new version that cannot be read."""
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 
@@ -426,7 +430,7 @@ class Server:
             )
             async with model.reloading:
                 # Twice the same: whoever writes the files has finished.
-                if now is not None and now == seen and now != model.read:
+                if now is not None and now == seen and model.is_due(now):
                     await self._replace(model)
             seen = now
 
@@ -447,13 +451,18 @@ class Server:
                 _check_width(backend.served, before)
             except Exception as error:
                 self._metrics.reloads.labels(source.name, "failed").inc()
+                model.put_off(error, await in_daemon(stamp, source.path), self._config.watch)
+                again = f"; tried again in {model.pause:g} s" if model.pause else ""
                 if isinstance(error, SemidError):
-                    logger.error("%s; %s goes on as it was", error, source.name)  # noqa: TRY400 - no bug
+                    logger.error("%s; %s goes on as it was%s", error, source.name, again)  # noqa: TRY400 - no bug
                 else:
-                    logger.exception("%s could not be reloaded, and goes on as it was", source.name)
+                    logger.exception(
+                        "%s could not be reloaded, and goes on as it was%s", source.name, again
+                    )
                 return
             finally:
                 self._device.loading -= 1
+        model.put_off(None, model.read, 0)
         self._show(backend)
         self._let_go(before.backend)
         self._metrics.reloads.labels(source.name, "ok").inc()
@@ -658,7 +667,10 @@ class _Model:
     source : ModelSource
         Where its files are, and its name.
     read : Stamp
-        The state of the files when they were read last.
+        The state of the files when they were read last, None if they are to be read in any state.
+    pause : float
+        Seconds from the last attempt to read them to the next, if their state stays the same: 0 for
+        no next one.
     reloading : asyncio.Lock
         Held while they are read: an older version must not be ready after a newer one.
     told : asyncio.Event
@@ -669,6 +681,36 @@ class _Model:
     read: Stamp
     reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
     told: asyncio.Event = field(default_factory=asyncio.Event)
+    pause: float = 0.0
+    _again: float = math.inf
+
+    def is_due(self, now: Stamp) -> bool:
+        """Whether files that are in this state now are to be read."""
+        return now != self.read or time.monotonic() >= self._again
+
+    def put_off(self, error: Exception | None, now: Stamp, pause: float) -> None:
+        """Note how an attempt ended, and whether there is another while the files stay the same.
+
+        What the files hold is no better the next time. What was in the way of reading them may go
+        and leave no trace, and is tried again, after longer and longer.
+
+        Parameters
+        ----------
+        error : Exception or None
+            Why the version could not be used.
+        now : Stamp
+            The state of the files after the attempt.
+        pause : float
+            Seconds to the first of further attempts; 0 for none.
+        """
+        if error is None or not pause or _lies_in_the_files(error):
+            self.pause, self._again = 0.0, math.inf
+        else:
+            longest = max(pause, MAX_PAUSE)
+            self.pause = min(2 * self.pause, longest) if self.pause else pause
+            self._again = time.monotonic() + self.pause
+        if now != self.read:  # gone meanwhile, perhaps to come back as they were
+            self.read = None
 
 
 class _Turns:
@@ -713,6 +755,16 @@ def leave_at_once(status: int) -> NoReturn:
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
     os._exit(status)
+
+
+def _lies_in_the_files(error: BaseException) -> bool:
+    """Whether a version was refused for what its files hold, not because they could not be read."""
+    reason: BaseException | None = error
+    while reason is not None:
+        if isinstance(reason, OSError):
+            return False
+        reason = reason.__cause__ or reason.__context__
+    return isinstance(error, SemidError)
 
 
 def _check_width(served: ServedModel, before: ServedModel) -> None:

@@ -249,6 +249,72 @@ async def test_with_watch_a_changed_file_is_loaded_without_being_told(
     assert number_in(await stub.Encode(REQUEST)) == 2
 
 
+def unreadable():
+    error = MalformedCheckpointError("toy", "cannot be read: Permission denied")
+    error.__cause__ = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return error
+
+
+@pytest.mark.parametrize("error", [unreadable(), OSError(errno.EIO, "?"), MemoryError()])
+async def test_with_watch_a_version_that_could_not_be_read_is_tried_again_less_and_less_often(
+    run_server, versions, tmp_path, caplog, error
+):
+    file = tmp_path / "toy"
+    file.write_text("1")
+    server = run_server(versions, models=(ModelSource(file),), watch=0.01)
+    await server.address()
+    versions.error = error
+    (tmp_path / "newer").write_text("2")
+    (tmp_path / "newer").replace(file)
+    await reloaded(server, "failed", 4)
+    versions.error = None  # which leaves no trace in the state of the file
+    await reloaded(server, "ok")
+    for seconds in (0.01, 0.02, 0.04, 0.08):
+        assert f"tried again in {seconds} s" in caplog.text
+    await asyncio.sleep(0.2)
+    assert versions.made == {"toy": 2}
+
+
+async def test_with_watch_a_version_that_is_bad_in_itself_is_not_tried_again(
+    run_server, versions, tmp_path, caplog
+):
+    file = tmp_path / "toy"
+    file.write_text("1")
+    server = run_server(versions, models=(ModelSource(file),), watch=0.01)
+    await server.address()
+    versions.error = MalformedCheckpointError("toy", "is cut short")
+    (tmp_path / "newer").write_text("2")
+    (tmp_path / "newer").replace(file)
+    await reloaded(server, "failed")
+    await asyncio.sleep(0.2)  # a dozen attempts
+    assert caplog.text.count("toy: is cut short; toy goes on as it was\n") == 1
+
+
+async def test_with_watch_files_that_go_and_come_back_while_they_are_read_are_read_again(
+    run_server, written, stub_of
+):
+    written.may_end.set()
+    server = run_server(written, models=(ModelSource(written.file),), watch=0.01)
+    stub = stub_of(await server.address())
+    aside = written.file.with_name("aside")
+    written.before = lambda: written.file.rename(aside)
+    written.write(3)
+    await reloaded(server, "failed")
+    aside.rename(written.file)
+    await reloaded(server, "ok")
+    assert number_in(await stub.Encode(REQUEST)) == 3
+
+
+def test_no_pause_between_attempts_grows_beyond_a_minute():
+    model = serving._Model(ModelSource(Path("x")), ())
+    for _ in range(2000):
+        model.put_off(OSError(), (), 1.5)
+    assert model.pause == 60
+    assert not model.is_due(())
+    model.put_off(None, (), 1.5)
+    assert model.pause == 0
+
+
 class WrittenVersions:
     """Makes the version that its file names; reading version 2 lasts until the test says so."""
 
@@ -257,6 +323,7 @@ class WrittenVersions:
         self.file = folder / "toy"
         self.read = []
         self.may_end = threading.Event()
+        self.before = None
 
     def write(self, number):
         new = self._folder / "new"
@@ -264,6 +331,10 @@ class WrittenVersions:
         new.replace(self.file)
 
     def __call__(self, source, config, *, on_verified):
+        if self.before is not None:
+            before, self.before = self.before, None
+            before()
+            raise MalformedCheckpointError(source.path, "no file and no folder there")
         number = int(source.path.read_text())
         self.read.append(number)
         if number == 2:
