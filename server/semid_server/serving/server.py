@@ -47,7 +47,7 @@ from semid_server.serving.metrics import Metrics
 from semid_server.serving.peers import caller_of
 from semid_server.serving.servicer import SemanticIdServicer, add_to_server
 from semid_server.serving.shared_memory import Bounds, SharedMemory
-from semid_server.serving.tls import Certificates, TlsFiles
+from semid_server.serving.tls import Certificates
 from semid_server.serving.tokens import TokenFile
 from semid_server.serving.watchdog import Watchdog
 
@@ -113,6 +113,9 @@ otherwise: the rest is for what the allocator keeps, and for what comes before i
 LOOK_AT_TOKENS = 0.1
 """Seconds from one look at the token file to the next: a token that was taken back is good for as
 long, at most, while the disk answers."""
+
+LOOK_AT_CERTIFICATES = 1.0
+"""Seconds from one look at the files of TLS to the next."""
 
 SLOW_LOAD = 15.0
 """Seconds for which other new versions wait for one that is being loaded."""
@@ -194,6 +197,7 @@ class Server:
         self._collecting: asyncio.Task[None] | None = None
         self.unfinished = False
         self._tokens: TokenFile | None = None
+        self._certificates: Certificates | None = None
         self._device: Device
         self._calls: Calls
         self._listeners: list[Listener]
@@ -250,6 +254,8 @@ class Server:
         )
         health_servicer = Health(("", SERVICE))
         self._calls = self._make_calls()
+        if self._config.tls is not None:
+            self._certificates = Certificates(self._config.tls)
         service = Listener(partial(self._open_service, servicer, health_servicer))
         self._listeners = [service]
         if (admin_at := admin_address(self._config)) is not None:
@@ -286,6 +292,13 @@ class Server:
                 LOOK_AT_TOKENS,
                 where=self._config.token_file,
                 meanwhile="the tokens read before stay good",
+            )
+        if self._certificates is not None and self._config.tls is not None:
+            yield look_again(
+                self._certificates.look,
+                LOOK_AT_CERTIFICATES,
+                where=" or ".join(map(str, self._config.tls.all)),
+                meanwhile="the certificates read before stay in use",
             )
 
     async def _load(self) -> bool:
@@ -578,7 +591,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, others)
         if self._config.reflection and self._config.admin_port is None:
             _enable_reflection(others)
-        return server, _listen(server, service_address(self._config), port, self._config.tls)
+        return server, _listen(server, service_address(self._config), port, self._certificates)
 
     def _open_admin(
         self, health_servicer: Health, address: Address, port: int | None
@@ -816,15 +829,18 @@ def _enable_reflection(services: _Unregistered) -> None:
 
 
 def _listen(
-    server: grpc.aio.Server, address: Address, port: int | None, tls: TlsFiles | None = None
+    server: grpc.aio.Server,
+    address: Address,
+    port: int | None,
+    certificates: Certificates | None = None,
 ) -> int:
     """Have a server listen; return its port."""
     if port is not None:
         address = address._replace(port=port)
     try:
-        if tls is None:
+        if certificates is None:
             return server.add_insecure_port(str(address))
-        return server.add_secure_port(str(address), Certificates(tls).credentials())
+        return server.add_secure_port(str(address), certificates.credentials())
     except RuntimeError as error:
         raise address.refused("gRPC could not bind it") from error
 

@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Final
 import grpc
 
 from semid_server.errors import ConfigurationError
+from semid_server.serving.disk import read_file
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
-
-Stamps = list[tuple[int, int, int]]
-"""What tells one state of the files from the next."""
 
 ATTEMPTS: Final = 3
 """How often files that change while they are read are read again."""
@@ -59,7 +56,11 @@ class Pems:
 
 
 class Certificates:
-    """What gRPC asks for at every handshake: the files as they are now, or as they last were good.
+    """What gRPC is given at every handshake: the files as they last were seen, and good.
+
+    Handshakes wait for no disk, which may hang: `look` is for a thread, in short intervals. It
+    reads the files, which are small, rather than compare times: of two changes within a tick of the
+    clock it misses none, nor that a file may be read again.
 
     Parameters
     ----------
@@ -74,55 +75,53 @@ class Certificates:
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
-        self._stamps = self._look()
-        self._initial = self._load()
-        # The state of files that could not be used, and why: the last that the log has.
-        self._refused: tuple[Stamps | None, str] | None = None
+        self._pems = read_pems(files)
+        # What could not be used, None if it could not be read, and why: the last that the log has.
+        self._refused: tuple[Pems | None, str] | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
         """Server credentials that follow the files."""
+        given = self._pems
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal given
+            new = self._pems
+            if new is given:
+                return None
+            given = new
+            return _configuration(new)
+
         return grpc.dynamic_ssl_server_credentials(
-            self._initial,
-            self._changed,  # type: ignore[arg-type]  # None is documented: nothing has changed
+            _configuration(given),
+            changed,  # type: ignore[arg-type]  # None is documented: nothing has changed
             require_client_authentication=self._files.client_ca is not None,
         )
 
-    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return what the files hold if they have changed, else None.
+    def look(self) -> None:
+        """Take up what the files hold now, if that is new and can be used. It reads the disk.
 
         While they cannot be used (a renewal that has written one file of two, say) the last good
-        ones stay, and the log says why: once for each state of the files, not at each handshake.
-        They are tried at each all the same, since what is in their way (who may read them, say)
-        need not show in their state.
+        ones stay, and the log says why, once for each state of the files.
         """
-        stamps = None
+        found = None
         try:
-            stamps = self._look()
-            if stamps == self._stamps:
+            found = _read_all(self._files, _read)
+            if found == self._pems:
                 self._refused = None
-                return None
-            loaded = self._load()
+                return
+            pems = read_pems(self._files)
         except ConfigurationError as error:
-            refused = stamps, str(error)
+            refused = found, str(error)
             if refused != self._refused:
                 logger.error("%s; the certificates read before stay in use", error)  # noqa: TRY400 - no bug
             self._refused = refused
-            return None
-        self._stamps, self._refused = stamps, None
+            return
+        self._pems, self._refused = pems, None
         logger.info("new certificates read from %s", self._files.certificate)
-        return loaded
 
-    def _look(self) -> Stamps:
-        return [
-            (status.st_mtime_ns, status.st_size, status.st_ino)
-            for status in map(_stat, self._files.all)
-        ]
 
-    def _load(self) -> grpc.ServerCertificateConfiguration:
-        pems = read_pems(self._files)
-        return grpc.ssl_server_certificate_configuration(
-            [(pems.key, pems.certificate)], pems.client_ca
-        )
+def _configuration(pems: Pems) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(pems.key, pems.certificate)], pems.client_ca)
 
 
 def read_pems(files: TlsFiles, *, read: Callable[[Path], bytes] | None = None) -> Pems:
@@ -190,15 +189,8 @@ def _no_passphrase() -> str:
     raise ValueError("the private key has a passphrase")
 
 
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        raise ConfigurationError(f"TLS: {path}: {error.strerror}") from error
-
-
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise ConfigurationError(f"TLS: {path}: {error.strerror}") from error

@@ -109,13 +109,16 @@ async def test_with_authorities_a_client_without_a_certificate_is_turned_away(
     )
 
 
-async def test_a_renewed_certificate_is_taken_up_by_the_next_connection(
+async def test_a_renewed_certificate_is_taken_up_by_connections_a_moment_later(
     run_server, ready, identity
 ):
     address = await run_server(ready, tls=identity.files()).address()
     old = identity.root
     identity.renew()
-    assert await ask(address, grpc.ssl_channel_credentials(identity.root)) == grpc.StatusCode.OK
+    new = grpc.ssl_channel_credentials(identity.root)
+    async with asyncio.timeout(60):
+        while await ask(address, new) != grpc.StatusCode.OK:
+            await asyncio.sleep(0.01)
     assert await ask(address, grpc.ssl_channel_credentials(old)) == grpc.StatusCode.UNAVAILABLE
 
 
@@ -127,22 +130,48 @@ async def test_while_renewed_files_do_not_fit_the_old_certificate_stays(
     kept = identity.certificate.read_bytes()
     identity.renew()
     identity.certificate.write_bytes(kept)  # a renewal that has written one file of two
+    async with asyncio.timeout(60):
+        while "the certificates read before stay in use" not in caplog.text:
+            await asyncio.sleep(0.01)
     assert await ask(address, grpc.ssl_channel_credentials(old)) == grpc.StatusCode.OK
-    assert "the certificates read before stay in use" in caplog.text
 
 
-async def test_files_that_do_not_fit_are_told_of_once_for_each_state(
-    run_server, ready, identity, caplog
+async def test_handshakes_do_not_wait_for_the_disk_of_the_certificates(
+    run_server, ready, identity, hanging
 ):
+    identity.certificate = hanging.path(identity.certificate)
     address = await run_server(ready, tls=identity.files()).address()
-    old = grpc.ssl_channel_credentials(identity.root)
+    hanging.begin()
+    await asyncio.to_thread(hanging.asked.wait, 60)
+    async with asyncio.timeout(60):
+        for _ in range(3):
+            credentials = grpc.ssl_channel_credentials(identity.root)
+            assert await ask(address, credentials) == grpc.StatusCode.OK
+    assert len(hanging.who) == 1, "what looks at the files, and nobody else"
+
+
+def told(caplog):
+    return caplog.text.count("the certificates read before stay in use")
+
+
+def test_files_that_do_not_fit_are_told_of_once_for_each_state(identity, caplog):
+    certificates = Certificates(identity.files())
     kept = identity.certificate.read_bytes()
     for states in (1, 2):
         identity.renew()
         identity.certificate.write_bytes(kept)
         for _ in range(3):
-            assert await ask(address, old) == grpc.StatusCode.OK
-        assert caplog.text.count("the certificates read before stay in use") == states
+            certificates.look()
+        assert told(caplog) == states
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_takes_the_place_of_a_file_is_not_waited_for(identity, caplog, make):
+    certificates = Certificates(identity.files())
+    identity.key.unlink()
+    make(identity.key)
+    certificates.look()
+    assert "server.key: is not a regular file; the certificates read before stay" in caplog.text
 
 
 @pytest.mark.parametrize(
