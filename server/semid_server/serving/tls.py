@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import ssl
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -70,12 +72,12 @@ class Certificates:
     Raises
     ------
     ConfigurationError
-        A file cannot be read, or key and certificate are not a pair.
+        A file cannot be read, key and certificate are not a pair, or gRPC does not take them.
     """
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
-        self._pems = read_pems(files)
+        self._pems = _usable(files)
         # What could not be used, None if it could not be read, and why: the last that the log has.
         self._refused: tuple[Pems | None, str] | None = None
 
@@ -109,7 +111,7 @@ class Certificates:
             if found == self._pems:
                 self._refused = None
                 return
-            pems = read_pems(self._files)
+            pems = _usable(self._files)
         except ConfigurationError as error:
             refused = found, str(error)
             if refused != self._refused:
@@ -122,6 +124,48 @@ class Certificates:
 
 def _configuration(pems: Pems) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(pems.key, pems.certificate)], pems.client_ca)
+
+
+def _usable(files: TlsFiles) -> Pems:
+    pems = read_pems(files)
+    if not grpc_takes(pems):
+        raise ConfigurationError(
+            f"TLS: gRPC takes no certificate and key such as {files.certificate} and {files.key}, "
+            "though they are a pair; it takes RSA (not RSA-PSS), and ECDSA on P-256, P-384 or P-521"
+        )
+    return pems
+
+
+def grpc_takes(pems: Pems) -> bool:
+    """Whether gRPC serves with a certificate and key.
+
+    It has a TLS of its own, which knows fewer algorithms than Python's, and says that it cannot
+    only to its log: at the start as if the port could not be bound, later by going on with the
+    certificate before. So a server of no services is opened for it, in the machine alone.
+    """
+    credentials = grpc.dynamic_ssl_server_credentials(_configuration(pems), _same)  # type: ignore[arg-type]
+    if _opens(lambda server, address: server.add_secure_port(address, credentials)):
+        return True
+    if not _opens(lambda server, address: server.add_insecure_port(address)):
+        logger.warning("TLS: no abstract socket can be had to see whether gRPC takes a certificate")
+        return True
+    return False
+
+
+def _same() -> None:
+    """Keep to the certificate that a server began with."""
+
+
+def _opens(add: Callable[[grpc.Server, str], int]) -> bool:
+    server = grpc.server(ThreadPoolExecutor(1))
+    try:
+        add(server, f"unix-abstract:semid-{uuid.uuid4()}")
+    except RuntimeError:
+        return False
+    finally:
+        server.start()  # without which its socket would not be closed
+        server.stop(None).wait()
+    return True
 
 
 def read_pems(files: TlsFiles, *, read: Callable[[Path], bytes] | None = None) -> Pems:

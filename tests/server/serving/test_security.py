@@ -6,18 +6,26 @@ import asyncio
 import hashlib
 import os
 import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
 from semid_server.errors import ConfigurationError
-from semid_server.serving.tls import Certificates, TlsFiles, read_pems
+from semid_server.serving.tls import Certificates, TlsFiles, grpc_takes, read_pems
 
 MODEL = pb.GetModelRequest()
 
@@ -191,6 +199,77 @@ def test_files_that_cannot_be_used_are_refused_at_the_start(identity, break_it, 
     break_it(identity)
     with pytest.raises(ConfigurationError, match=text):
         Certificates(identity.files())
+
+
+class SelfSigned:
+    """A certificate of a key of any kind, in files as of `Identity`."""
+
+    def __init__(self, folder, key):
+        self.certificate, self.key = folder / "server.pem", folder / "server.key"
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+        now = datetime.now(UTC)
+        signed = (
+            x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+        ).sign(key, None if isinstance(key, (Ed448PrivateKey, Ed25519PrivateKey)) else SHA256())
+        self.certificate.write_bytes(signed.public_bytes(Encoding.PEM))
+        self.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+
+    def files(self):
+        return TlsFiles(certificate=self.certificate, key=self.key)
+
+
+TAKEN = {
+    "P-256": lambda: ec.generate_private_key(ec.SECP256R1()),
+    "P-384": lambda: ec.generate_private_key(ec.SECP384R1()),
+    "P-521": lambda: ec.generate_private_key(ec.SECP521R1()),
+    "RSA": lambda: rsa.generate_private_key(public_exponent=65537, key_size=2048),
+}
+NOT_TAKEN = {
+    "Ed448": Ed448PrivateKey.generate,
+    "secp256k1": lambda: ec.generate_private_key(ec.SECP256K1()),
+    "brainpool": lambda: ec.generate_private_key(ec.BrainpoolP256R1()),
+}
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_certificates_that_grpc_takes_are_taken(tmp_path, kind, caplog):
+    Certificates(SelfSigned(tmp_path, TAKEN[kind]()).files())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", NOT_TAKEN)
+def test_a_certificate_that_grpc_does_not_take_is_refused_at_the_start_by_name(tmp_path, kind):
+    with pytest.raises(
+        ConfigurationError, match=r"gRPC takes no .* such as .*server\.pem and .*key"
+    ):
+        Certificates(SelfSigned(tmp_path, NOT_TAKEN[kind]()).files())
+
+
+@pytest.mark.parametrize("kind", NOT_TAKEN)
+def test_a_renewed_certificate_that_grpc_does_not_take_is_not_said_to_be_in_use(
+    identity, kind, caplog
+):
+    certificates = Certificates(identity.files())
+    SelfSigned(identity.folder, NOT_TAKEN[kind]())
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            certificates.look()
+    assert told(caplog) == 1
+    assert "new certificates read" not in caplog.text
+
+
+def test_to_see_what_grpc_takes_leaves_nothing_open(tmp_path):
+    def open_files():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    good = read_pems(SelfSigned(tmp_path, TAKEN["P-256"]()).files())
+    other = read_pems(SelfSigned(tmp_path, NOT_TAKEN["Ed448"]()).files())
+    assert (grpc_takes(good), grpc_takes(other)) == (True, False)
+    before = open_files()
+    for _ in range(5):
+        grpc_takes(good)
+        grpc_takes(other)
+    assert open_files() == before
 
 
 @pytest.fixture
