@@ -13,7 +13,8 @@ import logging
 import os
 import stat
 import threading
-from typing import TYPE_CHECKING, Final, TypeVar
+import time
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,10 +69,7 @@ async def patiently(
     try:
         done, _ = await asyncio.wait({work}, timeout=slow)
         if not done:
-            logger.warning(
-                "%s: the disk has not answered within %g s; until it does, %s",
-                *(where, slow, meanwhile),
-            )
+            _tell(where, meanwhile, slow)
             await asyncio.wait({work})
             logger.warning("%s: the disk has answered", where)
         return await work
@@ -79,29 +77,79 @@ async def patiently(
         work.cancel()
 
 
-async def look_again(
-    look: Callable[[], None],
-    every: float,
-    *,
-    where: object,
-    meanwhile: str,
-    slow: float = SLOW,
-) -> None:
-    """Call ``look`` in a thread again and again, ``every`` so many seconds, until cancelled.
+class Lookout:
+    """Looks at files again and again while it is entered, in a thread of its own.
 
-    While it hangs it is not called a second time, and nobody else waits. The other parameters are
-    those of `patiently`.
+    While a look hangs there is no second one, and nobody waits for it, at the end neither. It is
+    one thread for all looks, since to start one takes longer than to look. Entered in the event
+    loop's thread, which tells of a look that hangs.
+
+    Parameters
+    ----------
+    look : callable
+        Looks once.
+    every : float
+        Seconds from one look to the next.
+    where, meanwhile, slow
+        As of `patiently`.
     """
-    failed = ""
-    while True:
-        await asyncio.sleep(every)
-        try:
-            await patiently(in_daemon(look), where=where, meanwhile=meanwhile, slow=slow)
-        except Exception as error:  # a bug, say; the next look may do better
-            if failed != (failed := repr(error)):
-                logger.exception("%s: could not be looked at; until it can, %s", where, meanwhile)
-        else:
-            failed = ""
+
+    def __init__(
+        self,
+        look: Callable[[], None],
+        every: float,
+        *,
+        where: object,
+        meanwhile: str,
+        slow: float = SLOW,
+    ) -> None:
+        self._look, self._every = look, every
+        self._where, self._meanwhile, self._slow = where, meanwhile, slow
+        self._began: float | None = None
+        self._told = False
+        self._failed = ""
+        self._left = threading.Event()
+        self._noticing: asyncio.TimerHandle
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._watch, name="semid-lookout", daemon=True).start()
+        self._notice()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._noticing.cancel()
+
+    def _watch(self) -> None:
+        while not self._left.wait(self._every):
+            self._began = time.monotonic()
+            try:
+                self._look()
+            except Exception as error:  # a bug, say; the next look may do better
+                if self._failed != (failed := repr(error)):
+                    logger.exception(
+                        "%s: could not be looked at; until it can, %s", self._where, self._meanwhile
+                    )
+                self._failed = failed
+            else:
+                self._failed = ""
+            self._began = None
+            if self._told:
+                self._told = False
+                logger.warning("%s: the disk has answered", self._where)
+
+    def _notice(self) -> None:
+        began = self._began
+        if not self._told and began is not None and time.monotonic() - began >= self._slow:
+            self._told = True
+            _tell(self._where, self._meanwhile, self._slow)
+        self._noticing = asyncio.get_running_loop().call_later(self._slow, self._notice)
+
+
+def _tell(where: object, meanwhile: str, slow: float) -> None:
+    logger.warning(
+        "%s: the disk has not answered within %g s; until it does, %s", where, slow, meanwhile
+    )
 
 
 def read_file(path: Path) -> bytes:

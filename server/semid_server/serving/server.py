@@ -38,7 +38,7 @@ from semid_server.serving.batcher import AMONG_LARGE, Batcher, BatchLimits
 from semid_server.serving.calls import Calls
 from semid_server.serving.catalogue import Catalogue
 from semid_server.serving.config import MOST_IN_GRPC
-from semid_server.serving.disk import in_daemon, look_again, patiently
+from semid_server.serving.disk import Lookout, in_daemon, patiently
 from semid_server.serving.health import Health
 from semid_server.serving.incoming import FEW, Guarded, Incoming
 from semid_server.serving.listener import Listener
@@ -52,7 +52,7 @@ from semid_server.serving.tokens import TokenFile
 from semid_server.serving.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
     from pathlib import Path
 
     import numpy.typing as npt
@@ -264,8 +264,10 @@ class Server:
             self._listeners.append(admin)
             self._announce(f"admin on {bracketed(admin_at.host)}:{admin.port}")
         await service.start()
-        looking = [asyncio.create_task(look) for look in self._looks()]
-        with self._watchdog():  # of the drain too: what hangs there keeps the process for ever
+        # The watchdog looks at the drain too: what hangs there keeps the process for ever.
+        with self._watchdog(), contextlib.ExitStack() as looking:
+            for lookout in self._lookouts():
+                looking.enter_context(lookout)
             try:
                 if await self._load():
                     health_servicer.set(health_pb2.HealthCheckResponse.SERVING)
@@ -281,20 +283,18 @@ class Server:
                 await self._drain(service, servicer)
                 for listener in self._listeners[1:]:
                     await listener.stop(None)
-                for look in looking:
-                    look.cancel()
 
-    def _looks(self) -> Iterator[Coroutine[Any, Any, None]]:
-        """Yield what looks, all the while, at files that change what callers may do."""
+    def _lookouts(self) -> Iterator[Lookout]:
+        """Yield what looks, all the while, at files that say who may call."""
         if self._tokens is not None:
-            yield look_again(
+            yield Lookout(
                 self._tokens.look,
                 LOOK_AT_TOKENS,
                 where=self._config.token_file,
                 meanwhile="the tokens read before stay good",
             )
         if self._certificates is not None and self._config.tls is not None:
-            yield look_again(
+            yield Lookout(
                 self._certificates.look,
                 LOOK_AT_CERTIFICATES,
                 where=" or ".join(map(str, self._config.tls.all)),

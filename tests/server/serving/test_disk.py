@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from semid_server.serving.disk import in_daemon, look_again, patiently, read_file
+from semid_server.serving.disk import Lookout, in_daemon, patiently, read_file
 
 NAMES = {"where": "file", "meanwhile": "the old one stays"}
 
@@ -21,10 +21,14 @@ def answers():
     event.set()
 
 
-async def logged(caplog, text):
+async def until(condition):
     async with asyncio.timeout(60):
-        while text not in caplog.text:
+        while not condition():
             await asyncio.sleep(0.01)
+
+
+async def logged(caplog, text):
+    await until(lambda: text in caplog.text)
 
 
 async def test_a_disk_that_does_not_answer_is_told_of_and_waited_for(answers, caplog):
@@ -60,23 +64,38 @@ def test_who_waits_for_a_disk_may_leave_and_the_event_loop_end_before_it_answers
     assert not caplog.records
 
 
-async def test_a_look_that_hangs_is_not_begun_a_second_time(answers, caplog):
+async def test_a_look_that_hangs_is_told_of_and_not_begun_a_second_time(answers, caplog):
     looks = []
 
     def look():
         looks.append(threading.get_ident())
         answers.wait(60)
 
-    looking = asyncio.create_task(look_again(look, 0.001, slow=0.01, **NAMES))
-    await logged(caplog, "the disk has not answered")
-    await asyncio.sleep(0.05)  # dozens would begin
-    assert len(looks) == 1
-    assert threading.get_ident() not in looks
-    answers.set()
-    async with asyncio.timeout(60):
-        while len(looks) < 3:
-            await asyncio.sleep(0.01)
-    looking.cancel()
+    with Lookout(look, 0.001, slow=0.01, **NAMES):
+        await logged(
+            caplog,
+            "file: the disk has not answered within 0.01 s; until it does, the old one stays",
+        )
+        await asyncio.sleep(0.05)  # dozens would begin
+        assert caplog.text.count("has not answered") == 1
+        assert len(looks) == 1
+        assert threading.get_ident() not in looks
+        answers.set()
+        await logged(caplog, "file: the disk has answered")
+        await until(lambda: len(looks) > 2)
+
+
+async def test_a_look_that_hangs_keeps_nobody_from_leaving(answers, caplog):
+    with Lookout(lambda: answers.wait(60), 0.001, slow=0.01, **NAMES):
+        await logged(caplog, "has not answered")
+    assert not answers.is_set()
+
+
+async def test_nobody_looks_once_the_lookout_is_left():
+    looks = []
+    with Lookout(lambda: looks.append(1), 0.001, **NAMES):
+        await until(lambda: looks)
+    await until(lambda: "semid-lookout" not in {thread.name for thread in threading.enumerate()})
 
 
 async def test_looks_go_on_after_one_that_fails_which_is_told_of_once(caplog):
@@ -86,11 +105,8 @@ async def test_looks_go_on_after_one_that_fails_which_is_told_of_once(caplog):
         looks.append(1)
         raise ValueError("a bug")
 
-    looking = asyncio.create_task(look_again(look, 0.001, **NAMES))
-    async with asyncio.timeout(60):
-        while len(looks) < 5:
-            await asyncio.sleep(0.01)
-    looking.cancel()
+    with Lookout(look, 0.001, **NAMES):
+        await until(lambda: len(looks) > 4)
     assert caplog.text.count("file: could not be looked at; until it can, the old one stays") == 1
 
 

@@ -143,9 +143,12 @@ def test_a_file_that_comes_back_is_read_as_it_was_before(tokens, file):
 
 
 class Unreadable(type(Path())):
-    """A file whose content may be read once its permissions are mended, which leaves no trace."""
+    """A file that may be read once its permissions are mended, which its times do not show."""
 
     mended = True
+
+    def stat(self, **settings):
+        return Path(super().__fspath__()).stat(**settings)
 
     def __fspath__(self):
         if not self.mended:
