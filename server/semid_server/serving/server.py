@@ -463,8 +463,8 @@ class Server:
                 before = self._catalogue.find(backend.served.name)
                 _check_width(backend.served, before)
             except Exception as error:
-                self._metrics.reloads.labels(source.name, "failed").inc()
                 model.put_off(error, await in_daemon(stamp, source.path), self._config.watch)
+                self._metrics.reloads.labels(source.name, "failed").inc()
                 again = f"; tried again in {model.pause:g} s" if model.pause else ""
                 if isinstance(error, SemidError):
                     logger.error("%s; %s goes on as it was%s", error, source.name, again)  # noqa: TRY400 - no bug
