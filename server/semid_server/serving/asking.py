@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AHEAD: Final = 16
+AHEAD: Final = 4
 """Calls that are asked for before they come. Each that has come is begun in the same turn of the
-loop: about two milliseconds of them at most."""
+loop; more of them bring little, and keep the others waiting."""
 
 NAMES: Final = ("_make_request_call_future", "_request_call")
 """What gRPC's server asks for the next call by: a coroutine, and what makes a task of it."""
