@@ -7,8 +7,9 @@ spent already. Here some calls are always asked for, so that those that have com
 loop are all begun in it; and what stands for each is no task. Nothing else about calls changes:
 they are begun in the order in which they came.
 
-There is no public way to this. So what is done here is done to one server alone, of those names of
-gRPC's that it needs; where gRPC has other names for them, its own way is left to it.
+There is no public way to this. So the server is of a subclass of gRPC's own, with one method
+replaced, and gRPC's module sees another `asyncio.wait`, which does for all other servers what it
+always did. Where gRPC has other names for what is needed here, its own way is left to it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ AHEAD: Final = 4
 loop; more of them bring little, and keep the others waiting."""
 
 NAMES: Final = ("_make_request_call_future", "_request_call")
-"""What gRPC's server asks for the next call by: a coroutine, and what makes a task of it."""
+"""What gRPC's server asks for the next call by: what makes a task of a coroutine, and that."""
 
 
 class _Asked:

@@ -143,7 +143,10 @@ def grpc_takes(pems: Pems) -> bool:
     only to its log: at the start as if the port could not be bound, later by going on with the
     certificate before. So a server of no services is opened for it, in the machine alone.
     """
-    credentials = grpc.dynamic_ssl_server_credentials(_configuration(pems), _same)  # type: ignore[arg-type]
+    credentials = grpc.dynamic_ssl_server_credentials(
+        _configuration(pems),
+        _same,  # type: ignore[arg-type]  # None is documented: nothing has changed
+    )
     if _opens(lambda server, address: server.add_secure_port(address, credentials)):
         return True
     if not _opens(lambda server, address: server.add_insecure_port(address)):
