@@ -180,9 +180,11 @@ def semid(
     return started(name, [*command, *flags], ready="semid: serving", env=PLAIN | (env or {}))
 
 
-def beside(name: str, kind: str, *arguments: object) -> contextlib.AbstractContextManager[Server]:
+def beside(
+    name: str, kind: str, *arguments: object, env: dict[str, str] | None = None
+) -> contextlib.AbstractContextManager[Server]:
     command = [sys.executable, HERE / "serving_servers.py", kind, *arguments]
-    return started(name, command, ready="ready", env=PLAIN | ALLOCATOR)
+    return started(name, command, ready="ready", env=PLAIN | ALLOCATOR | (env or {}))
 
 
 def triton(

@@ -148,6 +148,11 @@ class Device(Runner[WorkKey, Payload, "npt.NDArray[Any]"]):
         backend: Backend = key.model.backend
         return backend.quick and not self.loading
 
+    def company_pays(self, key: WorkKey) -> bool:
+        """Whether it is the way to the device that takes most of the time of a short batch."""
+        backend: Backend = key.model.backend
+        return backend.far
+
     def run(
         self, key: WorkKey, payloads: Sequence[Payload]
     ) -> Sequence[npt.NDArray[Any] | SemidError]:
@@ -261,6 +266,8 @@ class Backend:
     ----------
     quick : bool
         Whether any thread may run a short batch, and have done in no time.
+    far : bool
+        Whether the device is not where this runs: a GPU.
 
     Raises
     ------
@@ -318,6 +325,7 @@ class Backend:
             features=self._features,
         )
         self._to_sample: float = SAMPLED_ROWS
+        self.far = self._device.type != "cpu"
         self._code_type = np.dtype(f"<u{spec.code_bits // 8}")
         self._buffers: Buffers = {}
         self._has_network = spec.has_network

@@ -20,7 +20,9 @@ batches that are known to take less than `QUICK` seconds itself, once it has rea
 A short request that finds nothing queued it may run at once, alone (`Batcher.answer_now`): to wait
 for others that might share its batch would cost more than a short batch does. Where the worker has
 a processor to itself, requests that come thick and fast are left to it from `APART` seconds on,
-those of `FEW_BYTES` and less from `APART_FEW`.
+those of `FEW_BYTES` and less from `APART_FEW`. And where a batch costs about as much however few
+requests it has (`Runner.company_pays`), one that is known to come with others waits for them, for a
+turn or two of the loop.
 
 The life of a request that is queued::
 
@@ -90,6 +92,17 @@ FEW_BYTES: Final = 128 * 1024
 """The same for batches of at most so many bytes. To copy more is what the loop is spared; few are
 copied in no time, and what a device then takes for them is less than what the way costs."""
 
+APART_AT_MOST: Final = 0.0003
+SHARED_BYTES: Final = 2 << 20
+"""A batch that requests share may take the loop `APART` seconds for each, but no more in all than
+that; and have so many bytes."""
+
+COMPANY: Final = 2
+"""Calls on their way from which on a request waits for them: one alone is often not worth it."""
+
+PUT_OFF_AT_MOST: Final = 2
+"""Turns of the loop that it waits: what was on its way is there by then, or is long in coming."""
+
 LOOP_SHARE: Final = 7
 """The loop has, where such batches would take more than one part in so many of its time."""
 
@@ -148,6 +161,10 @@ class Runner(ABC, Generic[Key, Payload, Answer]):
 
     def runs_quickly(self, key: Key) -> bool:  # noqa: ARG002 - here none of them is
         """Whether the event loop's thread may run short batches as well, while the worker rests."""
+        return False
+
+    def company_pays(self, key: Key) -> bool:  # noqa: ARG002 - here for none of them
+        """Whether a short batch takes about as long with a few requests more."""
         return False
 
     def kind(self, key: Key) -> Hashable:
@@ -308,6 +325,8 @@ class Batcher(Generic[Key, Payload, Answer]):
         Seconds that never go back; deadlines are times of this clock.
     processors : int, optional
         How many there are for this process; by default, those that it may run on.
+    coming : callable, optional
+        Tells how many calls have begun whose requests are still on their way here.
     """
 
     def __init__(
@@ -317,8 +336,12 @@ class Batcher(Generic[Key, Payload, Answer]):
         observer: Observer,
         clock: Callable[[], float] = time.monotonic,
         processors: int | None = None,
+        coming: Callable[[], int] = lambda: 0,
     ) -> None:
         self._limits, self._observer, self._clock = limits, observer, clock
+        self._coming = coming
+        # Turns of the loop for which what it is about to run has waited for what comes.
+        self._put_off = 0
         self._to_spare = (processors or len(os.sched_getaffinity(0))) >= TO_SPARE
         # When the last request came that might be answered at once, and the usual time between two.
         self._came_at, self._gap = clock(), _LONG_GAP
@@ -452,6 +475,8 @@ class Batcher(Generic[Key, Payload, Answer]):
             # Without a pace nothing is known of it.
             pace = self._paces.get(self._runner.kind(key))
             if pace is None or not self._is_quick(pace, rows, nbytes):
+                return None
+            if self._runner.company_pays(key) and self._coming() >= COMPANY:
                 return None
         if pace.work(rows) < self._limits.max_batch_seconds / 2:
             self._small_at = now
@@ -630,10 +655,18 @@ class Batcher(Generic[Key, Payload, Answer]):
         if not (0 < shortest <= QUICK and average <= QUICK_AT_MOST):
             return False
         apart = APART_FEW if nbytes <= FEW_BYTES else APART
+        if self._requests > 1 and nbytes <= SHARED_BYTES:
+            apart = max(apart, min(APART * self._requests, APART_AT_MOST))
         return shortest <= apart or not self._to_spare or shortest * LOOP_SHARE <= self._gap
 
     def _run_quickly(self) -> None:
         """Run what has come since this was called for, unless it has become much."""
+        if self._put_off < PUT_OFF_AT_MOST and self._is_awaited():
+            self._put_off += 1
+            assert self._loop is not None, "start() comes first"  # noqa: S101 - a bug of ours
+            self._loop.call_soon(self._run_quickly)
+            return
+        self._put_off = 0
         with self._lock:
             self._quick_due = False
             if not self._queues or not self._resting:
@@ -655,6 +688,14 @@ class Batcher(Generic[Key, Payload, Answer]):
         with self._lock:
             if self._queues and self._resting and not self._quick_due:
                 self._rouse(next(iter(self._queues.values()))[0])
+
+    def _is_awaited(self) -> bool:
+        """Whether what is on its way had better share a batch with what waits."""
+        with self._lock:
+            key = next(iter(self._queues), None)
+        if key is None or not self._runner.company_pays(key):
+            return False
+        return self._requests - 1 + self._coming() >= COMPANY and self._coming() > 0
 
     def _lose(self, error: DeviceLostError) -> None:
         if not self._lost.done():

@@ -353,6 +353,11 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at
         return self._refused_status
 
     @property
+    def coming(self) -> int:
+        """Calls whose message gRPC waits for; with some, it may be, whose callers have left."""
+        return len(self._coming)
+
+    @property
     def in_all(self) -> int:
         """Calls in progress, and those whose message is on its way."""
         return self._in_progress + len(self._coming) + len(self._incoming.calls)

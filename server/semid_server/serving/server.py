@@ -175,6 +175,7 @@ class Server:
             ),
             observer=self._metrics if tracing is None else tracing.observe(self._metrics),
             processors=max(1, default_threads() // config.processes),
+            coming=lambda: self._calls.coming,
         )
         memory = self._shared_memory = SharedMemory(Bounds(config.shared_memory_bytes))
         self._metrics.watch_shared_memory(lambda: memory.nbytes, lambda: memory.segments)

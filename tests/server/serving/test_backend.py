@@ -210,6 +210,14 @@ def test_short_batches_are_the_workers_while_a_version_is_loaded_and_where_rows_
     assert not device.runs_quickly(EncodeKey(make_backend(verify_fraction=0.1).served, "float32"))
 
 
+def test_company_pays_where_the_device_is_a_gpu(make_backend):
+    backend = make_backend()
+    key = EncodeKey(backend.served, "float32")
+    assert not Device().company_pays(key)
+    backend.far = True
+    assert Device().company_pays(key)
+
+
 def test_rows_of_a_batch_that_failed_are_not_looked_at_again(
     make_backend, digits, verifications, monkeypatch
 ):

@@ -536,9 +536,13 @@ class Rows(Runner):
     divisible = True
 
     quick = False
+    sociable = False
 
     def runs_quickly(self, key):
         return self.quick
+
+    def company_pays(self, key):
+        return self.sociable
 
     def __init__(self, clock, *, bad=()):
         self.clock, self.bad = clock, set(bad)
@@ -1072,6 +1076,86 @@ async def test_frequent_requests_are_left_to_a_worker_with_a_processor_to_itself
 
     assert await come(30, gap) == at_once
     assert await come(30, 1.0)  # alone again
+
+
+@pytest.fixture
+async def awaited(quick_of):
+    """A batcher whose batches are worth sharing, what runs them, and how many calls are coming."""
+    coming = [0]
+    batcher, rows = await quick_of(processors=4, coming=lambda: coming[0])
+    rows.sociable = True
+    rows.batches.clear()
+    rows.threads.clear()
+    return batcher, rows, coming
+
+
+async def test_requests_that_come_together_share_a_batch_where_that_pays(awaited):
+    batcher, rows, coming = awaited
+    coming[0] = batching.COMPANY
+    answers = []
+
+    def come(last):
+        coming[0] -= 1
+        assert answer_now(batcher, range(3)) is None
+        answers.append(ask(batcher, range(3)))
+        if last > 0:  # a turn of the loop later
+            asyncio.get_running_loop().call_soon(come, last - 1)
+
+    assert answer_now(batcher, range(2)) is None
+    answers.append(ask(batcher, range(2)))
+    asyncio.get_running_loop().call_soon(come, batching.COMPANY - 1)
+    while len(answers) <= batching.COMPANY:
+        await asyncio.sleep(0)
+    assert await asyncio.gather(*answers) == [[0, 1], *[[0, 1, 2]] * batching.COMPANY]
+    assert rows.sizes == [[2, *[3] * batching.COMPANY]]
+    assert rows.threads == [threading.get_ident()]
+
+
+@pytest.mark.parametrize(("sociable", "coming"), [(False, 5), (True, batching.COMPANY - 1)])
+async def test_a_request_is_answered_at_once_where_company_is_no_use_or_too_little(
+    awaited, sociable, coming
+):
+    batcher, rows, calls = awaited
+    rows.sociable, calls[0] = sociable, coming
+    assert answer_now(batcher, range(3)) == [0, 1, 2]
+
+
+async def test_what_is_long_in_coming_is_waited_for_a_few_turns_only(awaited):
+    batcher, rows, coming = awaited
+    coming[0] = 5
+    for _ in range(2):  # the second waits as long as the first did
+        assert answer_now(batcher, range(3)) is None
+        answer = ask(batcher, range(3))
+        for turn in range(batching.PUT_OFF_AT_MOST + 1):
+            assert not answer.done(), turn
+            await asyncio.sleep(0)
+        assert await answer == [0, 1, 2]
+    assert rows.sizes == [[3], [3]]
+
+
+@pytest.mark.parametrize(
+    ("requests", "at_most", "by_loop"),
+    [
+        ([16], 0.0003, False),  # 0.16 ms, for which one request is not worth it
+        ([4] * 4, 0.0003, True),  # the same of four
+        ([4, 28], 1.0, False),  # 0.32 ms: more than 0.08 for each
+        ([4] * 8, 1.0, True),
+        ([4] * 8, 0.0003, False),  # too long for the loop, however many share it
+    ],
+)
+async def test_the_loop_runs_longer_batches_if_they_are_shared(
+    monkeypatch, quick_of, *, requests, at_most, by_loop
+):
+    monkeypatch.setattr(batching, "FEW_BYTES", 0)
+    monkeypatch.setattr(batching, "APART_AT_MOST", at_most)
+    batcher, instant = await quick_of(processors=4)
+    for rows in (4, 16, 32):
+        batcher._pace("k").observe(rows, rows * 1e-5)
+    instant.threads.clear()
+    batcher._gap = 0.0002
+    answers = [ask(batcher, range(rows)) for rows in requests]
+    assert await asyncio.gather(*answers) == [list(range(rows)) for rows in requests]
+    assert (instant.threads[0] == threading.get_ident()) == by_loop
 
 
 async def test_nothing_is_answered_at_once_while_the_worker_works(quick):
