@@ -43,7 +43,7 @@ if [ "$(cat "$venv/.semid" 2>/dev/null)" != "$wanted" ]; then
     rm -rf "$venv"
     "$python" -m venv "$venv" || die "cannot make a virtual environment in $venv"
     : >"$venv/.semid" # empty: ours, and not finished
-    # What is imported is compiled then: that is a small part.
+    # What is imported is compiled then, and kept: that is a small part.
     "$venv/bin/pip" install -q --disable-pip-version-check --no-compile \
         -c docker/constraints.txt -e '.[dev]' || die "cannot install the pinned packages"
     echo "$wanted" >"$venv/.semid"
@@ -67,6 +67,10 @@ fetch_prometheus() {
     rm -rf "$apt"
     return $status
 }
+
+# The tests start hundreds of processes. Where the machine has Python keep no bytecode (as images
+# do that are never written to), each would compile torch and all else anew: 8 s of a core a server.
+unset PYTHONDONTWRITEBYTECODE
 
 skipped=0
 if ! command -v promtool >/dev/null || ! command -v prometheus >/dev/null; then
