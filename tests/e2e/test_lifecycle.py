@@ -49,19 +49,18 @@ def test_health_never_says_serving_before_a_model_answers(serve, checkpoint):
 
 def test_flags_win_over_the_environment_and_both_over_the_file(serve, checkpoint, tmp_path):
     config = tmp_path / "semid.toml"
-    config.write_text(f'checkpoint = "{checkpoint}"\nmax_batch_rows = 300\nname = "file"\n')
-
-    def limits(*arguments, env=None) -> tuple[int, str]:
-        server = serve(None, "--config", config, *arguments, env=env)
-        with Client(server.target) as client:
-            model = client.model()
-        assert server.stop() == 0
-        return model.limits.max_rows, model.name
-
-    assert limits() == (300, "file")
-    environment = {"SEMID_SERVE_MAX_BATCH_ROWS": "200"}
-    assert limits(env=environment) == (200, "file")
-    assert limits("--max-batch-rows", 100, env=environment) == (100, "file")
+    config.write_text(
+        f'checkpoint = "{checkpoint}"\n'
+        'name = "file"\nmax_batch_rows = 300\nmax_message_bytes = 3000000\n'
+    )
+    environment = {"SEMID_SERVE_NAME": "environment", "SEMID_SERVE_MAX_BATCH_ROWS": "200"}
+    server = serve(None, "--config", config, "--max-batch-rows", 100, env=environment)
+    with Client(server.target) as client:
+        model = client.model()
+    assert model.limits.max_message_bytes == 3_000_000  # of the file alone
+    assert model.name == "environment"  # which the file sets too
+    assert model.limits.max_rows == 100  # which all three set
+    assert server.stop() == 0
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
