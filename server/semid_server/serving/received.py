@@ -45,6 +45,8 @@ _SHAPE = 2  # in a Tensor, and in a SharedTensor
 _ROW = 1 << 3 | _LENGTH  # how a row begins, in FloatRows and in CodeRows
 _LEAST_ROW = 2  # bytes
 _LONG = 0x80  # the least length that takes more than a byte
+_SHORT = 5  # bytes of a tag or of a length, at most, with leading zeros
+_TAG_BITS, _LENGTH_BITS = 32, 31
 
 
 class Head:
@@ -192,7 +194,7 @@ class PartLimit:
                 if message[position] == _ROW and (length := message[position + 1]) < _LONG:
                     position += 2 + length
                 else:
-                    key, position = _read_varint(message, position)
+                    key, position = _read_tag(message, position)
                     _, position = _skip(message, position, key & 7)
         if left < 0:
             raise MessageTooLargeError(
@@ -212,7 +214,7 @@ def _fields(message: bytes, parts: list[tuple[int, int]]) -> list[tuple[int, tup
                 raise InvalidInputError(
                     f"the message cannot be read: more than {_MOST_FIELDS} fields at one level"
                 )
-            key, position = _read_varint(message, position)
+            key, position = _read_tag(message, position)
             body, after = _skip(message, position, key & 7)
             if key & 7 == _LENGTH:
                 found.append((key >> 3, (body, min(after, end))))
@@ -227,7 +229,7 @@ def _alike(message: bytes, start: int, end: int) -> tuple[int, int]:
     """
     if start == end:
         return 0, start
-    key, body = _read_varint(message, start)
+    key, body = _read_tag(message, start)
     if key & 7 != _LENGTH:  # of others, what they begin with does not say where they end
         return 0, start
     body, after = _skip(message, body, key & 7)
@@ -244,7 +246,7 @@ def _skip(message: bytes, position: int, wire_type: int) -> tuple[int, int]:
     if wire_type == _VARINT:
         return position, _read_varint(message, position)[1]
     if wire_type == _LENGTH:
-        length, position = _read_varint(message, position)
+        length, position = _read_short(message, position, _LENGTH_BITS)
         return position, position + length
     if wire_type not in _SIZES:
         raise IndexError  # a group, which nothing writes any more, or none
@@ -311,7 +313,7 @@ def cut_out(message: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryview] |
             tag, body = found
             before.append((message[start:tag], number))
             start = body
-    except IndexError:  # it ends within a number: protobuf will say what is wrong with it
+    except IndexError:  # it is no message: protobuf will say what is wrong with it
         return None
     # From the inside out: the fields before the one at the next level, and that level's rest.
     rest = before[-1][0]
@@ -328,13 +330,28 @@ def _last_field(message: bytes, start: int, end: int, number: int) -> tuple[int,
     position = start
     for _ in range(_MOST_FIELDS):
         tag = position
-        key, position = _read_varint(message, position)
+        key, position = _read_tag(message, position)
         body, position = _skip(message, position, key & 7)
         if key & 7 == _LENGTH and position == end:
             return (tag, body) if key >> 3 == number else None
         if position >= end:
             return None
     return None
+
+
+def _read_tag(message: bytes, position: int) -> tuple[int, int]:
+    key, position = _read_short(message, position, _TAG_BITS)
+    if key >> 3 == 0:
+        raise IndexError  # there is no such field
+    return key, position
+
+
+def _read_short(message: bytes, position: int, bits: int) -> tuple[int, int]:
+    """Read a tag or a length: protobuf refuses what is longer or larger than one can be."""
+    value, after = _read_varint(message, position)
+    if after - position > _SHORT or value >> bits:
+        raise IndexError
+    return value, after
 
 
 def _read_varint(message: bytes, position: int) -> tuple[int, int]:

@@ -97,6 +97,66 @@ def test_a_message_of_very_many_fields_is_left_to_protobuf():
     assert cut_out(message, (3, 3)) is None
 
 
+def oddly(value, added, length):
+    """A number with bits that it lacks and leading zeros, as no writer of messages has it."""
+    groups = varint(value | added)
+    zeros = length - len(groups)
+    if zeros <= 0:
+        return groups
+    return groups[:-1] + bytes([groups[-1] | 0x80]) + b"\x80" * (zeros - 1) + b"\x00"
+
+
+ODD = st.tuples(st.sampled_from([0, 0, 0, 1 << 31, 1 << 32, 1 << 63]), st.integers(1, 11))
+
+
+def each_alone(odd):
+    """Add the examples in which one number of the message alone is written so."""
+
+    def with_examples(test):
+        for at in range(8):
+            test = example({at: odd}, 1, 3, False)(test)
+        return test
+
+    return with_examples
+
+
+@given(
+    st.dictionaries(st.integers(0, 7), ODD, max_size=2),
+    st.integers(0, 1),
+    st.sampled_from([0, 3, 4]),
+    st.booleans(),
+)
+@each_alone((0, 5))
+@each_alone((0, 6))
+@each_alone((0, 10))
+@each_alone((1 << 31, 1))
+@each_alone((1 << 32, 1))
+def test_numbers_that_are_oddly_written_are_read_as_protobuf_reads_them(odd, unknown, inner, long):
+    written = iter(range(8))
+
+    def number(value):
+        return oddly(value, *odd.get(next(written), (0, 1)))
+
+    data = LARGE * 5 if long else b"\x00" * 4
+    assert not long or len(data) > MAX_UNCOUNTED
+    first = number((9 if unknown else 0) << 3) + number(1)
+    tensor = number(inner << 3 | 2) + number(len(data)) + data
+    request = first + number(3 << 3 | 2) + number(len(tensor)) + tensor
+    message = number(1 << 3 | 2) + number(len(request)) + request
+    for read, kind, sent in [
+        (read_encode_request, pb.EncodeRequest, request),
+        (read_encode_stream_request, pb.EncodeStreamRequest, message),
+    ]:
+        try:
+            meant = kind.FromString(sent)
+        except DecodeError:
+            with pytest.raises(DecodeError):
+                read(sent)
+        else:
+            meant = meant if kind is pb.EncodeRequest else meant.request
+            assert put_together(read(sent)) == meant
+
+
 REQUESTS = st.builds(
     lambda model, fingerprint, shape, data: pb.EncodeRequest(
         model=model, expected_fingerprint=fingerprint, tensor=tensor_of(data, shape)
