@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import logging
+import re
 import ssl
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,19 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS: Final = 3
 """How often files that change while they are read are read again."""
+
+TAKES: Final = "RSA (not RSA-PSS), and ECDSA on P-256 or P-384"
+"""Keys that a handshake between gRPC and gRPC can be made with."""
+
+REFUSED_BY_CLIENTS: Final = {
+    "Ed25519": bytes.fromhex("300506032b6570032100"),
+    "ECDSA P-521": bytes.fromhex("301006072a8648ce3d020106052b81040023"),
+}
+"""Keys that gRPC serves with, though no client built on its C core offers such signatures; and how
+they are told in a certificate (RFC 8410, RFC 5480). Nothing else of one reads so: what it is signed
+with does not."""
+
+_FIRST = re.compile(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----(.*?)-----END", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +87,8 @@ class Certificates:
     Raises
     ------
     ConfigurationError
-        A file cannot be read, key and certificate are not a pair, or gRPC does not take them.
+        A file cannot be read, key and certificate are not a pair, or gRPC or its clients do not
+        take them.
     """
 
     def __init__(self, files: TlsFiles) -> None:
@@ -128,12 +144,26 @@ def _configuration(pems: Pems) -> grpc.ServerCertificateConfiguration:
 
 def _usable(files: TlsFiles) -> Pems:
     pems = read_pems(files)
+    if (kind := refused_by_clients(pems.certificate)) is not None:
+        raise ConfigurationError(
+            f"TLS: the key of {files.certificate} is of type {kind}, which gRPC's clients refuse "
+            f"in every handshake; they take {TAKES}"
+        )
     if not grpc_takes(pems):
         raise ConfigurationError(
             f"TLS: gRPC takes no certificate and key such as {files.certificate} and {files.key}, "
-            "though they are a pair; it takes RSA (not RSA-PSS), and ECDSA on P-256, P-384 or P-521"
+            f"though they are a pair; it takes {TAKES}"
         )
     return pems
+
+
+def refused_by_clients(certificate: bytes) -> str | None:
+    """Return the type of the key in the first certificate if it is one of `REFUSED_BY_CLIENTS`."""
+    first = _FIRST.search(certificate)
+    if first is None:  # of no form that OpenSSL, or gRPC, would know
+        return None
+    der = base64.b64decode(first[1])
+    return next((kind for kind, told in REFUSED_BY_CLIENTS.items() if told in der), None)
 
 
 def grpc_takes(pems: Pems) -> bool:

@@ -202,15 +202,16 @@ def test_files_that_cannot_be_used_are_refused_at_the_start(identity, break_it, 
 
 
 class SelfSigned:
-    """A certificate of a key of any kind, in files as of `Identity`."""
+    """A certificate of a key of any kind, which signs it if no other does, in files as above."""
 
-    def __init__(self, folder, key):
+    def __init__(self, folder, key, by=None):
         self.certificate, self.key = folder / "server.pem", folder / "server.key"
+        by = by or key
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
         now = datetime.now(UTC)
         signed = (
             x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
-        ).sign(key, None if isinstance(key, (Ed448PrivateKey, Ed25519PrivateKey)) else SHA256())
+        ).sign(by, None if isinstance(by, (Ed448PrivateKey, Ed25519PrivateKey)) else SHA256())
         self.certificate.write_bytes(signed.public_bytes(Encoding.PEM))
         self.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
@@ -221,8 +222,11 @@ class SelfSigned:
 TAKEN = {
     "P-256": lambda: ec.generate_private_key(ec.SECP256R1()),
     "P-384": lambda: ec.generate_private_key(ec.SECP384R1()),
-    "P-521": lambda: ec.generate_private_key(ec.SECP521R1()),
     "RSA": lambda: rsa.generate_private_key(public_exponent=65537, key_size=2048),
+}
+REFUSED_BY_CLIENTS = {
+    "Ed25519": Ed25519PrivateKey.generate,
+    "ECDSA P-521": lambda: ec.generate_private_key(ec.SECP521R1()),
 }
 NOT_TAKEN = {
     "Ed448": Ed448PrivateKey.generate,
@@ -231,10 +235,25 @@ NOT_TAKEN = {
 }
 
 
+async def is_heard_over(files):
+    """Whether a client of gRPC is heard by a server of its with that certificate."""
+    key, certificate = files.key.read_bytes(), files.certificate.read_bytes()
+    server = grpc.aio.server()
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)]))
+    await server.start()
+    try:
+        status = await ask(f"localhost:{port}", grpc.ssl_channel_credentials(certificate))
+    finally:
+        await server.stop(None)
+    return status == grpc.StatusCode.UNIMPLEMENTED  # it has no service
+
+
 @pytest.mark.parametrize("kind", TAKEN)
-def test_certificates_that_grpc_takes_are_taken(tmp_path, kind, caplog):
-    Certificates(SelfSigned(tmp_path, TAKEN[kind]()).files())
+async def test_certificates_that_grpc_takes_are_taken(tmp_path, kind, caplog):
+    files = SelfSigned(tmp_path, TAKEN[kind]()).files()
+    Certificates(files)
     assert not caplog.records
+    assert await is_heard_over(files)
 
 
 @pytest.mark.parametrize("kind", NOT_TAKEN)
@@ -245,12 +264,28 @@ def test_a_certificate_that_grpc_does_not_take_is_refused_at_the_start_by_name(t
         Certificates(SelfSigned(tmp_path, NOT_TAKEN[kind]()).files())
 
 
-@pytest.mark.parametrize("kind", NOT_TAKEN)
+@pytest.mark.parametrize("kind", REFUSED_BY_CLIENTS)
+async def test_a_certificate_that_clients_of_grpc_refuse_is_refused_at_the_start_by_name(
+    tmp_path, kind
+):
+    files = SelfSigned(tmp_path, REFUSED_BY_CLIENTS[kind]()).files()
+    assert grpc_takes(read_pems(files))
+    assert not await is_heard_over(files)
+    with pytest.raises(ConfigurationError, match=rf"key of .*server\.pem is of type {kind}, which"):
+        Certificates(files)
+
+
+def test_what_a_certificate_is_signed_with_is_no_reason_to_refuse_it(tmp_path):
+    files = SelfSigned(tmp_path, TAKEN["P-256"](), by=Ed25519PrivateKey.generate()).files()
+    Certificates(files)
+
+
+@pytest.mark.parametrize("kind", NOT_TAKEN | REFUSED_BY_CLIENTS)
 def test_a_renewed_certificate_that_grpc_does_not_take_is_not_said_to_be_in_use(
     identity, kind, caplog
 ):
     certificates = Certificates(identity.files())
-    SelfSigned(identity.folder, NOT_TAKEN[kind]())
+    SelfSigned(identity.folder, (NOT_TAKEN | REFUSED_BY_CLIENTS)[kind]())
     with caplog.at_level("INFO"):
         for _ in range(3):
             certificates.look()
