@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import tomllib
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import uvloop
+from click.exceptions import Exit
 
 from semid_server.cli import errors_as_sentences
 from semid_server.cli.checkpoint_options import override_options
@@ -31,7 +33,7 @@ from semid_server.serving.server import Server, leave_at_once
 from semid_server.serving.tls import TlsFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from semid_server.checkpoint import Overrides
 
@@ -447,7 +449,8 @@ def _default(name: str) -> dict[str, Any]:
     type=click.Choice(["text", "json"]),
     default="text",
     show_default=True,
-    help="Lines for people, or one JSON object a line for what collects them.",
+    help="Lines for people, or one JSON object a line for what collects them; also of "
+    "why a start failed.",
 )
 def serve(
     *,
@@ -471,7 +474,8 @@ def serve(
         _prepare, keep_buffers=keep_buffers, log_level=log_level, log_format=log_format
     )
     prepare()
-    with errors_as_sentences():
+    show = _log if log_format == "json" else click.ClickException.show
+    with _refusals_by(show), errors_as_sentences():
         overrides = replace(overrides, allow_degenerate=allow_degenerate)
         tls = _tls_files(tls_cert, tls_key, tls_client_ca)
         config = ServeConfig(models=checkpoint, overrides=overrides, tls=tls, **settings)
@@ -486,13 +490,28 @@ def serve(
                     await server.run()
                 except SemidError as error:
                     if server.unfinished:
-                        click.ClickException(str(error)).show()
+                        show(click.ClickException(str(error)))
                         leave_at_once(1)
                     raise
                 if server.unfinished:
                     leave_at_once(0)
 
         uvloop.run(run())
+
+
+@contextmanager
+def _refusals_by(show: Callable[[click.ClickException], None]) -> Iterator[None]:
+    """End the command as click does, but say why by ``show``."""
+    try:
+        yield
+    except click.ClickException as error:
+        show(error)
+        raise Exit(error.exit_code) from error
+
+
+def _log(error: click.ClickException) -> None:
+    """Say why the command ends where every line of stderr is to be JSON."""
+    logger.error("%s", error.format_message())
 
 
 def _announce(line: str) -> None:

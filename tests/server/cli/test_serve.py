@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import subprocess
@@ -224,6 +225,34 @@ def test_what_the_server_refuses_is_one_sentence_and_status_one(monkeypatch):
     result = run("--checkpoint", "x")
     assert result.exit_code == 1
     assert result.output == "Error: cannot listen on 0.0.0.0:1\n"
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_with_json_logs_what_the_server_refuses_is_a_line_of_json(
+    monkeypatch, capfd, processes, unfinished
+):
+    class Refusing:
+        def __init__(self, config, **_others):
+            self.unfinished = unfinished
+
+        async def run(self):
+            raise ConfigurationError("cannot listen on 0.0.0.0:1")
+
+    monkeypatch.setattr(module, "Server", Refusing)
+    monkeypatch.setattr(module, "Processes", Refusing)
+    monkeypatch.setattr(module, "leave_at_once", sys.exit)
+    result = run(
+        *("--checkpoint=x", f"--processes={processes}"),
+        *("--log-format=json", "--log-level=error"),
+    )
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    assert result.exit_code == 1
+    assert result.output == ""
+    line = json.loads(capfd.readouterr().err)
+    assert line["time"]
+    assert (line["level"], line["message"]) == ("ERROR", "cannot listen on 0.0.0.0:1")
 
 
 def test_a_standard_output_that_nobody_reads_is_no_reason_to_end(served, monkeypatch, caplog):
