@@ -15,6 +15,7 @@ from semid_server.checkpoint.native import CONFIG_NAME, read_native
 from semid_server.checkpoint.plain_torch import read_plain_torch
 from semid_server.checkpoint.torch_files import read_torch_file
 from semid_server.errors import DegenerateModelError, MalformedCheckpointError
+from semid_server.files import refuse_irregular
 from semid_server.model import build_model
 
 if TYPE_CHECKING:
@@ -166,18 +167,20 @@ def _read(path: Path, overrides: Overrides) -> Contents:
     try:
         return _read_any(path, overrides)
     except OSError as error:
-        raise MalformedCheckpointError(path, f"cannot be read: {error.strerror}") from error
+        file = error.filename or path  # one of a folder's, perhaps
+        raise MalformedCheckpointError(file, f"cannot be read: {error.strerror}") from error
 
 
 def _read_any(path: Path, overrides: Overrides) -> Contents:
     if path.is_dir():
-        if not (path / CONFIG_NAME).is_file():
+        if not (path / CONFIG_NAME).exists():
             raise MalformedCheckpointError(
                 path, f"a folder without {CONFIG_NAME}: not a checkpoint"
             )
         return read_native(path, overrides)
-    if not path.is_file():
+    if not path.exists():
         raise MalformedCheckpointError(path, "no file and no folder there")
+    refuse_irregular(path, path.stat())
     _refuse_known_strangers(path)
     file = read_torch_file(path)
     if not isinstance(file, Mapping):

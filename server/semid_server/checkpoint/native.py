@@ -20,6 +20,7 @@ from semid_server.checkpoint.contents import Contents
 from semid_server.checkpoint.fingerprint import fingerprint
 from semid_server.checkpoint.state_dict import check_shapes, expected_shapes
 from semid_server.errors import CheckpointError, ConfigurationError, MalformedCheckpointError
+from semid_server.files import read_file
 from semid_server.model import Activation, Calibration, ModelKind, ModelSpec
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """Parse and check config.json; its ``model`` comes back as a `ModelSpec`."""
     try:
         config = json.loads(
-            path.read_bytes().decode("utf-8"),
+            read_file(path).decode("utf-8"),
             object_pairs_hook=lambda pairs: _no_repeats(path, pairs),
             parse_constant=lambda word: _malformed(path, f"holds {word}, which is no JSON"),
         )
@@ -304,7 +305,7 @@ def _refuse_contradictions(path: Path, spec: ModelSpec, overrides: Overrides) ->
 def _read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Read all tensors and compare each with its record in config.json."""
     try:
-        tensors = safetensors.torch.load(path.read_bytes())
+        tensors = safetensors.torch.load(read_file(path))
     except FileNotFoundError as error:
         raise MalformedCheckpointError(path, "missing; config.json stands there alone") from error
     except OSError:

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import errno
 import logging
-import os
-import stat
 import threading
 import time
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 T = TypeVar("T")
 
@@ -26,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 SLOW: Final = 10.0
 """Seconds after which the log says that files are still waited for."""
-
-IRREGULAR: Final = "is not a regular file"
 
 
 def in_daemon(work: Callable[..., T], *args: object) -> asyncio.Future[T]:
@@ -150,27 +144,3 @@ def _tell(where: object, meanwhile: str, slow: float) -> None:
     logger.warning(
         "%s: the disk has not answered within %g s; until it does, %s", where, slow, meanwhile
     )
-
-
-def read_file(path: Path) -> bytes:
-    """Return what a file holds.
-
-    Raises
-    ------
-    OSError
-        It cannot be read, or is a pipe, say, which might be waited for until somebody writes.
-    """
-    # A pipe would be waited for as it is opened already.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        refuse_irregular(os.fstat(descriptor))
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)
-
-
-def refuse_irregular(status: os.stat_result) -> None:
-    """Raise OSError if this is the status of anything but a regular file."""
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, IRREGULAR)

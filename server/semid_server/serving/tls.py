@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import grpc
 
 from semid_server.errors import ConfigurationError
-from semid_server.serving.disk import read_file
+from semid_server.files import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable

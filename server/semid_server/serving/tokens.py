@@ -13,7 +13,7 @@ from semid_server.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
-from semid_server.serving.disk import read_file
+from semid_server.files import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -41,12 +43,22 @@ def weights_of_something_else(path):
     torch.save({"conv1.weight": torch.zeros(3)}, path)
 
 
+def pipe(path):
+    os.mkfifo(path)
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+
+
 @pytest.mark.parametrize("read", [load_checkpoint, inspect_checkpoint])
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (missing, "no file and no folder there"),
         (folder, "a folder without config.json"),
+        (pipe, "not a regular file but a pipe"),
+        (device, "not a regular file but a device"),
         (empty, "an empty file"),
         (array, "a NumPy array"),
         (text, "not a checkpoint"),
@@ -60,6 +72,26 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, make, message, rea
     with pytest.raises(MalformedCheckpointError, match=message) as caught:
         read(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file_of_a_folder_is_named_and_not_waited_for(
+    tmp_path, spec, model, file
+):
+    save_checkpoint(tmp_path / "a", model=model, spec=spec, name="a")
+    (tmp_path / "a" / file).unlink()
+    os.mkfifo(tmp_path / "a" / file)
+    with pytest.raises(MalformedCheckpointError, match=f"{file}: .* not a regular file but a pipe"):
+        load_checkpoint(tmp_path / "a")
+
+
+def test_links_to_files_are_followed_as_kubernetes_mounts_them(tmp_path, spec, model):
+    save_checkpoint(tmp_path / "..data_1", model=model, spec=spec, name="a")
+    (tmp_path / "..data").symlink_to("..data_1")
+    (tmp_path / "mounted").mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "mounted" / file).symlink_to(f"../..data/{file}")
+    assert load_checkpoint(tmp_path / "mounted").spec == spec
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from semid_server.serving.disk import Lookout, in_daemon, patiently, read_file
+from semid_server.serving.disk import Lookout, in_daemon, patiently
 
 NAMES = {"where": "file", "meanwhile": "the old one stays"}
 
@@ -108,16 +108,3 @@ async def test_looks_go_on_after_one_that_fails_which_is_told_of_once(caplog):
     with Lookout(look, 0.001, **NAMES):
         await until(lambda: len(looks) > 4)
     assert caplog.text.count("file: could not be looked at; until it can, the old one stays") == 1
-
-
-def test_a_file_is_read_as_it_is(tmp_path):
-    (tmp_path / "file").write_bytes(b"\0\xff\n")
-    (tmp_path / "link").symlink_to("file")
-    assert read_file(tmp_path / "link") == b"\0\xff\n"
-
-
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path, make):
-    make(tmp_path / "other")
-    with pytest.raises(OSError, match="is not a regular file"):
-        read_file(tmp_path / "other")

@@ -173,19 +173,24 @@ def test_files_that_do_not_fit_are_told_of_once_for_each_state(identity, caplog)
         assert told(caplog) == states
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_what_takes_the_place_of_a_file_is_not_waited_for(identity, caplog, make):
+@pytest.mark.parametrize(("make", "kind"), [(os.mkdir, "folder"), (os.mkfifo, "pipe")])
+def test_what_takes_the_place_of_a_file_is_not_waited_for(identity, caplog, make, kind):
     certificates = Certificates(identity.files())
     identity.key.unlink()
     make(identity.key)
     certificates.look()
-    assert "server.key: is not a regular file; the certificates read before stay" in caplog.text
+    text = f"server.key: not a regular file but a {kind}; the certificates read before stay"
+    assert text in caplog.text
 
 
 @pytest.mark.parametrize(
     ("break_it", "text"),
     [
         (lambda identity: identity.key.unlink(), "server.key: No such file"),
+        (
+            lambda identity: identity.key.unlink() or os.mkfifo(identity.key),
+            "server.key: not a regular file but a pipe",
+        ),
         (lambda identity: identity.key.write_text("x"), "cannot be used together"),
         (
             lambda identity: (

@@ -193,10 +193,10 @@ def test_a_bad_file_is_refused_with_its_line_and_without_its_content(tmp_path, c
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, make):
+@pytest.mark.parametrize(("make", "kind"), [(os.mkdir, "folder"), (os.mkfifo, "pipe")])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, make, kind):
     make(tmp_path / "tokens")
-    with pytest.raises(ConfigurationError, match="tokens: is not a regular file"):
+    with pytest.raises(ConfigurationError, match=f"tokens: not a regular file but a {kind}"):
         TokenFile(tmp_path / "tokens", METHODS)
 
 
