@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -122,7 +123,8 @@ class TrainingRun:
         Raises
         ------
         ConfigurationError
-            If rows cannot be read, or one is too long to be trained on in float32.
+            If rows cannot be read, one is too long to be trained on in float32, or training
+            diverges; what was saved before stays.
         """
         try:
             finished = (self.settings.distinct or self._take_steps()) and (
@@ -150,7 +152,10 @@ class TrainingRun:
             self.on_step(self.trainer, step)
             if self._log is not None:
                 self._log.step(layer, self.trainer, step)
-            stop = self._all_should_stop()
+            lost = _not_finite(self.model, step.metrics)
+            stop, diverged = self._on_any_rank(self.should_stop(), lost is not None)
+            if diverged:  # which is not saved
+                raise self._diverged(layer, lost or "another process's part is not finite")
             if stop or self.trainer.done or self.trainer.steps % self.save_every == 0:
                 self._save()
             if stop:
@@ -189,10 +194,22 @@ class TrainingRun:
         if self._log is not None:
             self._log.passed(one)
 
-    def _all_should_stop(self) -> bool:
+    def _on_any_rank(self, *here: bool) -> list[bool]:
         # All ranks stop after the same step, though a signal reaches each at its own time.
-        asked = torch.tensor(int(self.should_stop()), device=self.device)
-        return bool(summed_over_ranks(asked) > 0)
+        ranks = summed_over_ranks(torch.tensor(here, dtype=torch.int64, device=self.device))
+        return [count > 0 for count in ranks.tolist()]
+
+    def _diverged(self, layer: int, lost: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"training diverged at step {self.trainer.steps}, layer {layer}: {lost}; "
+            f"{self._saved_before()}. Begin anew by --restart with a learning rate below "
+            f"{self.settings.learning_rate:g}, or with embeddings of a smaller scale"
+        )
+
+    def _saved_before(self) -> str:
+        if not self._state_path.exists():
+            return "no earlier step was saved"
+        return f"{self._state_path} holds an earlier step"
 
     def _save(self) -> None:
         if self._log is None:
@@ -263,6 +280,20 @@ def _described(origin: Mapping[str, Any] | None) -> str:
     changed = datetime.fromtimestamp(origin["changed_ns"] / 1e9, UTC).isoformat()
     column = f", column {origin['column']!r}" if "column" in origin else ""
     return f"{origin['path']} ({origin['bytes']:,} bytes, last changed {changed}{column})"
+
+
+def _not_finite(model: ResidualQuantization, metrics: Mapping[str, float]) -> str | None:
+    """What of a step is not a finite number, in words; None if all is."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            # NaN is both; and one reading of the weights is next to nothing beside a step.
+            for extreme in map(float, torch.aminmax(tensor)):
+                if not math.isfinite(extreme):
+                    return f"{name} holds {extreme}"
+    return None
 
 
 class _Log:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import termios
+from types import SimpleNamespace
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -23,7 +24,7 @@ from semid_server.cli.calibrate import calibrate
 from semid_server.cli.export import export
 from semid_server.cli.import_ import import_
 from semid_server.cli.report import report
-from semid_server.cli.train import _interruptible, train
+from semid_server.cli.train import _interruptible, _refuse_degenerate, train
 from semid_server.errors import DegenerateModelError
 from semid_server.model import DecodeMode, ModelKind, ModelSpec, build_model
 from semid_server.training import TrainingRun, TrainingSettings, open_rows
@@ -136,6 +137,19 @@ def test_embeddings_that_no_codes_come_of_are_one_sentence(change, message, more
     assert not (tmp_path / "items").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--allow-degenerate"]], ids=["", "allow-degenerate"])
+def test_a_training_that_diverges_is_one_sentence_and_writes_no_model(more, embeddings, tmp_path):
+    output = tmp_path / "items"
+    result = call(
+        *(train, embeddings, "-o", output, *SMALL),
+        *("--kind", "r-vq", "--steps", 40, "--learning-rate", "1e38", *more),
+    )
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: training diverged at step ")
+    assert len(result.output.splitlines()) == 1
+    assert not output.exists()
+
+
 def test_a_degenerate_model_is_not_written_unless_that_is_allowed(tmp_path, embeddings):
     output, folder = tmp_path / "items", tmp_path / "items.training"
     command = [train, embeddings, "-o", output, *SMALL, "--steps", 1]  # no step for layer 1
@@ -155,13 +169,15 @@ def test_a_degenerate_model_is_not_written_unless_that_is_allowed(tmp_path, embe
     assert load_checkpoint(output, overrides=Overrides(allow_degenerate=True)).calibration
 
 
-def test_a_model_that_holds_no_numbers_is_never_written(tmp_path, embeddings):
-    more = ["--kind", "r-vq", "--layers", 1, "--learning-rate", 1e38, "--allow-degenerate"]
-    result = call(train, embeddings, "-o", tmp_path / "items", *SMALL, "--steps", 10, *more)
-    assert result.exit_code == 1
-    assert re.search(r"list\.0\.centroids holds \d+ NaN or infinite numbers out", result.output)
-    assert "--allow-degenerate" not in result.output
-    assert not (tmp_path / "items").exists()
+def test_a_model_that_holds_no_numbers_is_never_written(tmp_path):
+    settings = TrainingSettings(layers=1, codebook_width=8)
+    model = settings.build(6)
+    model.layers[0].centroids.data.fill_(torch.nan)
+    run = SimpleNamespace(model=model, folder=tmp_path)
+    with pytest.raises(DegenerateModelError) as caught:
+        _refuse_degenerate(run, settings.spec(6), tmp_path / "items", allowed=True)
+    assert re.search(r"list\.0\.centroids holds \d+ NaN or infinite numbers", str(caught.value))
+    assert "--allow-degenerate" not in str(caught.value)
 
 
 def test_an_output_that_is_there_is_refused_before_anything_is_computed(trained, embeddings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -222,6 +223,36 @@ def test_a_state_that_records_no_file_is_gone_on_with_and_told(tmp_path):
     assert again.resumed
     assert again.origin_unknown
     assert again.run()
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "lost"),
+    [
+        ("r-vq", 1e38, r"\S+\.0\.centroids holds -?inf"),
+        ("r-vq", 1e25, "loss is inf"),
+        ("rq-vae", 1e30, r"\w+ is (inf|nan)|\S+ holds"),
+    ],
+)
+def test_a_run_that_diverges_says_where_and_keeps_what_was_saved_before(name, rate, lost, tmp_path):
+    settings = replace(SETTINGS[name], learning_rate=rate, steps=40)
+    with pytest.raises(ConfigurationError) as caught:
+        start(settings, tmp_path, save_every=1).run()
+    found = re.fullmatch(
+        rf"training diverged at step (\d+), layer -?\d+: ({lost}); {tmp_path}/state\.pt holds an "
+        rf"earlier step\. .* below {re.escape(f'{rate:g}')}, or .*",
+        str(caught.value),
+    )
+    assert found, caught.value
+    saved = torch.load(tmp_path / "state.pt")["trainer"]
+    assert saved["steps"] == int(found[1]) - 1
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+def test_a_run_that_diverges_before_the_first_save_saves_nothing(tmp_path):
+    settings = replace(SETTINGS["r-vq"], learning_rate=1e38)
+    with pytest.raises(ConfigurationError, match="no earlier step was saved"):
+        start(settings, tmp_path).run()
+    assert not (tmp_path / "state.pt").exists()
 
 
 def test_fewer_rows_than_centroids_are_refused(tmp_path):
