@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 ENTRY_POINTS: Final = "semid.encoders"
 """Where the server's part offers to run a checkpoint, so that this one need not know torch."""
 
+OF_A_CHECKPOINT: Final = ("device", "allow_degenerate")
+"""Flags that say how to run a checkpoint on this machine."""
+
 OF_A_SERVER: Final = (
     *("model", "timeout", "in_flight", "tls", "ca", "cert", "key", "token"),
     "allow_plaintext_token",
@@ -116,6 +119,12 @@ def engine_options(command: F) -> F:
     """Add the flags that say what computes; the command hands them to `open_engine`."""
     command = connection_options(command, required=False)
     command = option(
+        "--allow-degenerate",
+        is_flag=True,
+        help="With --checkpoint: use a model whose codes mean nothing (layers never initialised, "
+        "or one shared codebook), with a warning in place of the refusal.",
+    )(command)
+    command = option(
         "--device",
         default="auto",
         show_default=True,
@@ -146,7 +155,7 @@ def check_engine(
         )
     if checkpoint is not None and target is not None:
         raise click.UsageError("--target and --checkpoint exclude each other: give one of them.")
-    of_the_other, flag = (("device",), "--checkpoint") if target else (OF_A_SERVER, "--target")
+    of_the_other, flag = (OF_A_CHECKPOINT, "--checkpoint") if target else (OF_A_SERVER, "--target")
     context = click.get_current_context()
     for name in of_the_other:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
@@ -157,6 +166,7 @@ def open_engine(
     *,
     checkpoint: str | None,
     device: str,
+    allow_degenerate: bool,
     target: str | None,
     fingerprint: str,
     cluster: dict[str, Any] | None = None,
@@ -180,7 +190,9 @@ def open_engine(
             raise ConfigurationError(
                 f"{needs} needs {error.name}, which is not installed: pip install 'semid[{extras}]'"
             ) from error
-        engine: Engine = load(checkpoint, device=device, **(cluster or {}))
+        engine: Engine = load(
+            checkpoint, device=device, allow_degenerate=allow_degenerate, **(cluster or {})
+        )
         if fingerprint not in ("", engine.info.fingerprint):
             raise FingerprintMismatchError(
                 f"{checkpoint} has fingerprint {engine.info.fingerprint}, but {fingerprint} is "

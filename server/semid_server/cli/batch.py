@@ -22,6 +22,7 @@ from semid_client._model import Layer, Limits, ModelInfo
 from semid_client.files import FileError, NotFiniteError
 from semid_client.files.memory import SLACK, pages
 from semid_client.files.reading import AHEAD, READERS
+from semid_server.checkpoint import Overrides
 from semid_server.encoding.rows import default_threads, spans
 from semid_server.errors import SemidError
 from semid_server.serving.allocator import keep_large_buffers
@@ -71,6 +72,8 @@ class CheckpointEngine:
         ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
     threads : int, optional
         CPU threads; as many as there are processors by default.
+    allow_degenerate : bool
+        Whether a model whose codes mean nothing is warned of, in place of the refusal.
 
     Raises
     ------
@@ -81,14 +84,26 @@ class CheckpointEngine:
     stage = "encoding"
     block_bytes = GPU_BLOCK_BYTES
 
-    def __init__(self, path: str, *, device: str, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        device: str,
+        threads: int | None = None,
+        allow_degenerate: bool = False,
+    ) -> None:
         source = ModelSource(Path(path))
         keep_large_buffers()  # blocks are read into memory that earlier ones left
         before = torch.get_num_threads()
         try:
             chosen = choose_device(device)
             on_cpu = chosen.type == "cpu"
-            config = ServeConfig(models=(source,), device=device, threads=1 if on_cpu else threads)
+            config = ServeConfig(
+                models=(source,),
+                device=device,
+                threads=1 if on_cpu else threads,
+                overrides=Overrides(allow_degenerate=allow_degenerate),
+            )
             with ThreadPoolExecutor(1) as beside:
                 locked = None if on_cpu else beside.submit(_lock_pages, chosen)
                 self._backend = Backend(source, config, on_verified=_nothing)

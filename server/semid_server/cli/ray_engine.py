@@ -96,6 +96,8 @@ class Task:
         Of an embedding.
     fail : bool
         Whether a bad row is the end of the job.
+    allow_degenerate : bool
+        Whether a model whose codes mean nothing is used all the same.
     """
 
     checkpoint: str
@@ -110,6 +112,7 @@ class Task:
     width: int
     dtype: str
     fail: bool
+    allow_degenerate: bool = False
 
     def named(self, row: int) -> tuple[str, int]:
         """What a message calls a row: its file, and its index there."""
@@ -145,7 +148,12 @@ class Encoder:
                 file = path / name if name else path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
-            engine = CheckpointEngine(str(path), device=task.device, threads=task.threads)
+            engine = CheckpointEngine(
+                str(path),
+                device=task.device,
+                threads=task.threads,
+                allow_degenerate=task.allow_degenerate,
+            )
         found = engine.info.fingerprint
         if found != task.fingerprint:
             raise FingerprintMismatchError(
@@ -229,6 +237,8 @@ class RayEngine:
         default that is beside the output.
     part_rows : int
         Rows that are written at once, at least.
+    allow_degenerate : bool
+        As of `CheckpointEngine`.
 
     Raises
     ------
@@ -251,6 +261,7 @@ class RayEngine:
         worker_cpus: int = 1,
         parts: str | None = None,
         part_rows: int = PART_ROWS,
+        allow_degenerate: bool = False,
     ) -> None:
         if device not in {"auto", "cpu", "cuda"}:
             raise ConfigurationError(
@@ -267,7 +278,8 @@ class RayEngine:
         self._parts, self._part_rows = parts, part_rows
         self._connected = False
         # Here it is loaded for what is to be known of the model; any device will do for that.
-        self._here = CheckpointEngine(path, device="cpu")
+        self._allow_degenerate = allow_degenerate
+        self._here = CheckpointEngine(path, device="cpu", allow_degenerate=allow_degenerate)
         self.info, self.where = self._here.info, self._here.where
 
     def memory(self, n_bytes: int) -> Memory:
@@ -388,6 +400,7 @@ class RayEngine:
             width=source.width,
             dtype=source.dtype.str,
             fail=fail,
+            allow_degenerate=self._allow_degenerate,
         )
         parts.create()
         data = self._ray.data

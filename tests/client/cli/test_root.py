@@ -68,6 +68,10 @@ def test_a_connection_that_fails_is_told_in_one_sentence(make_server, run_python
 def test_a_flag_that_would_do_nothing_is_refused(run_python):
     for flags, says in [
         (("--target", "localhost:1", "--device", "cpu"), "--device is of use with --checkpoint"),
+        (
+            ("--target", "localhost:1", "--allow-degenerate"),
+            "--allow-degenerate is of use with --checkpoint",
+        ),
         (("--checkpoint", "x", "--token", "x"), "--token is of use with --target"),
         (("--checkpoint", "x", "--in-flight", "2"), "--in-flight is of use with --target"),
     ]:

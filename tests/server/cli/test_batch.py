@@ -21,10 +21,13 @@ from click.testing import CliRunner
 from semid_client.cli.root import root
 from semid_client.files import NotFiniteError
 from semid_client.files.memory import SLACK
+from semid_server.checkpoint import save_checkpoint
 from semid_server.cli import batch
 from semid_server.cli.batch import CheckpointEngine
+from semid_server.model import build_model
 from semid_server.serving.backend import Backend
 from semid_server.serving.config import ModelSource, ServeConfig
+from semid_server.training import TrainingSettings
 
 
 class WaitingBackend:
@@ -341,3 +344,21 @@ def test_rows_are_read_to_the_beginning_of_a_page(engine):
     assert len(memory) >= 12345
     assert memory.ctypes.data % mmap.PAGESIZE == 0
     memory[:] = 1
+
+
+def test_a_degenerate_model_is_refused_or_if_that_is_allowed_warned_of(tmp_path, caplog):
+    spec = TrainingSettings(layers=2, codebook_width=8).spec(6)
+    degenerate = tmp_path / "never_initialised"
+    save_checkpoint(degenerate, model=build_model(spec), spec=spec, name="never")
+    np.save(tmp_path / "x.npy", np.ones((5, 6), np.float32))
+    command = ["encode", str(tmp_path / "x.npy"), "-o", str(tmp_path / "codes.npy")]
+    command += ["--checkpoint", str(degenerate), "--device", "cpu"]
+    refused = CliRunner().invoke(root, command)
+    assert refused.exit_code == 1
+    assert "never initialised" in refused.output
+    assert "(to use it all the same: --allow-degenerate)" in refused.output
+    assert not (tmp_path / "codes.npy").exists()
+    allowed = CliRunner().invoke(root, [*command, "--allow-degenerate"])
+    assert allowed.exit_code == 0, allowed.output
+    assert "never initialised" in caplog.text
+    np.testing.assert_array_equal(np.load(tmp_path / "codes.npy"), np.zeros((5, 2), np.uint8))

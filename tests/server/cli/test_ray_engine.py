@@ -24,10 +24,13 @@ from hypothesis import strategies as st
 from semid_client import ConfigurationError, FingerprintMismatchError
 from semid_client.cli.root import root
 from semid_client.files import FileError, Work
+from semid_server.checkpoint import save_checkpoint
 from semid_server.cli.batch import CheckpointEngine
 from semid_server.cli.ray_engine import Encoder, RayEngine, Task, check_reachable, content_of
 from semid_server.cli.ray_parts import Parts, gaps, part_of
 from semid_server.cli.ray_rows import ClusterError, indices, seed
+from semid_server.model import build_model
+from semid_server.training import TrainingSettings
 
 WORD = 1 << 64
 
@@ -359,6 +362,16 @@ def test_the_output_is_that_of_one_machine(ray, folder, checkpoint, suffix, flag
         f"there.{suffix}",
         f"there.{suffix}.bad-rows.jsonl",
     ]
+
+
+def test_a_degenerate_model_that_is_allowed_is_so_on_the_nodes_too(ray, folder):
+    spec = TrainingSettings(layers=2, codebook_width=8).spec(64)
+    save_checkpoint("never", model=build_model(spec), spec=spec, name="never")
+    flags = (*RAY, "--on-bad-row", "skip")
+    assert "--allow-degenerate" in encode("never", "there.npy", *flags).stderr
+    done = encode("never", "there.npy", *flags, "--allow-degenerate")
+    assert done.exit_code == 0, done.output
+    np.testing.assert_array_equal(np.load("there.npy"), np.zeros((1796, 2), np.uint8))
 
 
 def test_input_and_parts_may_be_in_a_store(ray, folder, checkpoint):
