@@ -70,6 +70,7 @@ logger = logging.getLogger(__name__)
 ReflectionServicer: Any = reflection.aio.ReflectionServicer  # type: ignore[attr-defined]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["SemanticIdService"].full_name
+METHODS = pb.DESCRIPTOR.services_by_name["SemanticIdService"].methods
 
 EXPECTED_CODES = (
     grpc.StatusCode.OK,
@@ -244,6 +245,8 @@ class Server:
             metrics_server.server_close()
 
     async def _serve(self) -> None:
+        if not await self._read_who_may_call():
+            return
         self._shared_memory.sweep()
         servicer = SemanticIdServicer(
             self._batcher,
@@ -255,8 +258,6 @@ class Server:
         )
         health_servicer = Health(("", SERVICE))
         self._calls = self._make_calls()
-        if self._config.tls is not None:
-            self._certificates = Certificates(self._config.tls)
         service = Listener(partial(self._open_service, servicer, health_servicer))
         self._listeners = [service]
         if (admin_at := admin_address(self._config)) is not None:
@@ -284,6 +285,38 @@ class Server:
                 await self._drain(service, servicer)
                 for listener in self._listeners[1:]:
                     await listener.stop(None)
+
+    async def _read_who_may_call(self) -> bool:
+        """Read tokens and certificates for the first time; False if told to stop meanwhile.
+
+        By a thread, since their disk may hang.
+        """
+        config = self._config
+        files = [config.token_file, *(config.tls.all if config.tls else ())]
+        names = " or ".join(str(path) for path in files if path)
+        if not names:
+            return True
+
+        def read() -> tuple[TokenFile | None, Certificates | None]:
+            known = frozenset(method.name for method in METHODS)
+            return (
+                None if config.token_file is None else TokenFile(config.token_file, known),
+                None if config.tls is None else Certificates(config.tls),
+            )
+
+        reading = asyncio.ensure_future(
+            patiently(in_daemon(read), where=names, meanwhile="nobody can call")
+        )
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                return False
+            self._tokens, self._certificates = reading.result()
+        finally:
+            reading.cancel()
+            stopping.cancel()
+        return True
 
     def _lookouts(self) -> Iterator[Lookout]:
         """Yield what looks, all the while, at files that say who may call."""
@@ -551,12 +584,7 @@ class Server:
         self.unfinished |= self._batcher.running is not None
 
     def _make_calls(self) -> Calls:
-        methods = pb.DESCRIPTOR.services_by_name["SemanticIdService"].methods
-        if self._config.token_file is not None:
-            self._tokens = TokenFile(
-                self._config.token_file, frozenset(method.name for method in methods)
-            )
-        for method in methods:
+        for method in METHODS:
             kind = CALL_KINDS[method.client_streaming, method.server_streaming]
             self._metrics.expect_method((kind, SERVICE, method.name), EXPECTED_CODES)
         return Calls(

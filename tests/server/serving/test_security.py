@@ -393,6 +393,28 @@ async def test_calls_do_not_wait_for_the_disk_of_the_token_file(
     assert threading.get_ident() not in hanging.who
 
 
+@pytest.fixture(params=["tokens", "certificate"])
+def on_hanging_disk(request, hanging, token_file, identity):
+    """Settings with a file on that disk."""
+    if request.param == "tokens":
+        return {"token_file": hanging.path(token_file)}
+    identity.certificate = hanging.path(identity.certificate)
+    return {"tls": identity.files()}
+
+
+async def test_a_disk_that_hangs_at_the_start_keeps_neither_the_loop_nor_the_end_waiting(
+    run_server, ready, hanging, on_hanging_disk
+):
+    hanging.begin()
+    server = run_server(ready, **on_hanging_disk)
+    assert await asyncio.to_thread(hanging.asked.wait, 60)
+    server.server.request_stop()
+    async with asyncio.timeout(60):
+        await server.task
+    assert threading.get_ident() not in hanging.who
+    assert not any(line.startswith("serving") for line in server.lines)
+
+
 async def test_a_stream_needs_a_token_too(run_server, ready, token_file):
     address = await run_server(ready, token_file=token_file).address()
     async with grpc.aio.insecure_channel(address) as channel:
