@@ -163,7 +163,7 @@ class Runner(ABC, Generic[Key, Payload, Answer]):
         """Whether the event loop's thread may run short batches as well, while the worker rests."""
         return False
 
-    def company_pays(self, key: Key) -> bool:  # noqa: ARG002 - here for none of them
+    def company_pays(self, key: Key) -> bool:  # noqa: ARG002 - of a runner that does not tell, no
         """Whether a short batch takes about as long with a few requests more."""
         return False
 
@@ -661,21 +661,21 @@ class Batcher(Generic[Key, Payload, Answer]):
 
     def _run_quickly(self) -> None:
         """Run what has come since this was called for, unless it has become much."""
-        if self._put_off < PUT_OFF_AT_MOST and self._is_awaited():
-            self._put_off += 1
-            assert self._loop is not None, "start() comes first"  # noqa: S101 - a bug of ours
-            self._loop.call_soon(self._run_quickly)
-            return
-        self._put_off = 0
+        put_off, self._put_off = self._put_off, 0
         with self._lock:
             self._quick_due = False
             if not self._queues or not self._resting:
                 return
             (queue, *others) = self._queues.values()
-            quick = self._runner.runs_quickly(queue[0].key) and not others
-            if not quick or not self._is_quick(queue[0].pace, self._rows, self._nbytes):
+            key, pace = queue[0].key, queue[0].pace
+            quick = self._runner.runs_quickly(key) and not others
+            if not quick or not self._is_quick(pace, self._rows, self._nbytes):
                 self._resting = False
                 self._changed.notify()
+                return
+            if put_off < PUT_OFF_AT_MOST and self._is_awaited(key):
+                self._put_off, self._quick_due = put_off + 1, True
+                asyncio.get_running_loop().call_soon(self._run_quickly)
                 return
             expired: list[_Entry[Key, Payload, Answer]] = []
             batch = self._form_batch(expired)
@@ -689,13 +689,12 @@ class Batcher(Generic[Key, Payload, Answer]):
             if self._queues and self._resting and not self._quick_due:
                 self._rouse(next(iter(self._queues.values()))[0])
 
-    def _is_awaited(self) -> bool:
+    def _is_awaited(self, key: Key) -> bool:
         """Whether what is on its way had better share a batch with what waits."""
-        with self._lock:
-            key = next(iter(self._queues), None)
-        if key is None or not self._runner.company_pays(key):
+        if not self._runner.company_pays(key):
             return False
-        return self._requests - 1 + self._coming() >= COMPANY and self._coming() > 0
+        coming = self._coming()
+        return coming > 0 and self._requests - 1 + coming >= COMPANY
 
     def _lose(self, error: DeviceLostError) -> None:
         if not self._lost.done():
