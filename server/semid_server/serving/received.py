@@ -44,7 +44,8 @@ _SIZES: Final = {_FIXED64: 8, _FIXED32: 4}
 _SHAPE = 2  # in a Tensor, and in a SharedTensor
 _ROW = 1 << 3 | _LENGTH  # how a row begins, in FloatRows and in CodeRows
 _LEAST_ROW = 2  # bytes
-_LONG = 0x80  # the least length that takes more than a byte
+_LONG = 0x80  # the least tag or length that takes more than a byte
+_LEAST_TAG = 1 << 3
 _SHORT = 5  # bytes of a tag or of a length, at most, with leading zeros
 _TAG_BITS, _LENGTH_BITS = 32, 31
 
@@ -340,6 +341,9 @@ def _last_field(message: bytes, start: int, end: int, number: int) -> tuple[int,
 
 
 def _read_tag(message: bytes, position: int) -> tuple[int, int]:
+    key = message[position]
+    if _LEAST_TAG <= key < _LONG:  # nearly all: each call more costs a short message its part
+        return key, position + 1
     key, position = _read_short(message, position, _TAG_BITS)
     if key >> 3 == 0:
         raise IndexError  # there is no such field
@@ -348,6 +352,8 @@ def _read_tag(message: bytes, position: int) -> tuple[int, int]:
 
 def _read_short(message: bytes, position: int, bits: int) -> tuple[int, int]:
     """Read a tag or a length: protobuf refuses what is longer or larger than one can be."""
+    if (value := message[position]) < _LONG:
+        return value, position + 1
     value, after = _read_varint(message, position)
     if after - position > _SHORT or value >> bits:
         raise IndexError
