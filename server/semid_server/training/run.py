@@ -287,12 +287,13 @@ def _not_finite(model: ResidualQuantization, metrics: Mapping[str, float]) -> st
     for name, value in metrics.items():
         if not math.isfinite(value):
             return f"{name} is {value}"
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            # NaN is both; and one reading of the weights is next to nothing beside a step.
-            for extreme in map(float, torch.aminmax(tensor)):
-                if not math.isfinite(extreme):
-                    return f"{name} holds {extreme}"
+    weights = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    # The least and the most of each: NaN is both. Asked for at once, as a GPU is waited for.
+    extremes = [torch.stack(torch.aminmax(tensor)).double() for tensor in weights.values()]
+    for name, found in zip(weights, torch.stack(extremes).tolist(), strict=True):
+        for extreme in found:
+            if not math.isfinite(extreme):
+                return f"{name} holds {extreme}"
     return None
 
 
