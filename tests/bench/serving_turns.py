@@ -42,14 +42,13 @@ def imported_from(checkout: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def servers(
-    bench: Bench, versions: dict[str, str], kinds: list[str], *, one_row: bool
+    bench: Bench, versions: dict[str, dict[str, str]], kinds: list[str], *, one_row: bool
 ) -> Iterator[list[Server]]:
-    """The echo, then each kind of server of each version."""
+    """The echo, then each kind of server of each version, in its environment."""
     checkpoint = MOVIES if one_row else bench.made
     with contextlib.ExitStack() as stack:
         found = [bench.echo]
-        for name, checkout in versions.items():
-            env = imported_from(checkout)
+        for name, env in versions.items():
             for kind in kinds:
                 label = f"{name} {kind}"
                 server = (
@@ -98,7 +97,8 @@ def main() -> None:
     )
     parser.add_argument("--cases", help="KIB:IN_FLIGHT,...; each by its client process")
     arguments = parser.parse_args()
-    versions = dict(version.partition("=")[::2] for version in arguments.versions)
+    parted = [version.partition("=")[::2] for version in arguments.versions]
+    versions = {name: imported_from(checkout) for name, checkout in parted}
     kinds = arguments.kind or list(KINDS)
     given = arguments.cases or ("1,4,16" if arguments.one_row else "64:1,64:8,64:32,1024:1,1024:8")
     cases = [tuple(map(int, case.split(":"))) for case in given.split(",")]
