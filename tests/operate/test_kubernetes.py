@@ -31,8 +31,8 @@ def _check(resource) -> None:
     if resource["kind"] not in OF_THE_OPERATOR:
         kubernetes_validate.validate(resource, VERSION, strict=True)
         return
-    # Here, not above: it takes seconds, and every worker of a run imports every file.
-    from cloudcoil.models.prometheus_operator import v1  # noqa: PLC0415
+    # Not above: it takes seconds, and every worker of a run imports every file.
+    from cloudcoil.models.prometheus_operator import v1  # noqa: PLC0415 - as just said
 
     model = getattr(v1, resource["kind"])
     kept = model.model_validate(resource).model_dump(by_alias=True, exclude_unset=True, mode="json")
