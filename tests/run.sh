@@ -44,8 +44,12 @@ if [ "$(cat "$venv/.semid" 2>/dev/null)" != "$wanted" ]; then
     "$python" -m venv "$venv" || die "cannot make a virtual environment in $venv"
     : >"$venv/.semid" # empty: ours, and not finished
     # What is imported is compiled then, and kept: that is a small part.
-    "$venv/bin/pip" install -q --disable-pip-version-check --no-compile \
-        -c docker/constraints.txt -e '.[dev]' || die "cannot install the pinned packages"
+    install() {
+        "$venv/bin/pip" install -q --disable-pip-version-check --no-compile \
+            -c docker/constraints.txt "$@" || die "cannot install the pinned packages"
+    }
+    install pip
+    install -e '.[dev]'
     echo "$wanted" >"$venv/.semid"
 fi
 export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
