@@ -41,6 +41,7 @@ from semid_server.serving.addresses import (
     service_address,
     share_address,
 )
+from semid_server.serving.metrics import Metrics
 from semid_server.serving.server import Server, leave_at_once
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ STEADY: Final = 60.0
 """Seconds of serving after which the pauses begin anew."""
 
 METRICS_PATIENCE: Final = 2.0
-"""Seconds that a scrape waits for a child; then that child's last figures have to do."""
+"""Seconds that a scrape waits for a child. Then that child's last figures have to do, for later
+scrapes too, which wait no more until it has answered."""
 
 LAST_RESORT: Final = 20.0
 """Seconds beyond ``grace`` after which a child that was told to end is killed: its own watchdog, if
@@ -85,6 +87,9 @@ LEAST: Final = frozenset(
     {"semid_serving", "semid_dead_codes", "process_start_time_seconds", "process_max_fds"}
 )
 """Gauges of which the least of any process is shown: of all others, the greatest."""
+
+OWN: Final = frozenset({"semid_serving"})
+"""What the parent knows of all of them together, and shows beside what they tell."""
 
 
 class Processes:
@@ -114,6 +119,7 @@ class Processes:
         self._context = context or multiprocessing.get_context("spawn")
         self._children: set[_Child] = set()
         self._past: dict[str, Metric] = {}
+        self._metrics = Metrics()
         self._stop = asyncio.Event()
         self._last_resort: asyncio.TimerHandle | None = None
 
@@ -134,7 +140,7 @@ class Processes:
                 shared = stack.enter_context(share_address(admin))
                 config = replace(config, admin_port=shared.getsockname()[1])
                 self._announce(f"admin on {bracketed(admin.host)}:{config.admin_port}")
-            stack.enter_context(self._metrics())
+            stack.enter_context(self._metrics_endpoint())
             await self._keep_all(config)
 
     async def _keep_all(self, config: ServeConfig) -> None:
@@ -201,7 +207,7 @@ class Processes:
             first.set_result("")
 
     @contextlib.contextmanager
-    def _metrics(self) -> Iterator[None]:
+    def _metrics_endpoint(self) -> Iterator[None]:
         if not self._config.metrics:
             yield
             return
@@ -219,14 +225,20 @@ class Processes:
 
     async def _collect(self) -> list[Metric]:
         """Ask every child for its metrics, and add them up with those of children past."""
-        answers = [child.ask_for_metrics() for child in self._children]
-        if answers:
-            await asyncio.wait(answers, timeout=METRICS_PATIENCE)
+        asked = {child: child.ask_for_metrics() for child in self._children if not child.is_late}
+        if asked:
+            await asyncio.wait(asked.values(), timeout=METRICS_PATIENCE)
+        for child, answer in asked.items():
+            child.is_late = not answer.done()
         together: dict[str, Metric] = {}
         merge(together, self._past.values())
         # Those that there are by now: one that ended meanwhile is among those past.
         for child in self._children:
             merge(together, child.metrics)
+        # One that is not there, or does not answer, tells nothing of itself.
+        serving = sum(child.serves for child in self._children)
+        self._metrics.serving.set(serving >= self._config.processes)
+        merge(together, (own for own in self._metrics.registry.collect() if own.name in OWN))
         return list(together.values())
 
     @contextlib.contextmanager
@@ -268,7 +280,15 @@ class Processes:
 
 
 class _Child:
-    """One server process, seen from the parent's event loop."""
+    """One server process, seen from the parent's event loop.
+
+    Attributes
+    ----------
+    metrics : list of Metric
+        What it told last.
+    is_late : bool
+        Whether a scrape has waited for its metrics in vain, and it has not answered since.
+    """
 
     def __init__(
         self, config: ServeConfig, prepare: Callable[[], None], context: BaseContext
@@ -282,6 +302,7 @@ class _Child:
         theirs.close()
         self.pid = self._process.pid
         self.metrics: list[Metric] = []
+        self.is_late = False
         self.serving: asyncio.Future[str] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._asked: asyncio.Future[None] | None = None
@@ -292,6 +313,12 @@ class _Child:
     def status(self) -> int | None:
         """Exit status; negative, the signal that ended it."""
         return self._process.exitcode
+
+    @property
+    def serves(self) -> bool:
+        """Whether it has begun to serve, has not ended, and answers."""
+        begun = self.serving.done() and self.serving.exception() is None
+        return begun and not self.ended.done() and not self.is_late
 
     def tell(self, number: signal.Signals) -> None:
         """Send it a signal, unless it has ended."""
@@ -355,6 +382,7 @@ class _Child:
             self.ended.set_result(None)
 
     def _answer(self) -> None:
+        self.is_late = False
         if self._asked is not None and not self._asked.done():
             self._asked.set_result(None)
         self._asked = None

@@ -157,6 +157,7 @@ class FakeProcess:
     def answer(self, count):
         calls = Counter("calls_total", "Calls.", registry=(registry := CollectorRegistry()))
         calls.inc(count)
+        Gauge("semid_serving", "Serving.", registry=registry).set(1)
         self.pipe.send(("metrics", list(registry.collect())))
 
 
@@ -188,17 +189,27 @@ class Kept:
             await asyncio.sleep(0)
         return self._context.made
 
-    def scrape(self):
+    def scrape(self, name="calls_total"):
         """Begin to ask the metrics endpoint; return the task of its answer: all calls counted."""
 
         def ask():
             (address,) = [line for line in self.lines if line.startswith("metrics on ")]
             url = f"http://{address.removeprefix('metrics on ')}/metrics"
             text = urllib.request.urlopen(url).read().decode()
-            (count,) = [line for line in text.splitlines() if line.startswith("calls_total ")]
+            (count,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
             return float(count.split()[1])
 
         return asyncio.create_task(asyncio.to_thread(ask))
+
+    async def all_serve(self):
+        """Have both serve, as a scrape finds."""
+        for child in await self.children():
+            child.pipe.send(("serving", "toy"))
+        scrape = self.scrape("semid_serving")
+        for child in await self.children():
+            await child.asked()
+            child.answer(1000)
+        assert await scrape == 1
 
     async def end(self):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -249,6 +260,53 @@ async def test_what_a_child_counted_that_ends_during_a_scrape_is_counted_once(ke
     await other.asked()
     other.answer(1000)
     assert await second == 2000
+
+
+async def test_while_no_process_is_there_none_is_said_to_serve(kept):
+    await kept.all_serve()
+    one, other = await kept.children()
+    for child in (one, other):
+        os.kill(child.pid, signal.SIGKILL)
+        await child.end()
+    assert await kept.scrape("semid_serving") == 0
+
+
+async def test_while_one_process_is_not_there_not_all_are_said_to_serve(kept):
+    await kept.all_serve()
+    one, other = await kept.children()
+    os.kill(one.pid, signal.SIGKILL)
+    await one.end()
+    scrape = kept.scrape("semid_serving")
+    await other.asked()
+    other.answer(1000)
+    assert await scrape == 0
+
+
+async def test_a_child_that_does_not_answer_is_waited_for_once_and_does_not_count_as_serving(
+    kept, monkeypatch
+):
+    await kept.all_serve()
+    hung, other = await kept.children()
+    monkeypatch.setattr("semid_server.serving.processes.METRICS_PATIENCE", 0.1)
+    first = kept.scrape("semid_serving")
+    await other.asked()
+    other.answer(1001)
+    assert await first == 0
+    # From now on a scrape would wait as long as this test may last, if it waited for that one.
+    monkeypatch.setattr("semid_server.serving.processes.METRICS_PATIENCE", 3600)
+    for count in (1002, 1003):
+        scrape = kept.scrape()
+        await other.asked()
+        other.answer(count)
+        assert await asyncio.wait_for(scrape, 60) == 1000 + count
+    await hung.asked()
+    hung.answer(1010)  # to the first question: there was no other
+    assert not hung.pipe.poll()
+    scrape = kept.scrape("semid_serving")
+    for child in (hung, other):
+        await child.asked()
+        child.answer(1020)
+    assert await scrape == 1
 
 
 async def test_a_child_that_is_starting_hears_of_sighup_once_it_serves(kept):
