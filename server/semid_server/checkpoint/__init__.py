@@ -8,6 +8,8 @@ from semid_server.checkpoint.loading import (
     Inspection,
     inspect_checkpoint,
     load_checkpoint,
+    pack_checkpoint,
+    unpack_checkpoint,
 )
 from semid_server.checkpoint.native import save_checkpoint
 
@@ -21,5 +23,7 @@ __all__ = [
     "fingerprint",
     "inspect_checkpoint",
     "load_checkpoint",
+    "pack_checkpoint",
     "save_checkpoint",
+    "unpack_checkpoint",
 ]

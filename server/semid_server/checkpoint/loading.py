@@ -11,7 +11,7 @@ from semid_server.checkpoint.contents import Contents, Overrides
 from semid_server.checkpoint.fingerprint import fingerprint
 from semid_server.checkpoint.grid_lightning import read_grid_lightning
 from semid_server.checkpoint.health import Health, LayerReport, examine
-from semid_server.checkpoint.native import CONFIG_NAME, read_native
+from semid_server.checkpoint.native import CONFIG_NAME, make_native, read_native
 from semid_server.checkpoint.plain_torch import read_plain_torch
 from semid_server.checkpoint.torch_files import read_torch_file
 from semid_server.errors import DegenerateModelError, MalformedCheckpointError
@@ -106,7 +106,34 @@ def load_checkpoint(path: Path | str, *, overrides: Overrides | None = None) -> 
         ``overrides`` contradict what a native checkpoint records.
     """
     path, overrides = Path(path), overrides or Overrides()
-    contents = _read(path, overrides)
+    return _build(path, _read(path, overrides), overrides)
+
+
+def pack_checkpoint(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return a checkpoint, whatever its format was, as the files of semid's own, by name."""
+    _, files = make_native(
+        model=checkpoint.model,
+        spec=checkpoint.spec,
+        name=checkpoint.name,
+        calibration=checkpoint.calibration,
+        notes=checkpoint.notes,
+        warnings=checkpoint.warnings,
+    )
+    return files
+
+
+def unpack_checkpoint(
+    files: Mapping[str, bytes], *, path: Path, overrides: Overrides
+) -> Checkpoint:
+    """Load what `pack_checkpoint` made; ``path`` and ``overrides`` are those it was loaded with.
+
+    Errors are those of `load_checkpoint`.
+    """
+    contents = read_native(path, overrides, read=lambda file: files[file.name])
+    return _build(path, contents, overrides)
+
+
+def _build(path: Path, contents: Contents, overrides: Overrides) -> Checkpoint:
     health = examine(contents.spec, contents.state)
     problems = _problems(contents, health)
     if health.damage:

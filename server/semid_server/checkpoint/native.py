@@ -24,7 +24,7 @@ from semid_server.files import read_file
 from semid_server.model import Activation, Calibration, ModelKind, ModelSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from enum import StrEnum
 
     from torch import Tensor
@@ -99,6 +99,33 @@ def save_checkpoint(
     """
     path = Path(path)
     _refuse_if_taken(path, force=force)
+    digest, files = make_native(
+        model=model,
+        spec=spec,
+        name=name,
+        calibration=calibration,
+        provenance=provenance,
+        notes=notes,
+        warnings=warnings,
+    )
+    _write_folder(path, files, beside)
+    return digest
+
+
+def make_native(
+    *,
+    model: ResidualQuantization,
+    spec: ModelSpec,
+    name: str,
+    calibration: Calibration | None = None,
+    provenance: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> tuple[str, dict[str, bytes]]:
+    """Return the fingerprint of a model and what its folder's files hold, by name.
+
+    Parameters and errors are those of `save_checkpoint`.
+    """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     if shapes != expected_shapes(spec):
@@ -124,13 +151,15 @@ def save_checkpoint(
         "provenance": dict(provenance or {}),
     }
     text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    files = {CONFIG_NAME: text.encode(), TENSORS_NAME: safetensors.torch.save(tensors)}
-    _write_folder(path, files, beside)
-    return digest
+    return digest, {CONFIG_NAME: text.encode(), TENSORS_NAME: safetensors.torch.save(tensors)}
 
 
-def read_native(path: Path, overrides: Overrides) -> Contents:
+def read_native(
+    path: Path, overrides: Overrides, *, read: Callable[[Path], bytes] = read_file
+) -> Contents:
     """Read a checkpoint folder and check every number in it against its record.
+
+    ``read`` is what returns the bytes of a file in it.
 
     Raises
     ------
@@ -139,8 +168,8 @@ def read_native(path: Path, overrides: Overrides) -> Contents:
     ConfigurationError
         ``overrides`` contradict what the checkpoint records.
     """
-    config = _read_config(path / CONFIG_NAME)
-    tensors = _read_tensors(path / TENSORS_NAME, config)
+    config = _read_config(path / CONFIG_NAME, read)
+    tensors = _read_tensors(path / TENSORS_NAME, config, read)
     spec: ModelSpec = config["model"]
     _refuse_contradictions(path, spec, overrides)
     stored = {key: value for key, value in tensors.items() if not key.startswith(_CALIBRATION)}
@@ -178,11 +207,11 @@ def _malformed(path: Path, problem: str) -> NoReturn:
 # --- config.json ---------------------------------------------------------------------------
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, read: Callable[[Path], bytes]) -> dict[str, Any]:
     """Parse and check config.json; its ``model`` comes back as a `ModelSpec`."""
     try:
         config = json.loads(
-            read_file(path).decode("utf-8"),
+            read(path).decode("utf-8"),
             object_pairs_hook=lambda pairs: _no_repeats(path, pairs),
             parse_constant=lambda word: _malformed(path, f"holds {word}, which is no JSON"),
         )
@@ -302,10 +331,12 @@ def _refuse_contradictions(path: Path, spec: ModelSpec, overrides: Overrides) ->
 # --- model.safetensors ---------------------------------------------------------------------
 
 
-def _read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(
+    path: Path, config: Mapping[str, Any], read: Callable[[Path], bytes]
+) -> dict[str, Tensor]:
     """Read all tensors and compare each with its record in config.json."""
     try:
-        tensors = safetensors.torch.load(read_file(path))
+        tensors = safetensors.torch.load(read(path))
     except FileNotFoundError as error:
         raise MalformedCheckpointError(path, "missing; config.json stands there alone") from error
     except OSError:

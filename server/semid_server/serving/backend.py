@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import numpy as np
@@ -288,10 +288,11 @@ class Backend:
         self._device = choose_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        overrides = config.overrides
-        if source.name is not None:
-            overrides = replace(overrides, name=source.name)
-        checkpoint = load_checkpoint(source.path, overrides=overrides)
+        overrides = config.overrides_of(source)
+        if source.kept is None:
+            checkpoint = load_checkpoint(source.path, overrides=overrides)
+        else:
+            checkpoint = source.kept.load(source.path, overrides)
         for note in checkpoint.notes:
             logger.info("%s: %s", source.path, note)
         for warning in checkpoint.warnings:

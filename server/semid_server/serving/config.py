@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from semid_server.checkpoint import Overrides
@@ -13,6 +13,7 @@ from semid_server.errors import ConfigurationError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from semid_server.serving.kept import Kept
     from semid_server.serving.tls import TlsFiles
 
 MIB = 1 << 20
@@ -64,10 +65,14 @@ TIMERS = ("max_batch_seconds", "grace", "max_stall", "watch")
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model to serve: where its checkpoint is, and its name if not the checkpoint's."""
+    """A model to serve: where its checkpoint is, and its name if not the checkpoint's.
+
+    Where a version of it is kept, that one is served, whatever is at its path by now.
+    """
 
     path: Path
     name: str | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +152,12 @@ class ServeConfig:
     def verifies_callers(self) -> bool:
         """Whether callers show certificates that are verified."""
         return self.tls is not None and self.tls.client_ca is not None
+
+    def overrides_of(self, source: ModelSource) -> Overrides:
+        """Return what the user says of one of the models."""
+        if source.name is None:
+            return self.overrides
+        return replace(self.overrides, name=source.name)
 
     def max_rows(self, input_dim: int) -> int:
         """Rows that one request may have: a batch holds them, and one message their decoding.
