@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ from waiting import wait_until
 from semid.v1 import semid_pb2 as pb
 from semid.v1.semid_pb2_grpc import SemanticIdServiceStub
 from semid_client import Client, SemidClientError, UnavailableError
+from semid_server.checkpoint import load_checkpoint
 
 # A machine on which starting two processes takes minutes is slow, not wrong.
 pytestmark = pytest.mark.timeout(400)
@@ -144,7 +146,7 @@ def test_under_load_sighup_reloads_every_process_and_sigterm_drains_every_one(
     with call(server) as callers:
         callers.are_served()
         server.signal(signal.SIGHUP)
-        wait_until(lambda: server.metric("semid_model_reloads_total", result="ok") == 2)
+        wait_until(lambda: server.metric("semid_model_reloads_total", result="ok") == 1)
         callers.are_served()
         assert server.stop() == 0
         callers.join()
@@ -170,6 +172,63 @@ def test_processes_share_the_load_and_outlive_one_of_them(serve, checkpoint):
     server.signal(signal.SIGINT)
     assert server.wait() == 0
     assert "status -9; another is started" in server.stderr()
+
+
+def fingerprints(target, expected):
+    """What connections find there, so many that each of two processes has some."""
+    found = {}
+    for _ in range(24):
+        with Client(target, timeout=60) as client:
+            one = client.model().fingerprint
+        found[one] = found.get(one, 0) + 1
+    assert set(found) <= set(expected), found
+    return set(found)
+
+
+def killed_and_replaced(server):
+    """Kill a process, and wait until another serves in its place."""
+    before = servers_of(server.process.pid)
+    os.kill(min(before), signal.SIGKILL)
+    wait_until(lambda: len(servers_of(server.process.pid) - {min(before)}) == 2)
+    wait_until(lambda: server.metric("semid_serving") == 1)
+
+
+def put(source, place):
+    """Put a file in the place of another one, as whoever replaces a checkpoint does."""
+    new = place.with_name("new")
+    shutil.copyfile(source, new)
+    new.replace(place)
+
+
+def test_a_process_that_is_started_again_serves_what_the_others_serve(
+    serve, reference_dir, tmp_path
+):
+    first, other, wide = (
+        reference_dir / name / "model.ckpt"
+        for name in ("digits_rkmeans", "digits_rvq", "movies_rkmeans")
+    )
+    one, another = (load_checkpoint(path).fingerprint for path in (first, other))
+    put(first, place := tmp_path / "served.ckpt")
+    server = serve(place, "--processes", "2", "--name", "digits")
+    assert fingerprints(server.target, {one}) == {one}
+
+    put(wide, place)  # which none takes
+    server.signal(signal.SIGHUP)
+    wait_until(lambda: server.metric("semid_model_reloads_total", result="failed") >= 1)
+    killed_and_replaced(server)
+    assert fingerprints(server.target, {one, another}) == {one}
+
+    put(other, place)  # which nobody has announced
+    killed_and_replaced(server)
+    assert fingerprints(server.target, {one, another}) == {one}
+
+    server.signal(signal.SIGHUP)
+    wait_until(lambda: server.metric("semid_model_reloads_total", result="ok") >= 1)
+    assert fingerprints(server.target, {one, another}) == {another}
+    place.unlink()
+    killed_and_replaced(server)
+    assert fingerprints(server.target, {one, another}) == {another}
+    assert server.stop() == 0
 
 
 def test_a_checkpoint_that_cannot_be_used_ends_the_start_with_one_sentence(serve, tmp_path):

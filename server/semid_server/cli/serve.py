@@ -482,19 +482,20 @@ def serve(
         check_apart(config)
 
         async def run() -> None:
+            server: Server | Processes
             if config.processes > 1:
-                await Processes(config, announce=_announce, prepare=prepare).run()
+                server = Processes(config, announce=_announce, prepare=prepare)
             else:
                 server = Server(config, announce=_announce)
-                try:
-                    await server.run()
-                except SemidError as error:
-                    if server.unfinished:
-                        show(click.ClickException(str(error)))
-                        leave_at_once(1)
-                    raise
+            try:
+                await server.run()
+            except SemidError as error:
                 if server.unfinished:
-                    leave_at_once(0)
+                    show(click.ClickException(str(error)))
+                    leave_at_once(1)
+                raise
+            if server.unfinished:
+                leave_at_once(0)
 
         uvloop.run(run())
 

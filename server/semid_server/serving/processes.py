@@ -1,6 +1,6 @@
 """Several server processes behind one address and one metrics endpoint.
 
-The parent loads no model and serves no call. It starts the children (afresh, not by fork: gRPC does
+The parent runs no model and serves no call. It starts the children (afresh, not by fork: gRPC does
 not survive one), each a whole `Server` that binds the same port, among which the kernel divides the
 connections (SO_REUSEPORT). Over a pipe a child says that it serves, or why it cannot, and hands
 over its metrics when the parent's endpoint is asked for them; the parent adds them up.
@@ -14,6 +14,28 @@ The life of a child::
       │
       ▼
     told to end, by a signal passed on or by the end of the pipe ──> drains, ends
+
+All children serve the same version of each model, since none of them reads its path. The parent
+reads it, keeps what it read (see `kept`), and hands that to each child that starts: to the first
+ones, and to one that is started again, whatever is at the path by then. A new version, on SIGHUP or
+seen with ``watch``, takes the place of the one before in all of them or in none::
+
+    the parent reads it ── it cannot be used ────────────────────────────────> refused
+      │
+      ▼
+    "load" to all ── one of them cannot use it, or ends before it has said ──> refused: "drop"
+      │
+      ▼
+    all of them have loaded it: it is the version to serve from now on; "put" to all
+
+- No child starts between "load" and "put"; one that is starting is waited for. So none begins to
+  serve what the others have left.
+- A child that hangs holds a new version up: all serve the one before, it too if it wakes. The log
+  names it; `semid_serving` is 0.
+- While no child is there at all, a new version is taken on the parent's word, so that it can mend
+  what keeps them from starting.
+- From the first to the last "put", a moment, some serve the one and some the other; and a stream
+  ends on the version it began with, in all of them.
 """
 
 from __future__ import annotations
@@ -26,14 +48,14 @@ import os
 import signal
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import uvloop
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from semid_server.errors import ConfigurationError, SemidError
+from semid_server.errors import ConfigurationError, DeviceError, SemidError
 from semid_server.serving.addresses import (
     admin_address,
     bracketed,
@@ -41,16 +63,22 @@ from semid_server.serving.addresses import (
     service_address,
     share_address,
 )
+from semid_server.serving.disk import in_daemon
+from semid_server.serving.kept import Kept, read
 from semid_server.serving.metrics import Metrics
+from semid_server.serving.reloading import Reloads, Stamp, check_width, lies_in_the_files, stamp
 from semid_server.serving.server import Server, leave_at_once
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from multiprocessing.connection import Connection
     from multiprocessing.context import BaseContext
     from multiprocessing.process import BaseProcess
 
-    from semid_server.serving.config import ServeConfig
+    from semid_server.serving.backend import Backend
+    from semid_server.serving.config import ModelSource, ServeConfig
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +91,9 @@ STEADY: Final = 60.0
 METRICS_PATIENCE: Final = 2.0
 """Seconds that a scrape waits for a child. Then that child's last figures have to do, for later
 scrapes too, which wait no more until it has answered."""
+
+SLOW_TO_LOAD: Final = 15.0
+"""Seconds after which the log names the children that a new version waits for."""
 
 LAST_RESORT: Final = 20.0
 """Seconds beyond ``grace`` after which a child that was told to end is killed: its own watchdog, if
@@ -88,8 +119,17 @@ LEAST: Final = frozenset(
 )
 """Gauges of which the least of any process is shown: of all others, the greatest."""
 
-OWN: Final = frozenset({"semid_serving"})
+OWN: Final = frozenset({"semid_serving", "semid_model_reloads"})
 """What the parent knows of all of them together, and shows beside what they tell."""
+
+
+class _Version(NamedTuple):
+    """A version that is served, or may be."""
+
+    kept: Kept
+    name: str
+    fingerprint: str
+    input_dim: int
 
 
 class Processes:
@@ -105,6 +145,11 @@ class Processes:
         Called first in each child; must be picklable. Sets up its logging.
     context : BaseContext, optional
         Makes the children's processes and pipes.
+
+    Attributes
+    ----------
+    unfinished : bool
+        Whether a thread of it goes on although it has ended: see `leave_at_once`.
     """
 
     def __init__(
@@ -121,15 +166,23 @@ class Processes:
         self._past: dict[str, Metric] = {}
         self._metrics = Metrics()
         self._stop = asyncio.Event()
+        self._told = asyncio.Event()
+        # What is served, a version of each model; and what keeps children from starting meanwhile.
+        self._versions: list[_Version] = []
+        self._changing = asyncio.Lock()
+        self._reading: set[asyncio.Future[_Version]] = set()
+        self.unfinished = False
         self._last_resort: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then have all children drain. SIGHUP goes to them too.
+        """Serve until SIGTERM or SIGINT, then have all children drain; SIGHUP reloads the models.
 
         Raises
         ------
         ConfigurationError
             An address cannot be had, or a child could not begin to serve; the message is its.
+        CheckpointError
+            A checkpoint cannot be used.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._signals())
@@ -141,9 +194,54 @@ class Processes:
                 config = replace(config, admin_port=shared.getsockname()[1])
                 self._announce(f"admin on {bracketed(admin.host)}:{config.admin_port}")
             stack.enter_context(self._metrics_endpoint())
-            await self._keep_all(config)
+            try:
+                stamps = await self._read_all()
+                if not self._stop.is_set():
+                    names = [version.name for version in self._versions]
+                    models = [
+                        replace(source, name=name)
+                        for source, name in zip(config.models, names, strict=True)
+                    ]
+                    await self._keep_all(replace(config, models=tuple(models)), stamps)
+            finally:
+                self.unfinished = bool(self._reading)
 
-    async def _keep_all(self, config: ServeConfig) -> None:
+    async def _read_all(self) -> list[Stamp]:
+        """Read what is to be served first, unless told to stop; return the state of its files."""
+        stamps: list[Stamp] = []
+        for source in self._config.models:
+            if self._stop.is_set():
+                break
+            # Looked at before they are read: what changes from here on is a new version.
+            stamps.append(await self._unless_stopped(in_daemon(stamp, source.path)))
+            if (version := await self._unless_stopped(self._begin_to_read(source))) is not None:
+                self._versions.append(version)
+        return stamps
+
+    async def _unless_stopped(self, work: asyncio.Future[T]) -> T | None:
+        """Wait for it; None if told to stop before it is done."""
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            both: set[asyncio.Future[Any]] = {work, stopping}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            return work.result() if work.done() else None
+        finally:
+            stopping.cancel()
+
+    def _begin_to_read(self, source: ModelSource) -> asyncio.Future[_Version]:
+        """Have a thread read what is at the path of a model, and keep it."""
+
+        def begin() -> _Version:
+            kept, checkpoint = read(source.path, self._config.overrides_of(source))
+            spec = checkpoint.spec
+            return _Version(kept, checkpoint.name, checkpoint.fingerprint, spec.input_dim)
+
+        reading = in_daemon(begin)
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
+        return reading
+
+    async def _keep_all(self, config: ServeConfig, stamps: list[Stamp]) -> None:
         cores = len(os.sched_getaffinity(0))
         config = replace(
             config,
@@ -158,7 +256,13 @@ class Processes:
             if not self._stop.is_set():
                 address = f"{bracketed(config.host)}:{config.port}"
                 self._announce(f"serving {names[0]} on {address}")
-            await asyncio.gather(*keepers)
+            reloading = asyncio.create_task(self._reload(config, stamps))
+            stopping = asyncio.create_task(self._stop.wait())
+            stopping.add_done_callback(lambda _: reloading.cancel())
+            try:
+                await asyncio.gather(*keepers)
+            finally:
+                stopping.cancel()
         finally:
             self._tell_to_end()
             for first in begun:
@@ -171,9 +275,7 @@ class Processes:
         """Start a child, and start it again whenever it ends untold; `first` is its first word."""
         shortest, longest = PAUSES
         pause = shortest
-        while not self._stop.is_set():
-            child = _Child(config, self._prepare, self._context)
-            self._children.add(child)
+        while (child := await self._start(config)) is not None:
             started = time.monotonic()
             try:
                 names = await child.serving
@@ -205,6 +307,60 @@ class Processes:
             pause = min(2 * pause, longest)
         if not first.done():
             first.set_result("")
+
+    async def _start(self, config: ServeConfig) -> _Child | None:
+        """Start a child with what is served, once no other version is about to be; unless told."""
+        async with self._changing:
+            if self._stop.is_set():
+                return None
+            versions = [version.kept for version in self._versions]
+            child = _Child(config, self._prepare, self._context, versions)
+            self._children.add(child)
+            return child
+
+    async def _reload(self, config: ServeConfig, stamps: list[Stamp]) -> None:
+        """Have new versions served when told to, or when files change; until cancelled."""
+        indices = {source.name: index for index, source in enumerate(config.models)}
+
+        async def change(source: ModelSource) -> None:
+            version = await asyncio.shield(self._begin_to_read(source))
+            await self._change(indices[source.name], version)
+
+        await Reloads(
+            config.models,
+            stamps,
+            told=self._told,
+            watch=config.watch,
+            replace=change,
+            count=lambda *labels: self._metrics.reloads.labels(*labels).inc(),
+        ).run()
+
+    async def _change(self, index: int, version: _Version) -> None:
+        """Have all children load a version, then serve it; or raise why not, and none does."""
+        check_width(version.input_dim, self._versions[index].input_dim)
+        async with self._changing:  # none is started from here on
+            if starting := [child.serving for child in self._children if not child.serving.done()]:
+                await asyncio.wait(starting)
+            children = [child for child in self._children if child.is_there]
+            answers = {child: child.load(index, version.kept) for child in children}
+            if answers:
+                loop = asyncio.get_running_loop()
+                slow = loop.call_later(SLOW_TO_LOAD, _tell_who_loads, version.name, answers)
+                try:
+                    await asyncio.wait(answers.values())
+                finally:
+                    slow.cancel()
+            errors = [error for answer in answers.values() if (error := answer.result())]
+            for child in children:
+                child.settle("drop" if errors else "put")
+            if errors:
+                raise errors[0]
+            before, self._versions[index] = self._versions[index], version
+        before.kept.close()
+        logger.info(
+            "%s: all processes serve the new version, fingerprint %s (before: %s)",
+            *(version.name, version.fingerprint, before.fingerprint),
+        )
 
     @contextlib.contextmanager
     def _metrics_endpoint(self) -> Iterator[None]:
@@ -243,11 +399,11 @@ class Processes:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the children, SIGHUP goes on to them; give all back at last."""
+        """SIGTERM and SIGINT end the children, SIGHUP has them reload; give all back at last."""
         loop = asyncio.get_running_loop()
         taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         before = {number: signal.getsignal(number) for number in taken}
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGHUP, self._told.set)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, number)
         try:
@@ -274,10 +430,6 @@ class Processes:
             logger.error("server process %d does not end by itself: it is killed", child.pid)
             child.tell(signal.SIGKILL)
 
-    def _reload(self) -> None:
-        for child in self._children:
-            child.reload()
-
 
 class _Child:
     """One server process, seen from the parent's event loop.
@@ -291,7 +443,11 @@ class _Child:
     """
 
     def __init__(
-        self, config: ServeConfig, prepare: Callable[[], None], context: BaseContext
+        self,
+        config: ServeConfig,
+        prepare: Callable[[], None],
+        context: BaseContext,
+        versions: Sequence[Kept],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._connection, theirs = context.Pipe()
@@ -300,13 +456,19 @@ class _Child:
         )
         self._process.start()
         theirs.close()
+        try:
+            for version in versions:
+                version.send(self._connection)
+        except OSError:
+            logger.exception("a server process could not be handed what it is to serve")
+            self._process.kill()  # it would wait for that
         self.pid = self._process.pid
         self.metrics: list[Metric] = []
         self.is_late = False
         self.serving: asyncio.Future[str] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._asked: asyncio.Future[None] | None = None
-        self._reload_due = False
+        self._loading: asyncio.Future[SemidError | None] | None = None
         _call_when_readable(self._loop, self._connection, self._listen)
 
     @property
@@ -315,25 +477,38 @@ class _Child:
         return self._process.exitcode
 
     @property
-    def serves(self) -> bool:
-        """Whether it has begun to serve, has not ended, and answers."""
+    def is_there(self) -> bool:
+        """Whether it has begun to serve, and has not ended."""
         begun = self.serving.done() and self.serving.exception() is None
-        return begun and not self.ended.done() and not self.is_late
+        return begun and not self.ended.done()
+
+    @property
+    def serves(self) -> bool:
+        """Whether it is there, and answers."""
+        return self.is_there and not self.is_late
 
     def tell(self, number: signal.Signals) -> None:
         """Send it a signal, unless it has ended."""
         if self._process.is_alive() and self.pid is not None:
             os.kill(self.pid, number)
 
-    def reload(self) -> None:
-        """Have it read its files again, once it serves.
+    def load(self, index: int, version: Kept) -> asyncio.Future[SemidError | None]:
+        """Have it load a version of a model beside the one it serves, and wait to be told more.
 
-        One that is starting may have read them already, or may not yet be able to take the signal.
+        The future's result is why it cannot use it, None if it can. One at a time.
         """
-        if self.serving.done():
-            self.tell(signal.SIGHUP)
-        else:
-            self._reload_due = True
+        loading = self._loading = self._loop.create_future()
+        try:
+            version.send(self._connection, ("load", index))
+        except OSError as error:
+            what = f"server process {self.pid} could not be handed it: {error.strerror}"
+            self._loaded(DeviceError(what))
+        return loading
+
+    def settle(self, what: Literal["put", "drop"]) -> None:
+        """Have it serve what it has loaded, or let go of it."""
+        with contextlib.suppress(OSError):
+            self._connection.send((what, None))
 
     def ask_for_metrics(self) -> asyncio.Future[None]:
         """Return a future that is done when `metrics` are fresh, or the child has ended.
@@ -344,7 +519,7 @@ class _Child:
         if self._asked is None:
             self._asked = self._loop.create_future()
             try:
-                self._connection.send("metrics")
+                self._connection.send(("metrics", None))
             except OSError:  # it has ended; `_listen` is about to hear of it
                 self._asked.set_result(None)
         return self._asked
@@ -358,11 +533,11 @@ class _Child:
         if kind == "metrics":
             self.metrics = what
             self._answer()
+        elif kind == "loaded":
+            self._loaded(what)
         elif not self.serving.done():
             if kind == "serving":
                 self.serving.set_result(what)
-                if self._reload_due:
-                    self.tell(signal.SIGHUP)
             else:
                 self.serving.set_exception(ConfigurationError(what))
 
@@ -371,6 +546,7 @@ class _Child:
         self._connection.close()
         self._process.join()  # the pipe's other end closes as the process ends
         self._answer()
+        self._loaded(DeviceError(f"server process {self.pid} ended before it had loaded it"))
         if not self.serving.done():
             self.serving.set_exception(
                 ConfigurationError(
@@ -380,6 +556,11 @@ class _Child:
             )
         if not self.ended.done():
             self.ended.set_result(None)
+
+    def _loaded(self, error: SemidError | None) -> None:
+        if self._loading is not None and not self._loading.done():
+            self._loading.set_result(error)
+        self._loading = None
 
     def _answer(self) -> None:
         self.is_late = False
@@ -430,6 +611,15 @@ def _identity(sample: Any) -> tuple[Any, ...]:
     return sample.name, *sorted(sample.labels.items())
 
 
+def _tell_who_loads(name: str, answers: Mapping[_Child, asyncio.Future[Any]]) -> None:
+    late = ", ".join(str(child.pid) for child, answer in answers.items() if not answer.done())
+    logger.warning(
+        "server processes that have not loaded a new version of %s within %g s: %s; until they "
+        "have, or end, all serve the one before",
+        *(name, SLOW_TO_LOAD, late),
+    )
+
+
 def _call_when_readable(
     loop: asyncio.AbstractEventLoop, connection: Connection, listen: Callable[[], None]
 ) -> None:
@@ -446,30 +636,27 @@ def _serve(config: ServeConfig, prepare: Callable[[], None], connection: Connect
 
     def announce(line: str) -> None:
         if line.startswith("serving "):
+            for source in config.models:
+                if source.kept is not None:
+                    source.kept.close()
             connection.send(("serving", line.removeprefix("serving ").rpartition(" on ")[0]))
 
     async def run(server: Server) -> None:
-        def send_metrics() -> None:
-            connection.send(("metrics", list(server.registry.collect())))
-
-        def listen() -> None:
-            try:
-                connection.recv()
-                send_metrics()
-            except (EOFError, OSError):  # the parent is gone, and nobody will start another
-                asyncio.get_running_loop().remove_reader(connection.fileno())
-                server.request_stop()
-
-        _call_when_readable(asyncio.get_running_loop(), connection, listen)
+        parent = _Parent(connection, config, server)
+        _call_when_readable(asyncio.get_running_loop(), connection, parent.listen)
         await server.run()
         with contextlib.suppress(OSError):
-            send_metrics()  # the last figures: counters do not go back when a process ends
+            parent.send_metrics()  # the last: counters do not go back when a process ends
 
     server = None
     status = 0
     try:
+        models = [replace(source, kept=Kept.receive(connection)) for source in config.models]
+        config = replace(config, models=tuple(models))
         server = Server(config, announce=announce)
         uvloop.run(run(server))
+    except EOFError:  # the parent is gone
+        status = 1
     except (SemidError, OSError) as error:
         with contextlib.suppress(OSError):
             connection.send(("failed", str(error)))
@@ -477,3 +664,53 @@ def _serve(config: ServeConfig, prepare: Callable[[], None], connection: Connect
     if server is not None and server.unfinished:
         leave_at_once(status)
     raise SystemExit(status)
+
+
+class _Parent:
+    """The parent, seen from a child's event loop, which does what it says."""
+
+    def __init__(self, connection: Connection, config: ServeConfig, server: Server) -> None:
+        self._connection, self._models, self._server = connection, config.models, server
+        self._loading: asyncio.Task[None] | None = None
+        self._loaded: Backend | None = None
+
+    def send_metrics(self) -> None:
+        self._connection.send(("metrics", list(self._server.registry.collect())))
+
+    def listen(self) -> None:
+        """Hear one message of it."""
+        try:
+            kind, what = self._connection.recv()
+            if kind == "metrics":
+                self.send_metrics()
+            elif kind == "load":
+                source = replace(self._models[what], kept=Kept.receive(self._connection))
+                self._loading = asyncio.create_task(self._load(source))
+            else:
+                self._settle(kind)
+        except (EOFError, OSError):  # it is gone, and nobody will start another
+            asyncio.get_running_loop().remove_reader(self._connection.fileno())
+            self._server.request_stop()
+
+    async def _load(self, source: ModelSource) -> None:
+        error: SemidError | None = None
+        try:
+            self._loaded = await self._server.prepare(source)
+        except Exception as reason:
+            if lies_in_the_files(reason):
+                error = ConfigurationError(str(reason))
+            else:
+                if not isinstance(reason, SemidError):
+                    logger.exception("a new version of %s could not be loaded", source.name)
+                error = DeviceError(f"server process {os.getpid()} could not load it: {reason}")
+        with contextlib.suppress(OSError):  # `listen` is about to hear of it
+            self._connection.send(("loaded", error))
+
+    def _settle(self, what: Literal["put", "drop"]) -> None:
+        backend, self._loaded = self._loaded, None
+        if backend is None:
+            return  # it could not be loaded here, and is served nowhere
+        if what == "put":
+            self._server.put(backend)
+        else:
+            self._server.drop(backend)

@@ -10,9 +10,8 @@ import math
 import os
 import signal
 import sys
-import time
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +22,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from semid.v1 import semid_pb2 as pb
 from semid_server.encoding.rows import default_threads
-from semid_server.errors import ConfigurationError, DeviceLostError, SemidError
+from semid_server.errors import ConfigurationError, DeviceLostError
 from semid_server.serving import asking
 from semid_server.serving.addresses import (
     Address,
@@ -45,6 +44,7 @@ from semid_server.serving.listener import Listener
 from semid_server.serving.memory import Memory, allowed
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.peers import caller_of
+from semid_server.serving.reloading import Reloads, Stamp, check_width, stamp
 from semid_server.serving.servicer import SemanticIdServicer, add_to_server
 from semid_server.serving.shared_memory import Bounds, SharedMemory
 from semid_server.serving.tls import Certificates
@@ -52,17 +52,14 @@ from semid_server.serving.tokens import TokenFile
 from semid_server.serving.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator
 
     import numpy.typing as npt
     from prometheus_client import CollectorRegistry
 
     from semid_server.serving.config import ModelSource, ServeConfig
     from semid_server.serving.tracing import Tracing
-    from semid_server.serving.types import Payload, ServedModel, WorkKey
-
-Stamp = tuple[tuple[int, int, int], ...] | None
+    from semid_server.serving.types import Payload, WorkKey
 
 logger = logging.getLogger(__name__)
 
@@ -117,14 +114,6 @@ long, at most, while the disk answers."""
 
 LOOK_AT_CERTIFICATES = 1.0
 """Seconds from one look at the files of TLS to the next."""
-
-SLOW_LOAD = 15.0
-"""Seconds for which other new versions wait for one that is being loaded."""
-
-MAX_PAUSE = 60.0
-"""Seconds from one attempt to the next, at most, to read a new version that cannot be read."""
-
-CHECKPOINT_FILES = ("config.json", "model.safetensors")
 
 MAX_PING_PATIENCE = 20_000
 """Milliseconds in which a peer's machine has to take a ping, at most."""
@@ -191,7 +180,6 @@ class Server:
         )
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
-        self._turns = _Turns()
         self._stamps: list[Stamp] = []
         self._reading: set[asyncio.Future[Backend]] = set()
         # Versions that were replaced and may still be needed, and what sees to it that they go.
@@ -408,17 +396,24 @@ class Server:
         await asyncio.gather(*(listener.lost() for listener in self._listeners))
 
     async def _serve_until_stopped(self) -> None:
-        """Wait for the end; meanwhile load new versions when told to, or when files change."""
-        models = [
-            _Model(replace(source, name=name), read)
-            for source, name, read in zip(
-                self._config.models, self._catalogue.names, self._stamps, strict=True
+        """Wait for the end; meanwhile load new versions when told to, or when files change.
+
+        One of several processes is told by its parent: see `processes`.
+        """
+        watchers: list[asyncio.Task[None]] = []
+        if self._config.processes == 1:
+            reloads = Reloads(
+                [
+                    replace(source, name=name)
+                    for source, name in zip(self._config.models, self._catalogue.names, strict=True)
+                ],
+                self._stamps,
+                told=self._reload,
+                watch=self._config.watch,
+                replace=self._replace,
+                count=lambda *labels: self._metrics.reloads.labels(*labels).inc(),
             )
-        ]
-        watchers = [asyncio.create_task(self._reload_when_told(model)) for model in models]
-        watchers.append(asyncio.create_task(self._tell(models)))
-        if self._config.watch:
-            watchers += [asyncio.create_task(self._reload_on_change(model)) for model in models]
+            watchers.append(asyncio.create_task(reloads.run()))
         stopping = asyncio.create_task(self._stop.wait())
         lost = asyncio.create_task(self._batcher.lost())
         closed = asyncio.create_task(self._port_lost())
@@ -451,75 +446,36 @@ class Server:
             patience=self._config.grace + 10 * LAST_WORDS,
         )
 
-    async def _tell(self, models: list[_Model]) -> None:
-        """Pass on to each model that all are to be reloaded."""
-        while True:
-            await self._reload.wait()
-            self._reload.clear()
-            for model in models:
-                model.told.set()
+    async def _replace(self, source: ModelSource) -> None:
+        self.put(await self.prepare(source))
 
-    async def _reload_when_told(self, model: _Model) -> None:
-        while True:
-            await model.told.wait()
-            model.told.clear()
-            async with model.reloading:
-                await self._replace(model)
+    async def prepare(self, source: ModelSource) -> Backend:
+        """Load a version beside the one that serves, and warm it up; it is for `put` or `drop`.
 
-    async def _reload_on_change(self, model: _Model) -> None:
-        seen = model.read
-        while True:
-            await asyncio.sleep(self._config.watch)
-            now = await patiently(
-                in_daemon(stamp, model.source.path),
-                where=model.source.path,
-                meanwhile=f"no new version of {model.source.name} is seen",
-            )
-            async with model.reloading:
-                # Twice the same: whoever writes the files has finished.
-                if now is not None and now == seen and model.is_due(now):
-                    await self._replace(model)
-            seen = now
-
-    async def _replace(self, model: _Model) -> None:
-        """Load a version beside the one that serves, warm it up, and put it in its place.
-
-        A version that cannot be used changes nothing: the one before goes on. The caller holds
-        `_Model.reloading`.
+        Whatever it raises is why the version cannot be used; the one before goes on.
         """
-        source = model.source
-        async with self._turns.turn(f"{source.path}: a new version of {source.name}"):
-            # Looked at before they are read: what changes from here on is a new version.
-            model.read = await in_daemon(stamp, source.path)
-            self._device.loading += 1
-            try:
-                backend = await self._begin_to_read(source)
-                before = self._catalogue.find(backend.served.name)
-                _check_width(backend.served, before)
-            except Exception as error:
-                model.put_off(error, await in_daemon(stamp, source.path), self._config.watch)
-                self._metrics.reloads.labels(source.name, "failed").inc()
-                again = f"; tried again in {model.pause:g} s" if model.pause else ""
-                if isinstance(error, SemidError):
-                    logger.error("%s; %s goes on as it was%s", error, source.name, again)  # noqa: TRY400 - no bug
-                else:
-                    logger.exception(
-                        "%s could not be reloaded, and goes on as it was%s", source.name, again
-                    )
-                return
-            finally:
-                self._device.loading -= 1
-        model.put_off(None, model.read, 0)
+        self._device.loading += 1
+        try:
+            backend = await self._begin_to_read(source)
+            before = self._catalogue.find(backend.served.name)
+            check_width(backend.served.input_dim, before.input_dim)
+        finally:
+            self._device.loading -= 1
+        return backend
+
+    def put(self, backend: Backend) -> None:
+        """Serve what was prepared, in place of the version before."""
+        before = self._catalogue.find(backend.served.name)
         self._show(backend)
         self._let_go(before.backend)
-        self._metrics.reloads.labels(source.name, "ok").inc()
         logger.info(
-            "%s: new version loaded from %s, fingerprint %s (before: %s)",
-            source.name,
-            source.path,
-            backend.served.fingerprint,
-            before.fingerprint,
+            "%s: a new version is served, fingerprint %s (before: %s)",
+            *(before.name, backend.served.fingerprint, before.fingerprint),
         )
+
+    def drop(self, backend: Backend) -> None:
+        """Let go of what was prepared, and go on with the version before."""
+        self._let_go(backend)
 
     def _let_go(self, replaced: Backend) -> None:
         """Have the memory of a replaced version given back once nothing needs it any more.
@@ -682,7 +638,7 @@ class Server:
         loop = asyncio.get_running_loop()
         taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         before = {number: signal.getsignal(number) for number in taken}
-        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         try:
@@ -692,99 +648,22 @@ class Server:
                 loop.remove_signal_handler(number)
                 signal.signal(number, handler)
 
+    def _on_hangup(self) -> None:
+        if self._config.processes == 1:
+            self._reload.set()
+        else:
+            logger.warning(
+                "SIGHUP to one of %d server processes; it is for their parent, process %d, which "
+                "has all of them reload",
+                *(self._config.processes, os.getppid()),
+            )
+
     def _on_signal(self, number: int) -> None:
         if self._stop.is_set():  # asked a second time: somebody is in a hurry
             self._batcher.stop()
             logger.warning("%s again: what is queued is given up", signal.Signals(number).name)
         logger.info("%s received", signal.Signals(number).name)
         self.request_stop()
-
-
-@dataclass(slots=True, eq=False)
-class _Model:
-    """One model that is served, while the server serves.
-
-    Attributes
-    ----------
-    source : ModelSource
-        Where its files are, and its name.
-    read : Stamp
-        The state of the files when they were read last, None if they are to be read in any state.
-    pause : float
-        Seconds from the last attempt to read them to the next, if their state stays the same: 0 for
-        no next one.
-    reloading : asyncio.Lock
-        Held while they are read: an older version must not be ready after a newer one.
-    told : asyncio.Event
-        Set when they are to be read, changed or not.
-    """
-
-    source: ModelSource
-    read: Stamp
-    reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
-    told: asyncio.Event = field(default_factory=asyncio.Event)
-    pause: float = 0.0
-    _again: float = math.inf
-
-    def is_due(self, now: Stamp) -> bool:
-        """Whether files that are in this state now are to be read."""
-        return now != self.read or time.monotonic() >= self._again
-
-    def put_off(self, error: Exception | None, now: Stamp, pause: float) -> None:
-        """Note how an attempt ended, and whether there is another while the files stay the same.
-
-        What the files hold is no better the next time. What was in the way of reading them may go
-        and leave no trace, and is tried again, after longer and longer.
-
-        Parameters
-        ----------
-        error : Exception or None
-            Why the version could not be used.
-        now : Stamp
-            The state of the files after the attempt.
-        pause : float
-            Seconds to the first of further attempts; 0 for none.
-        """
-        if error is None or not pause or _lies_in_the_files(error):
-            self.pause, self._again = 0.0, math.inf
-        else:
-            longest = max(pause, MAX_PAUSE)
-            self.pause = min(2 * self.pause, longest) if self.pause else pause
-            self._again = time.monotonic() + self.pause
-        if now != self.read:  # gone meanwhile, perhaps to come back as they were
-            self.read = None
-
-
-class _Turns:
-    """Lets new versions be loaded one after another, so that there need be memory for one alone.
-
-    One that takes long, behind a disk that hangs, say, goes on, and the next one begins.
-    """
-
-    def __init__(self) -> None:
-        self._free = asyncio.Lock()
-
-    @contextlib.asynccontextmanager
-    async def turn(self, what: str) -> AsyncIterator[None]:
-        """Wait for a turn and have it; ``what`` begins the log's line about one that takes long."""
-        await self._free.acquire()
-        has = contextlib.ExitStack()
-        has.callback(self._free.release)
-
-        def pass_on() -> None:
-            logger.warning(
-                "%s has not been read within %g s: the one before serves on, and other models are "
-                "not kept waiting",
-                *(what, SLOW_LOAD),
-            )
-            has.close()
-
-        passing = asyncio.get_running_loop().call_later(SLOW_LOAD, pass_on)
-        try:
-            yield
-        finally:
-            passing.cancel()
-            has.close()
 
 
 def leave_at_once(status: int) -> NoReturn:
@@ -797,43 +676,6 @@ def leave_at_once(status: int) -> NoReturn:
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
     os._exit(status)
-
-
-def _lies_in_the_files(error: BaseException) -> bool:
-    """Whether a version was refused for what its files hold, not because they could not be read."""
-    reason: BaseException | None = error
-    while reason is not None:
-        if isinstance(reason, OSError):
-            return False
-        reason = reason.__cause__ or reason.__context__
-    return isinstance(error, SemidError)
-
-
-def _check_width(served: ServedModel, before: ServedModel) -> None:
-    """Refuse a new version that takes other rows than the one before."""
-    if served.input_dim != before.input_dim:
-        raise ConfigurationError(
-            f"the new version takes rows of {served.input_dim} numbers, the one before takes "
-            f"{before.input_dim}: its callers would be refused, or given rows of another width. "
-            "Serve it under another name"
-        )
-
-
-def stamp(path: Path) -> Stamp:
-    """Return what tells one version of a checkpoint's files from the next; None if there is none.
-
-    Links are followed, so that a folder that is switched by a link is seen to change.
-    """
-    try:
-        files = [path / name for name in CHECKPOINT_FILES] if path.is_dir() else [path]
-        return tuple(
-            (status.st_mtime_ns, status.st_size, status.st_ino)
-            for status in (file.stat() for file in files)
-        )
-    # In the middle of being replaced, or gone, or a disk that fails, which even `is_dir` may tell
-    # so: the version in memory serves on.
-    except OSError:
-        return None
 
 
 def _open_tracing() -> Tracing:

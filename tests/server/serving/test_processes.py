@@ -1,14 +1,16 @@
-"""How the metrics of several processes become one page, and how the processes are kept."""
+"""How the metrics of several processes become one page, and how the processes are running."""
 
 from __future__ import annotations
 
 import asyncio
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import threading
 import urllib.request
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,7 +18,10 @@ import pytest
 import uvloop
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from semid_server.checkpoint import Overrides, load_checkpoint
+from semid_server.errors import ConfigurationError, DeviceError
 from semid_server.serving.config import ModelSource, ServeConfig
+from semid_server.serving.kept import Kept
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.processes import (
     LEAST,
@@ -122,12 +127,33 @@ CONFIG = ServeConfig(
 )
 
 
+@dataclass
+class Files:
+    """Checkpoints, of which one is put where the processes' is."""
+
+    reference_dir: Path
+    path: Path
+
+    def put(self, name):
+        """Put one there; return its fingerprint."""
+        new = self.path.with_name("new")
+        shutil.copyfile(self.reference_dir / name / "model.ckpt", new)
+        new.replace(self.path)
+        return load_checkpoint(self.path).fingerprint
+
+
+@pytest.fixture
+def files(reference_dir, tmp_path):
+    return Files(reference_dir, tmp_path / "toy.ckpt")
+
+
 class FakeProcess:
     """A process that does nothing until a signal ends it; its end of the pipe is the test's."""
 
     def __init__(self, *, target, args, daemon):
         _config, _prepare, theirs = args
         self.pipe = Connection(os.dup(theirs.fileno()))
+        self.given = None
 
     def start(self):
         self._sleeps = subprocess.Popen(["/bin/sleep", "600"])
@@ -154,6 +180,20 @@ class FakeProcess:
             await asyncio.sleep(0)
         return self.pipe.recv()
 
+    def take(self):
+        """Return the fingerprint of the version that the parent hands over."""
+        return Kept.receive(self.pipe).load(Path("toy"), Overrides()).fingerprint
+
+    def serve(self):
+        self.pipe.send(("serving", "toy"))
+
+    async def load(self, error=None):
+        """Load what the parent says, or fail to; return the fingerprint of it."""
+        assert await self.asked() == ("load", 0)
+        fingerprint = self.take()
+        self.pipe.send(("loaded", error))
+        return fingerprint
+
     def answer(self, count):
         calls = Counter("calls_total", "Calls.", registry=(registry := CollectorRegistry()))
         calls.inc(count)
@@ -174,20 +214,34 @@ class FakeContext:
         return self.made[-1]
 
 
-class Kept:
+class Running:
     """Two such processes that are kept by a task of the test's loop."""
 
-    def __init__(self):
+    def __init__(self, path, **settings):
         self._context, self.lines = FakeContext(), []
+        config = replace(CONFIG, models=(ModelSource(path),), **settings)
         processes = Processes(
-            CONFIG, announce=self.lines.append, prepare=lambda: None, context=self._context
+            config, announce=self.lines.append, prepare=lambda: None, context=self._context
         )
+        self.processes = processes
         self._run = asyncio.create_task(processes.run())
 
-    async def children(self):
-        while len(self._context.made) < 2:
+    async def children(self, count=2):
+        """Wait until so many have been made; return them all, each given its version."""
+        made = self._context.made
+        while len(made) < count:
             await asyncio.sleep(0)
-        return self._context.made
+        for child in made:
+            child.given = child.given or child.take()
+        return made
+
+    async def reloads(self, result):
+        """Wait until an attempt to reload has ended so."""
+        while True:
+            value = self.processes._metrics.registry.get_sample_value
+            if value("semid_model_reloads_total", {"model": "toy", "result": result}):
+                return
+            await asyncio.sleep(0)
 
     def scrape(self, name="calls_total"):
         """Begin to ask the metrics endpoint; return the task of its answer: all calls counted."""
@@ -201,10 +255,14 @@ class Kept:
 
         return asyncio.create_task(asyncio.to_thread(ask))
 
+    async def turns(self):
+        """Let the parent do what it can."""
+        await asyncio.sleep(0.2)
+
     async def all_serve(self):
         """Have both serve, as a scrape finds."""
         for child in await self.children():
-            child.pipe.send(("serving", "toy"))
+            child.serve()
         scrape = self.scrape("semid_serving")
         for child in await self.children():
             await child.asked()
@@ -222,15 +280,22 @@ class Kept:
 
 
 @pytest.fixture
-async def kept():
-    made = Kept()
+async def running(request, files, monkeypatch):
+    monkeypatch.setattr("semid_server.serving.processes.PAUSES", (0.01, 0.01))
+    files.put("digits_rkmeans")
+    made = Running(files.path, **getattr(request, "param", {}))
     yield made
     await made.end()
 
 
+async def killed(child):
+    os.kill(child.pid, signal.SIGKILL)
+    await child.end()
+
+
 async def test_a_child_that_does_not_read_is_asked_for_its_metrics_once():
     context = FakeContext()
-    child = _Child(CONFIG, lambda: None, context)
+    child = _Child(CONFIG, lambda: None, context, ())
     (process,) = context.made
     asked = [child.ask_for_metrics() for _ in range(3)]
     await process.asked()
@@ -245,15 +310,15 @@ async def test_a_child_that_does_not_read_is_asked_for_its_metrics_once():
     await child.ended
 
 
-async def test_what_a_child_counted_that_ends_during_a_scrape_is_counted_once(kept):
-    one, other = await kept.children()
-    first = kept.scrape()
+async def test_what_a_child_counted_that_ends_during_a_scrape_is_counted_once(running):
+    one, other = await running.children()
+    first = running.scrape()
     for child in (one, other):
         child.pipe.send(("serving", "toy"))
         await child.asked()
         child.answer(1000)
     assert await first == 2000
-    second = kept.scrape()
+    second = running.scrape()
     await one.asked()
     os.kill(one.pid, signal.SIGKILL)
     await one.end()
@@ -262,68 +327,206 @@ async def test_what_a_child_counted_that_ends_during_a_scrape_is_counted_once(ke
     assert await second == 2000
 
 
-async def test_while_no_process_is_there_none_is_said_to_serve(kept):
-    await kept.all_serve()
-    one, other = await kept.children()
+async def test_while_no_process_is_there_none_is_said_to_serve(running):
+    await running.all_serve()
+    one, other = await running.children()
     for child in (one, other):
         os.kill(child.pid, signal.SIGKILL)
         await child.end()
-    assert await kept.scrape("semid_serving") == 0
+    assert await running.scrape("semid_serving") == 0
 
 
-async def test_while_one_process_is_not_there_not_all_are_said_to_serve(kept):
-    await kept.all_serve()
-    one, other = await kept.children()
+async def test_while_one_process_is_not_there_not_all_are_said_to_serve(running):
+    await running.all_serve()
+    one, other = await running.children()
     os.kill(one.pid, signal.SIGKILL)
     await one.end()
-    scrape = kept.scrape("semid_serving")
+    scrape = running.scrape("semid_serving")
     await other.asked()
     other.answer(1000)
     assert await scrape == 0
 
 
 async def test_a_child_that_does_not_answer_is_waited_for_once_and_does_not_count_as_serving(
-    kept, monkeypatch
+    running, monkeypatch
 ):
-    await kept.all_serve()
-    hung, other = await kept.children()
+    await running.all_serve()
+    hung, other = await running.children()
     monkeypatch.setattr("semid_server.serving.processes.METRICS_PATIENCE", 0.1)
-    first = kept.scrape("semid_serving")
+    first = running.scrape("semid_serving")
     await other.asked()
     other.answer(1001)
     assert await first == 0
     # From now on a scrape would wait as long as this test may last, if it waited for that one.
     monkeypatch.setattr("semid_server.serving.processes.METRICS_PATIENCE", 3600)
     for count in (1002, 1003):
-        scrape = kept.scrape()
+        scrape = running.scrape()
         await other.asked()
         other.answer(count)
         assert await asyncio.wait_for(scrape, 60) == 1000 + count
     await hung.asked()
     hung.answer(1010)  # to the first question: there was no other
     assert not hung.pipe.poll()
-    scrape = kept.scrape("semid_serving")
+    scrape = running.scrape("semid_serving")
     for child in (hung, other):
         await child.asked()
         child.answer(1020)
     assert await scrape == 1
 
 
-async def test_a_child_that_is_starting_hears_of_sighup_once_it_serves(kept):
-    one, other = await kept.children()
-    one.pipe.send(("serving", "toy"))
+async def test_every_child_is_given_what_the_first_one_was_whatever_is_at_its_path(running, files):
+    one, other = await running.children()
+    for child in (one, other):
+        child.serve()
+    files.put("digits_rvq")
+    await killed(one)
+    files.path.unlink()
+    await killed(other)
+    assert len({child.given for child in await running.children(4)}) == 1
+
+
+async def test_a_new_version_is_served_once_all_have_loaded_it_and_by_those_that_start_later(
+    running, files
+):
+    await running.all_serve()
+    one, other = await running.children()
+    new = files.put("digits_rvq")
     os.kill(os.getpid(), signal.SIGHUP)
-    await one.end()
-    assert one.exitcode == -signal.SIGHUP
-    assert other.is_alive()
-    other.pipe.send(("serving", "toy"))
-    await other.end()
-    assert other.exitcode == -signal.SIGHUP
+    assert await one.load() == new
+    assert await other.asked() == ("load", 0)
+    assert other.take() == new
+    await running.turns()
+    assert not one.pipe.poll(), "one has loaded it, and the other has not"
+    other.pipe.send(("loaded", None))
+    for child in (one, other):
+        assert await child.asked() == ("put", None)
+    await running.reloads("ok")
+    await killed(one)
+    *_, third = await running.children(3)
+    assert third.given == new != one.given
 
 
-async def test_a_child_that_does_not_end_by_itself_is_killed(kept, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [ConfigurationError("takes other rows"), DeviceError("no memory"), None]
+)
+async def test_a_version_that_one_child_cannot_use_is_served_by_none(running, files, caplog, error):
+    await running.all_serve()
+    one, other = await running.children()
+    files.put("digits_rvq")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await one.load()
+    if error is None:  # it is what ends it
+        await other.asked()
+        await killed(other)
+        error = f"server process {other.pid} ended before it had loaded it"
+    else:
+        await other.load(error)
+        assert await other.asked() == ("drop", None)
+        await killed(other)
+    assert await one.asked() == ("drop", None)
+    await running.reloads("failed")
+    assert f"{error}; toy goes on as it was" in caplog.text
+    *_, third = await running.children(3)
+    assert third.given == one.given
+
+
+async def test_a_version_of_another_width_is_offered_to_none(running, files, caplog):
+    await running.all_serve()
+    files.put("movies_rkmeans")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await running.reloads("failed")
+    assert "takes rows of 384 numbers, the one before takes 64" in caplog.text
+    assert not any(child.pipe.poll() for child in await running.children())
+
+
+async def test_no_child_starts_while_the_others_load_a_new_version(running, files):
+    await running.all_serve()
+    one, other = await running.children()
+    new = files.put("digits_rvq")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await one.load()
+    await killed(one)
+    await asyncio.sleep(0.1)  # many times the pause after which it is started again
+    assert len(await running.children()) == 2
+    await other.load()
+    *_, third = await running.children(3)
+    assert third.given == new
+
+
+async def test_a_child_that_is_starting_is_waited_for_before_others_load_a_new_version(
+    running, files
+):
+    await running.all_serve()
+    one, other = await running.children()
+    await killed(one)
+    *_, third = await running.children(3)
+    new = files.put("digits_rvq")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await running.turns()
+    assert not other.pipe.poll()
+    third.serve()
+    assert {await other.load(), await third.load()} == {new}
+
+
+async def test_on_sighup_while_the_first_ones_start_they_reload_once_all_serve(running, files):
+    one, other = await running.children()
+    new = files.put("digits_rvq")
+    os.kill(os.getpid(), signal.SIGHUP)
+    one.serve()
+    await running.turns()
+    assert not one.pipe.poll()
+    other.serve()
+    assert {await one.load(), await other.load()} == {new}
+
+
+@pytest.mark.parametrize("running", [{"watch": 0.05}], indirect=True)
+async def test_with_watch_all_load_a_changed_file_those_too_that_were_started_again(running, files):
+    await running.all_serve()
+    one, other = await running.children()
+    await killed(one)
+    *_, third = await running.children(3)
+    third.serve()
+    new = files.put("digits_rvq")
+    assert {await other.load(), await third.load()} == {new}
+    for child in (other, third):
+        assert await child.asked() == ("put", None)
+    await running.reloads("ok")
+
+
+async def test_a_version_that_mends_what_keeps_all_from_starting_is_taken(running, files):
+    await running.all_serve()
+    for child in await running.children():
+        await killed(child)
+    new = files.put("digits_rvq")
+    os.kill(os.getpid(), signal.SIGHUP)
+    given = set()
+    while new not in given:  # none of the others gets as far as to serve
+        for child in list(await running.children()):
+            given.add(child.given)
+            if child.is_alive() and child.given != new:
+                await killed(child)
+        await asyncio.sleep(0)
+    await running.reloads("ok")
+
+
+async def test_the_log_names_the_child_that_a_new_version_waits_for(
+    running, files, caplog, monkeypatch
+):
+    monkeypatch.setattr("semid_server.serving.processes.SLOW_TO_LOAD", 0.01)
+    await running.all_serve()
+    one, other = await running.children()
+    files.put("digits_rvq")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await one.load()
+    while (found := f"of toy within 0.01 s: {other.pid};") not in caplog.text:
+        await asyncio.sleep(0)
+    await other.load()
+    assert caplog.text.count(found) == 1
+
+
+async def test_a_child_that_does_not_end_by_itself_is_killed(running, monkeypatch):
     monkeypatch.setattr("semid_server.serving.processes.LAST_RESORT", 0.1 - CONFIG.grace)
-    stopped, other = await kept.children()
+    stopped, other = await running.children()
     os.kill(stopped.pid, signal.SIGSTOP)
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.gather(stopped.end(), other.end())

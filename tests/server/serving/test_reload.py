@@ -21,9 +21,11 @@ import pytest
 from semid.v1 import semid_pb2 as pb
 from semid.v1 import semid_pb2_grpc as pb_grpc
 from semid_server.errors import ConfigurationError, MalformedCheckpointError
+from semid_server.serving import reloading
 from semid_server.serving import server as serving
 from semid_server.serving.config import ModelSource, ServeConfig
-from semid_server.serving.server import Server, stamp
+from semid_server.serving.reloading import stamp
+from semid_server.serving.server import Server
 
 REQUEST = pb.EncodeRequest(
     tensor=pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=[1, 4], data=np.ones(4, "f4").tobytes())
@@ -306,7 +308,7 @@ async def test_with_watch_files_that_go_and_come_back_while_they_are_read_are_re
 
 
 def test_no_pause_between_attempts_grows_beyond_a_minute():
-    model = serving._Model(ModelSource(Path("x")), ())
+    model = reloading._Model(ModelSource(Path("x")), ())
     for _ in range(2000):
         model.put_off(OSError(), (), 1.5)
     assert model.pause == 60
@@ -399,7 +401,7 @@ async def test_with_watch_a_disk_that_hangs_holds_up_no_call(
 @pytest.fixture
 def impatient(monkeypatch):
     """A new version waits for another one for a moment only."""
-    monkeypatch.setattr(serving, "SLOW_LOAD", 0.01)
+    monkeypatch.setattr(reloading, "SLOW_LOAD", 0.01)
 
 
 @pytest.mark.usefixtures("impatient")
