@@ -23,17 +23,22 @@ seen with ``watch``, takes the place of the one before in all of them or in none
     the parent reads it ── it cannot be used ────────────────────────────────> refused
       │
       ▼
-    "load" to all ── one of them cannot use it, or ends before it has said ──> refused: "drop"
+    "load" to all that serve, ── one of them cannot use it, or ends ─────────> refused: "drop"
+    and to who begins to             whether it had loaded it or not
       │
       ▼
     all of them have loaded it: it is the version to serve from now on; "put" to all
 
-- No child starts between "load" and "put"; one that is starting is waited for. So none begins to
-  serve what the others have left.
-- A child that hangs holds a new version up: all serve the one before, it too if it wakes. The log
-  names it; `semid_serving` is 0.
-- While no child is there at all, a new version is taken on the parent's word, so that it can mend
-  what keeps them from starting.
+- Children start meanwhile with the one before. Who still starts when the new one is put is ended,
+  and started again with the new one: none begins to serve what the others have left. While no
+  child serves at all, a new version is thus taken on the parent's word, so that it can mend what
+  keeps them from starting.
+- A refusal waits for nobody. Who still loads lets go of the version once it has it, and is told to
+  load another one only then: a child that does not read its pipe must not fill it. Changes are
+  numbered, so that its answer is not taken for one about the next version.
+- A version that was refused because a child ended is tried again with ``watch``.
+- A child that hangs holds a new version up, and nothing else: all serve the one before, it too if
+  it wakes. The log names it; `semid_serving` is 0.
 - From the first to the last "put", a moment, some serve the one and some the other; and a stream
   ends on the version it began with, in all of them.
 """
@@ -70,7 +75,7 @@ from semid_server.serving.reloading import Reloads, Stamp, check_width, lies_in_
 from semid_server.serving.server import Server, leave_at_once
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from multiprocessing.connection import Connection
     from multiprocessing.context import BaseContext
     from multiprocessing.process import BaseProcess
@@ -167,9 +172,10 @@ class Processes:
         self._metrics = Metrics()
         self._stop = asyncio.Event()
         self._told = asyncio.Event()
-        # What is served, a version of each model; and what keeps children from starting meanwhile.
-        self._versions: list[_Version] = []
+        self._versions: list[_Version] = []  # what is served, one of each model
         self._changing = asyncio.Lock()
+        self._changes = 0
+        self._news = asyncio.Event()  # a child has told something, or has ended
         self._reading: set[asyncio.Future[_Version]] = set()
         self.unfinished = False
         self._last_resort: asyncio.TimerHandle | None = None
@@ -275,18 +281,9 @@ class Processes:
         """Start a child, and start it again whenever it ends untold; `first` is its first word."""
         shortest, longest = PAUSES
         pause = shortest
-        while (child := await self._start(config)) is not None:
+        while (child := self._start(config)) is not None:
             started = time.monotonic()
-            try:
-                names = await child.serving
-                if not first.done():
-                    first.set_result(names)
-            except SemidError as error:
-                if not first.done() and not self._stop.is_set():
-                    self._stop.set()
-                    first.set_exception(error)
-                elif not self._stop.is_set():
-                    logger.error("a server process could not be started again: %s", error)  # noqa: TRY400 - no bug
+            await self._begins(child, first)
             await child.ended
             self._children.discard(child)
             merge(self._past, [metric for metric in child.metrics if metric.type != "gauge"])
@@ -294,6 +291,8 @@ class Processes:
                 if child.status:
                     logger.error("server process %d ended with status %s", child.pid, child.status)
                 break
+            if child.outdated:
+                continue
             if time.monotonic() - started > STEADY:
                 pause = shortest
             logger.error(
@@ -308,15 +307,29 @@ class Processes:
         if not first.done():
             first.set_result("")
 
-    async def _start(self, config: ServeConfig) -> _Child | None:
-        """Start a child with what is served, once no other version is about to be; unless told."""
-        async with self._changing:
-            if self._stop.is_set():
-                return None
-            versions = [version.kept for version in self._versions]
-            child = _Child(config, self._prepare, self._context, versions)
-            self._children.add(child)
-            return child
+    async def _begins(self, child: _Child, first: asyncio.Future[str]) -> None:
+        """Wait until a child serves, or tell why it does not."""
+        try:
+            names = await child.serving
+            if not first.done():
+                first.set_result(names)
+        except SemidError as error:
+            if self._stop.is_set() or child.outdated:
+                return
+            if first.done():
+                logger.error("a server process could not be started again: %s", error)  # noqa: TRY400 - no bug
+            else:
+                self._stop.set()
+                first.set_exception(error)
+
+    def _start(self, config: ServeConfig) -> _Child | None:
+        """Start a child with what is served, unless told to stop."""
+        if self._stop.is_set():
+            return None
+        versions = [version.kept for version in self._versions]
+        child = _Child(config, self._prepare, self._context, versions, self._news.set)
+        self._children.add(child)
+        return child
 
     async def _reload(self, config: ServeConfig, stamps: list[Stamp]) -> None:
         """Have new versions served when told to, or when files change; until cancelled."""
@@ -338,28 +351,57 @@ class Processes:
     async def _change(self, index: int, version: _Version) -> None:
         """Have all children load a version, then serve it; or raise why not, and none does."""
         check_width(version.input_dim, self._versions[index].input_dim)
-        async with self._changing:  # none is started from here on
-            if starting := [child.serving for child in self._children if not child.serving.done()]:
-                await asyncio.wait(starting)
-            children = [child for child in self._children if child.is_there]
-            answers = {child: child.load(index, version.kept) for child in children}
-            if answers:
-                loop = asyncio.get_running_loop()
-                slow = loop.call_later(SLOW_TO_LOAD, _tell_who_loads, version.name, answers)
-                try:
-                    await asyncio.wait(answers.values())
-                finally:
-                    slow.cancel()
-            errors = [error for answer in answers.values() if (error := answer.result())]
-            for child in children:
-                child.settle("drop" if errors else "put")
-            if errors:
-                raise errors[0]
+        async with self._changing:
+            self._changes += 1
+            change = self._changes
+            loop = asyncio.get_running_loop()
+            slow = loop.call_later(SLOW_TO_LOAD, self._tell_who_loads, change, version.name)
+            try:
+                await self._have_loaded(change, index, version.kept)
+            except SemidError:
+                for child in self._children:
+                    child.settle("drop", change)
+                raise
+            finally:
+                slow.cancel()
             before, self._versions[index] = self._versions[index], version
+            for child in self._children:
+                if child.is_there:
+                    child.settle("put", change)
+                elif not child.ended.done():
+                    child.outdate()
         before.kept.close()
         logger.info(
             "%s: all processes serve the new version, fingerprint %s (before: %s)",
             *(version.name, version.fingerprint, before.fingerprint),
+        )
+
+    async def _have_loaded(self, change: int, index: int, version: Kept) -> None:
+        """Return once all that serve have loaded a version; raise why one of them cannot."""
+        told: set[_Child] = set()
+        while True:
+            self._news.clear()
+            there = {child for child in self._children if child.is_there}
+            for child in there - told:
+                if not child.is_loading:
+                    child.load(change, index, version)
+                    told.add(child)
+            for child in told:
+                child.check(change)
+            if all(child.has_loaded(change) for child in there):
+                return
+            await self._news.wait()
+
+    def _tell_who_loads(self, change: int, name: str) -> None:
+        late = [
+            str(child.pid)
+            for child in self._children
+            if child.is_there and not child.has_loaded(change)
+        ]
+        logger.warning(
+            "server processes that have not loaded a new version of %s within %g s: %s; until they "
+            "have, all serve the one before",
+            *(name, SLOW_TO_LOAD, ", ".join(late)),
         )
 
     @contextlib.contextmanager
@@ -440,6 +482,8 @@ class _Child:
         What it told last.
     is_late : bool
         Whether a scrape has waited for its metrics in vain, and it has not answered since.
+    outdated : bool
+        Whether another one is to take its place, since it would begin to serve what is not served.
     """
 
     def __init__(
@@ -448,7 +492,9 @@ class _Child:
         prepare: Callable[[], None],
         context: BaseContext,
         versions: Sequence[Kept],
+        news: Callable[[], None],
     ) -> None:
+        self._news = news
         self._loop = asyncio.get_running_loop()
         self._connection, theirs = context.Pipe()
         self._process: BaseProcess = context.Process(  # type: ignore[attr-defined]  # each has one
@@ -456,19 +502,17 @@ class _Child:
         )
         self._process.start()
         theirs.close()
-        try:
-            for version in versions:
-                version.send(self._connection)
-        except OSError:
-            logger.exception("a server process could not be handed what it is to serve")
-            self._process.kill()  # it would wait for that
         self.pid = self._process.pid
+        for version in versions:
+            self._hand(version)
         self.metrics: list[Metric] = []
-        self.is_late = False
+        self.is_late = self.outdated = False
         self.serving: asyncio.Future[str] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._asked: asyncio.Future[None] | None = None
-        self._loading: asyncio.Future[SemidError | None] | None = None
+        # The change whose version it was told to load last, and the one it last answered for.
+        self._told = self._loaded = 0
+        self._refusal: SemidError | None = None
         _call_when_readable(self._loop, self._connection, self._listen)
 
     @property
@@ -480,7 +524,7 @@ class _Child:
     def is_there(self) -> bool:
         """Whether it has begun to serve, and has not ended."""
         begun = self.serving.done() and self.serving.exception() is None
-        return begun and not self.ended.done()
+        return begun and not self.ended.done() and not self.outdated
 
     @property
     def serves(self) -> bool:
@@ -492,23 +536,52 @@ class _Child:
         if self._process.is_alive() and self.pid is not None:
             os.kill(self.pid, number)
 
-    def load(self, index: int, version: Kept) -> asyncio.Future[SemidError | None]:
+    def load(self, change: int, index: int, version: Kept) -> None:
         """Have it load a version of a model beside the one it serves, and wait to be told more.
 
-        The future's result is why it cannot use it, None if it can. One at a time.
+        Not while it `is_loading`.
         """
-        loading = self._loading = self._loop.create_future()
-        try:
-            version.send(self._connection, ("load", index))
-        except OSError as error:
-            what = f"server process {self.pid} could not be handed it: {error.strerror}"
-            self._loaded(DeviceError(what))
-        return loading
+        self._told = change
+        self._hand(version, ("load", (change, index)))
 
-    def settle(self, what: Literal["put", "drop"]) -> None:
-        """Have it serve what it has loaded, or let go of it."""
-        with contextlib.suppress(OSError):
-            self._connection.send((what, None))
+    @property
+    def is_loading(self) -> bool:
+        """Whether it has yet to answer for the last version that it was told to load."""
+        return self._loaded != self._told
+
+    def has_loaded(self, change: int) -> bool:
+        """Whether it has loaded the version of a change."""
+        return self._loaded == change and self._refusal is None
+
+    def check(self, change: int) -> None:
+        """Raise why it cannot serve the version of a change, if it has told so, or has ended."""
+        if self.ended.done():
+            raise DeviceError(f"server process {self.pid} ended before all had loaded it")
+        if self._loaded == change and self._refusal is not None:
+            raise self._refusal
+
+    def settle(self, what: Literal["put", "drop"], change: int) -> None:
+        """Have it serve what it has loaded, or let go of it, if it was told to load it."""
+        if self._told == change:
+            with contextlib.suppress(OSError):
+                self._connection.send((what, change))
+
+    def outdate(self) -> None:
+        """Have it end, since it has not begun to serve and would serve what is not served."""
+        self.outdated = True
+        logger.info(
+            "server process %d has begun to start with the version before, and is ended", self.pid
+        )
+        self.tell(signal.SIGTERM)
+
+    def _hand(self, version: Kept, message: object = None) -> None:
+        try:
+            version.send(self._connection, message)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has ended; `_listen` is about to hear of it
+        except OSError:
+            logger.exception("server process %d could not be handed what it is to serve", self.pid)
+            self._process.kill()  # it would wait for that
 
     def ask_for_metrics(self) -> asyncio.Future[None]:
         """Return a future that is done when `metrics` are fresh, or the child has ended.
@@ -534,19 +607,19 @@ class _Child:
             self.metrics = what
             self._answer()
         elif kind == "loaded":
-            self._loaded(what)
+            self._loaded, self._refusal = what
         elif not self.serving.done():
             if kind == "serving":
                 self.serving.set_result(what)
             else:
                 self.serving.set_exception(ConfigurationError(what))
+        self._news()
 
     def _finish(self) -> None:
         self._loop.remove_reader(self._connection.fileno())
         self._connection.close()
         self._process.join()  # the pipe's other end closes as the process ends
         self._answer()
-        self._loaded(DeviceError(f"server process {self.pid} ended before it had loaded it"))
         if not self.serving.done():
             self.serving.set_exception(
                 ConfigurationError(
@@ -556,11 +629,7 @@ class _Child:
             )
         if not self.ended.done():
             self.ended.set_result(None)
-
-    def _loaded(self, error: SemidError | None) -> None:
-        if self._loading is not None and not self._loading.done():
-            self._loading.set_result(error)
-        self._loading = None
+        self._news()
 
     def _answer(self) -> None:
         self.is_late = False
@@ -609,15 +678,6 @@ def merge(into: dict[str, Metric], metrics: Iterable[Metric]) -> None:
 
 def _identity(sample: Any) -> tuple[Any, ...]:
     return sample.name, *sorted(sample.labels.items())
-
-
-def _tell_who_loads(name: str, answers: Mapping[_Child, asyncio.Future[Any]]) -> None:
-    late = ", ".join(str(child.pid) for child, answer in answers.items() if not answer.done())
-    logger.warning(
-        "server processes that have not loaded a new version of %s within %g s: %s; until they "
-        "have, or end, all serve the one before",
-        *(name, SLOW_TO_LOAD, late),
-    )
 
 
 def _call_when_readable(
@@ -671,8 +731,10 @@ class _Parent:
 
     def __init__(self, connection: Connection, config: ServeConfig, server: Server) -> None:
         self._connection, self._models, self._server = connection, config.models, server
-        self._loading: asyncio.Task[None] | None = None
+        # The change that is neither put nor dropped, or 0, and what was loaded for it.
+        self._change = 0
         self._loaded: Backend | None = None
+        self._loading: asyncio.Task[None] | None = None
 
     def send_metrics(self) -> None:
         self._connection.send(("metrics", list(self._server.registry.collect())))
@@ -684,18 +746,23 @@ class _Parent:
             if kind == "metrics":
                 self.send_metrics()
             elif kind == "load":
-                source = replace(self._models[what], kept=Kept.receive(self._connection))
-                self._loading = asyncio.create_task(self._load(source))
-            else:
+                self._change, index = what
+                source = replace(self._models[index], kept=Kept.receive(self._connection))
+                self._loading = asyncio.create_task(self._load(self._change, source))
+            elif what == self._change:
                 self._settle(kind)
         except (EOFError, OSError):  # it is gone, and nobody will start another
             asyncio.get_running_loop().remove_reader(self._connection.fileno())
             self._server.request_stop()
 
-    async def _load(self, source: ModelSource) -> None:
+    async def _load(self, change: int, source: ModelSource) -> None:
         error: SemidError | None = None
         try:
-            self._loaded = await self._server.prepare(source)
+            backend = await self._server.prepare(source)
+            if self._change == change:
+                self._loaded = backend
+            else:  # another could not use it
+                self._server.drop(backend)
         except Exception as reason:
             if lies_in_the_files(reason):
                 error = ConfigurationError(str(reason))
@@ -704,12 +771,12 @@ class _Parent:
                     logger.exception("a new version of %s could not be loaded", source.name)
                 error = DeviceError(f"server process {os.getpid()} could not load it: {reason}")
         with contextlib.suppress(OSError):  # `listen` is about to hear of it
-            self._connection.send(("loaded", error))
+            self._connection.send(("loaded", (change, error)))
 
     def _settle(self, what: Literal["put", "drop"]) -> None:
-        backend, self._loaded = self._loaded, None
+        backend, self._loaded, self._change = self._loaded, None, 0
         if backend is None:
-            return  # it could not be loaded here, and is served nowhere
+            return  # it could not be loaded here, or is not yet, and is served nowhere
         if what == "put":
             self._server.put(backend)
         else:

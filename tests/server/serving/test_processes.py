@@ -1,8 +1,10 @@
-"""How the metrics of several processes become one page, and how the processes are running."""
+"""How the metrics of several processes become one page, and how the processes are kept running."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import multiprocessing
 import os
 import shutil
@@ -18,10 +20,10 @@ import pytest
 import uvloop
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from semid_server.checkpoint import Overrides, load_checkpoint
+from semid_server.checkpoint import Checkpoint, Overrides, load_checkpoint
 from semid_server.errors import ConfigurationError, DeviceError
 from semid_server.serving.config import ModelSource, ServeConfig
-from semid_server.serving.kept import Kept
+from semid_server.serving.kept import Kept, read
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.processes import (
     LEAST,
@@ -29,6 +31,7 @@ from semid_server.serving.processes import (
     Processes,
     _call_when_readable,
     _Child,
+    _Parent,
     merge,
 )
 
@@ -187,11 +190,18 @@ class FakeProcess:
     def serve(self):
         self.pipe.send(("serving", "toy"))
 
-    async def load(self, error=None):
+    async def told_to_load(self, change=1):
+        """Wait until the parent says so; return the fingerprint of what it hands over."""
+        assert await self.asked() == ("load", (change, 0))
+        return self.take()
+
+    def has_loaded(self, change=1, error=None):
+        self.pipe.send(("loaded", (change, error)))
+
+    async def load(self, change=1, error=None):
         """Load what the parent says, or fail to; return the fingerprint of it."""
-        assert await self.asked() == ("load", 0)
-        fingerprint = self.take()
-        self.pipe.send(("loaded", error))
+        fingerprint = await self.told_to_load(change)
+        self.has_loaded(change, error)
         return fingerprint
 
     def answer(self, count):
@@ -295,7 +305,7 @@ async def killed(child):
 
 async def test_a_child_that_does_not_read_is_asked_for_its_metrics_once():
     context = FakeContext()
-    child = _Child(CONFIG, lambda: None, context, ())
+    child = _Child(CONFIG, lambda: None, context, (), lambda: None)
     (process,) = context.made
     asked = [child.ask_for_metrics() for _ in range(3)]
     await process.asked()
@@ -393,13 +403,12 @@ async def test_a_new_version_is_served_once_all_have_loaded_it_and_by_those_that
     new = files.put("digits_rvq")
     os.kill(os.getpid(), signal.SIGHUP)
     assert await one.load() == new
-    assert await other.asked() == ("load", 0)
-    assert other.take() == new
+    assert await other.told_to_load() == new
     await running.turns()
     assert not one.pipe.poll(), "one has loaded it, and the other has not"
-    other.pipe.send(("loaded", None))
+    other.has_loaded()
     for child in (one, other):
-        assert await child.asked() == ("put", None)
+        assert await child.asked() == ("put", 1)
     await running.reloads("ok")
     await killed(one)
     *_, third = await running.children(3)
@@ -416,14 +425,14 @@ async def test_a_version_that_one_child_cannot_use_is_served_by_none(running, fi
     os.kill(os.getpid(), signal.SIGHUP)
     await one.load()
     if error is None:  # it is what ends it
-        await other.asked()
+        await other.told_to_load()
         await killed(other)
-        error = f"server process {other.pid} ended before it had loaded it"
+        error = f"server process {other.pid} ended before all had loaded it"
     else:
-        await other.load(error)
-        assert await other.asked() == ("drop", None)
+        await other.load(error=error)
+        assert await other.asked() == ("drop", 1)
         await killed(other)
-    assert await one.asked() == ("drop", None)
+    assert await one.asked() == ("drop", 1)
     await running.reloads("failed")
     assert f"{error}; toy goes on as it was" in caplog.text
     *_, third = await running.children(3)
@@ -439,22 +448,96 @@ async def test_a_version_of_another_width_is_offered_to_none(running, files, cap
     assert not any(child.pipe.poll() for child in await running.children())
 
 
-async def test_no_child_starts_while_the_others_load_a_new_version(running, files):
+async def test_a_refusal_does_not_wait_for_a_child_that_still_loads(running, files):
     await running.all_serve()
-    one, other = await running.children()
-    new = files.put("digits_rvq")
+    hung, other = await running.children()
+    files.put("digits_rvq")
     os.kill(os.getpid(), signal.SIGHUP)
+    await hung.told_to_load()
+    await other.load(error=DeviceError("no memory"))
+    for child in (hung, other):
+        assert await child.asked() == ("drop", 1)
+    await running.reloads("failed")
+
+
+async def test_what_a_child_says_of_a_version_that_was_refused_is_not_taken_for_the_next(
+    running, files
+):
+    await running.all_serve()
+    late, other = await running.children()
+    files.put("digits_rvq")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await late.told_to_load()
+    await other.load(error=DeviceError("no memory"))
+    for child in (late, other):
+        assert await child.asked() == ("drop", 1)
+    await running.reloads("failed")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await other.load(2)
+    await running.turns()
+    assert not late.pipe.poll(), "it has not answered for the first one, nor perhaps read"
+    late.has_loaded(1)
+    await late.told_to_load(2)
+    await running.turns()
+    assert not other.pipe.poll(), "one has loaded the version before alone"
+    late.has_loaded(2)
+    for child in (late, other):
+        assert await child.asked() == ("put", 2)
+    await running.reloads("ok")
+
+
+async def test_a_child_that_ends_after_it_has_loaded_a_version_is_started_again_while_others_load(
+    running, files
+):
+    await running.all_serve()
+    one, hung = await running.children()
+    files.put("digits_rvq")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await hung.told_to_load()
     await one.load()
     await killed(one)
-    await asyncio.sleep(0.1)  # many times the pause after which it is started again
-    assert len(await running.children()) == 2
-    await other.load()
+    assert await hung.asked() == ("drop", 1)
+    await running.reloads("failed")
     *_, third = await running.children(3)
-    assert third.given == new
+    assert third.given == one.given
 
 
-async def test_a_child_that_is_starting_is_waited_for_before_others_load_a_new_version(
+async def test_a_child_that_hangs_while_it_loads_keeps_none_from_being_started_again(
     running, files
+):
+    await running.all_serve()
+    one, hung = await running.children()
+    await killed(one)
+    *_, third = await running.children(3)
+    files.put("digits_rvq")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await hung.told_to_load()
+    await killed(third)
+    *_, fourth = await running.children(4)
+    assert fourth.given == one.given
+
+
+async def test_a_child_that_begins_to_serve_while_others_load_is_waited_for_too(running, files):
+    await running.all_serve()
+    one, other = await running.children()
+    await killed(one)
+    *_, third = await running.children(3)
+    new = files.put("digits_rvq")
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert await other.told_to_load() == new
+    third.serve()
+    assert await third.told_to_load() == new
+    other.has_loaded()
+    await running.turns()
+    assert not other.pipe.poll()
+    third.has_loaded()
+    for child in (other, third):
+        assert await child.asked() == ("put", 1)
+    await running.reloads("ok")
+
+
+async def test_a_child_that_starts_with_what_the_others_have_left_is_ended_for_another(
+    running, files, caplog
 ):
     await running.all_serve()
     one, other = await running.children()
@@ -462,10 +545,33 @@ async def test_a_child_that_is_starting_is_waited_for_before_others_load_a_new_v
     *_, third = await running.children(3)
     new = files.put("digits_rvq")
     os.kill(os.getpid(), signal.SIGHUP)
-    await running.turns()
-    assert not other.pipe.poll()
+    await other.load()
+    assert await other.asked() == ("put", 1)
+    await third.end()
+    *_, fourth = await running.children(4)
+    assert third.given == one.given
+    assert fourth.given == new
+    assert f"process {third.pid} ended" not in caplog.text, "nothing is amiss"
+
+
+@pytest.mark.parametrize("running", [{"watch": 0.05}], indirect=True)
+async def test_with_watch_a_version_is_tried_again_after_a_child_ended_amid_it(running, files):
+    await running.all_serve()
+    one, other = await running.children()
+    new = files.put("digits_rvq")
+    await other.told_to_load()
+    await one.load()
+    await killed(one)
+    assert await other.asked() == ("drop", 1)
+    await running.reloads("failed")
+    other.has_loaded(1)
+    *_, third = await running.children(3)
     third.serve()
-    assert {await other.load(), await third.load()} == {new}
+    for child in (other, third):
+        assert await child.load(2) == new
+    for child in (other, third):
+        assert await child.asked() == ("put", 2)
+    await running.reloads("ok")
 
 
 async def test_on_sighup_while_the_first_ones_start_they_reload_once_all_serve(running, files):
@@ -489,7 +595,7 @@ async def test_with_watch_all_load_a_changed_file_those_too_that_were_started_ag
     new = files.put("digits_rvq")
     assert {await other.load(), await third.load()} == {new}
     for child in (other, third):
-        assert await child.asked() == ("put", None)
+        assert await child.asked() == ("put", 1)
     await running.reloads("ok")
 
 
@@ -503,7 +609,9 @@ async def test_a_version_that_mends_what_keeps_all_from_starting_is_taken(runnin
     while new not in given:  # none of the others gets as far as to serve
         for child in list(await running.children()):
             given.add(child.given)
-            if child.is_alive() and child.given != new:
+            if not child.is_alive():
+                child.pipe.close()  # it was told to end, for another one to start with the new one
+            elif child.given != new:
                 await killed(child)
         await asyncio.sleep(0)
     await running.reloads("ok")
@@ -522,6 +630,85 @@ async def test_the_log_names_the_child_that_a_new_version_waits_for(
         await asyncio.sleep(0)
     await other.load()
     assert caplog.text.count(found) == 1
+
+
+def memory_files():
+    """How many versions are open in this process, which is the parent."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the list itself
+            found += link.readlink().name.startswith("memfd:semid-version")
+    return found
+
+
+def checkpoints():
+    """How many checkpoints are in its memory."""
+    return sum(isinstance(each, Checkpoint) for each in gc.get_objects())
+
+
+async def test_of_what_was_served_before_nothing_stays_with_the_parent(running, files):
+    await running.all_serve()
+    children = await running.children()
+    before = memory_files(), checkpoints()
+    for change, name in enumerate(("digits_rvq", "digits_rkmeans", "digits_rvq"), 1):
+        files.put(name)
+        os.kill(os.getpid(), signal.SIGHUP)
+        for child in children:
+            await child.load(change)
+        for child in children:
+            assert await child.asked() == ("put", change)
+    await running.turns()
+    assert (memory_files(), checkpoints()) == before
+
+
+class FakeServer:
+    """A server of a child, which has loaded a version when the test says so."""
+
+    def __init__(self):
+        self.loading, self.done = [], []
+
+    async def prepare(self, source):
+        self.loading.append(asyncio.get_running_loop().create_future())
+        return await self.loading[-1]
+
+    def put(self, backend):
+        self.done.append(("put", backend))
+
+    def drop(self, backend):
+        self.done.append(("drop", backend))
+
+
+async def test_a_child_that_still_loads_what_was_refused_lets_go_of_it_once_it_has_it(files):
+    files.put("digits_rkmeans")
+    kept, _ = read(files.path, Overrides())
+    ours, theirs = multiprocessing.Pipe()
+    server = FakeServer()
+    parent = _Parent(theirs, CONFIG, server)
+
+    async def load(change):
+        kept.send(ours, ("load", (change, 0)))
+        parent.listen()
+        while len(server.loading) < change:
+            await asyncio.sleep(0)
+
+    async def has_loaded(change, backend):
+        server.loading[change - 1].set_result(backend)
+        while not ours.poll():
+            await asyncio.sleep(0)
+        assert ours.recv() == ("loaded", (change, None))
+
+    with ours, theirs:
+        await load(1)
+        ours.send(("drop", 1))
+        parent.listen()
+        assert server.done == []
+        await has_loaded(1, "refused")
+        assert server.done == [("drop", "refused")]
+        await load(2)
+        await has_loaded(2, "taken")
+        ours.send(("put", 2))
+        parent.listen()
+        assert server.done[1:] == [("put", "taken")]
 
 
 async def test_a_child_that_does_not_end_by_itself_is_killed(running, monkeypatch):
