@@ -16,9 +16,9 @@ The life of a child::
     told to end, by a signal passed on or by the end of the pipe ──> drains, ends
 
 All children serve the same version of each model, since none of them reads its path. The parent
-reads it, keeps what it read (see `kept`), and hands that to each child that starts: to the first
-ones, and to one that is started again, whatever is at the path by then. A new version, on SIGHUP or
-seen with ``watch``, takes the place of the one before in all of them or in none::
+reads it, keeps what it read (see `kept`), and hands that to each child that starts, when it asks:
+to the first ones, and to one that is started again, whatever is at the path by then. A new version,
+on SIGHUP or seen with ``watch``, takes the place of the one before in all of them or in none::
 
     the parent reads it ── it cannot be used ────────────────────────────────> refused
       │
@@ -29,10 +29,10 @@ seen with ``watch``, takes the place of the one before in all of them or in none
       ▼
     all of them have loaded it: it is the version to serve from now on; "put" to all
 
-- Children start meanwhile with the one before. Who still starts when the new one is put is ended,
-  and started again with the new one: none begins to serve what the others have left. While no
-  child serves at all, a new version is thus taken on the parent's word, so that it can mend what
-  keeps them from starting.
+- Children start meanwhile with the one before. Who has it and still starts when the new one is put
+  is ended, and another started: none begins to serve what the others have left. While no child
+  serves at all, a new version is thus taken on the parent's word, so that it can mend what keeps
+  them from starting.
 - A refusal waits for nobody. Who still loads lets go of the version once it has it, and is told to
   load another one only then: a child that does not read its pipe must not fill it. Changes are
   numbered, so that its answer is not taken for one about the next version.
@@ -326,8 +326,13 @@ class Processes:
         """Start a child with what is served, unless told to stop."""
         if self._stop.is_set():
             return None
-        versions = [version.kept for version in self._versions]
-        child = _Child(config, self._prepare, self._context, versions, self._news.set)
+        child = _Child(
+            config,
+            self._prepare,
+            self._context,
+            versions=lambda: [version.kept for version in self._versions],
+            news=self._news.set,
+        )
         self._children.add(child)
         return child
 
@@ -368,7 +373,7 @@ class Processes:
             for child in self._children:
                 if child.is_there:
                     child.settle("put", change)
-                elif not child.ended.done():
+                elif child.has_versions and not child.ended.done():
                     child.outdate()
         before.kept.close()
         logger.info(
@@ -476,12 +481,21 @@ class Processes:
 class _Child:
     """One server process, seen from the parent's event loop.
 
+    Parameters
+    ----------
+    versions : callable
+        Returns what it is to serve, when it asks: before it reads its pipe, the pipe might fill.
+    news : callable
+        Called when it has told something, or has ended.
+
     Attributes
     ----------
     metrics : list of Metric
         What it told last.
     is_late : bool
         Whether a scrape has waited for its metrics in vain, and it has not answered since.
+    has_versions : bool
+        Whether it has asked for what it is to serve.
     outdated : bool
         Whether another one is to take its place, since it would begin to serve what is not served.
     """
@@ -491,10 +505,11 @@ class _Child:
         config: ServeConfig,
         prepare: Callable[[], None],
         context: BaseContext,
-        versions: Sequence[Kept],
+        *,
+        versions: Callable[[], Sequence[Kept]],
         news: Callable[[], None],
     ) -> None:
-        self._news = news
+        self._versions, self._news = versions, news
         self._loop = asyncio.get_running_loop()
         self._connection, theirs = context.Pipe()
         self._process: BaseProcess = context.Process(  # type: ignore[attr-defined]  # each has one
@@ -503,10 +518,8 @@ class _Child:
         self._process.start()
         theirs.close()
         self.pid = self._process.pid
-        for version in versions:
-            self._hand(version)
         self.metrics: list[Metric] = []
-        self.is_late = self.outdated = False
+        self.is_late = self.has_versions = self.outdated = False
         self.serving: asyncio.Future[str] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._asked: asyncio.Future[None] | None = None
@@ -608,6 +621,10 @@ class _Child:
             self._answer()
         elif kind == "loaded":
             self._loaded, self._refusal = what
+        elif kind == "versions":
+            self.has_versions = True
+            for version in self._versions():
+                self._hand(version)
         elif not self.serving.done():
             if kind == "serving":
                 self.serving.set_result(what)
@@ -711,6 +728,7 @@ def _serve(config: ServeConfig, prepare: Callable[[], None], connection: Connect
     server = None
     status = 0
     try:
+        connection.send(("versions", None))
         models = [replace(source, kept=Kept.receive(connection)) for source in config.models]
         config = replace(config, models=tuple(models))
         server = Server(config, announce=announce)

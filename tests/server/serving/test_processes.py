@@ -183,8 +183,10 @@ class FakeProcess:
             await asyncio.sleep(0)
         return self.pipe.recv()
 
-    def take(self):
-        """Return the fingerprint of the version that the parent hands over."""
+    async def handed(self):
+        """Wait for a version of the parent; return its fingerprint."""
+        while not self.pipe.poll():
+            await asyncio.sleep(0)
         return Kept.receive(self.pipe).load(Path("toy"), Overrides()).fingerprint
 
     def serve(self):
@@ -193,7 +195,7 @@ class FakeProcess:
     async def told_to_load(self, change=1):
         """Wait until the parent says so; return the fingerprint of what it hands over."""
         assert await self.asked() == ("load", (change, 0))
-        return self.take()
+        return await self.handed()
 
     def has_loaded(self, change=1, error=None):
         self.pipe.send(("loaded", (change, error)))
@@ -228,22 +230,24 @@ class Running:
     """Two such processes that are kept by a task of the test's loop."""
 
     def __init__(self, path, **settings):
-        self._context, self.lines = FakeContext(), []
+        context, self.lines = FakeContext(), []
+        self.made = context.made
         config = replace(CONFIG, models=(ModelSource(path),), **settings)
         processes = Processes(
-            config, announce=self.lines.append, prepare=lambda: None, context=self._context
+            config, announce=self.lines.append, prepare=lambda: None, context=context
         )
         self.processes = processes
         self._run = asyncio.create_task(processes.run())
 
     async def children(self, count=2):
-        """Wait until so many have been made; return them all, each given its version."""
-        made = self._context.made
-        while len(made) < count:
+        """Wait until so many have been made; return them all, each given what it asked for."""
+        while len(self.made) < count:
             await asyncio.sleep(0)
-        for child in made:
-            child.given = child.given or child.take()
-        return made
+        for child in self.made:
+            if child.given is None:
+                child.pipe.send(("versions", None))
+                child.given = await child.handed()
+        return self.made
 
     async def reloads(self, result):
         """Wait until an attempt to reload has ended so."""
@@ -282,7 +286,7 @@ class Running:
     async def end(self):
         os.kill(os.getpid(), signal.SIGTERM)
         while not self._run.done():
-            for child in self._context.made:
+            for child in self.made:
                 if not child.is_alive():
                     child.pipe.close()
             await asyncio.sleep(0)
@@ -305,7 +309,7 @@ async def killed(child):
 
 async def test_a_child_that_does_not_read_is_asked_for_its_metrics_once():
     context = FakeContext()
-    child = _Child(CONFIG, lambda: None, context, (), lambda: None)
+    child = _Child(CONFIG, lambda: None, context, versions=lambda: (), news=lambda: None)
     (process,) = context.made
     asked = [child.ask_for_metrics() for _ in range(3)]
     await process.asked()
@@ -317,6 +321,20 @@ async def test_a_child_that_does_not_read_is_asked_for_its_metrics_once():
     child.tell(signal.SIGTERM)
     await process.end()
     await again
+    await child.ended
+
+
+async def test_a_child_is_handed_more_versions_than_its_pipe_holds_once_it_asks(files):
+    files.put("digits_rkmeans")
+    kept, _ = read(files.path, Overrides())
+    context = FakeContext()
+    child = _Child(CONFIG, lambda: None, context, versions=lambda: [kept] * 400, news=lambda: None)
+    (process,) = context.made
+    process.pipe.send(("versions", None))
+    got = await asyncio.to_thread(lambda: [Kept.receive(process.pipe) for _ in range(400)])
+    assert len({each.load(files.path, Overrides()).fingerprint for each in got[::100]}) == 1
+    child.tell(signal.SIGTERM)
+    await process.end()
     await child.ended
 
 
@@ -552,6 +570,23 @@ async def test_a_child_that_starts_with_what_the_others_have_left_is_ended_for_a
     assert third.given == one.given
     assert fourth.given == new
     assert f"process {third.pid} ended" not in caplog.text, "nothing is amiss"
+
+
+async def test_a_child_that_has_only_been_started_is_handed_what_is_served_when_it_asks(
+    running, files
+):
+    await running.all_serve()
+    one, other = await running.children()
+    await killed(one)
+    while len(running.made) < 3:
+        await asyncio.sleep(0)
+    new = files.put("digits_rvq")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await other.load()
+    await running.reloads("ok")
+    *_, third = await running.children(3)
+    assert third.given == new
+    assert third.is_alive()
 
 
 @pytest.mark.parametrize("running", [{"watch": 0.05}], indirect=True)
