@@ -571,7 +571,8 @@ class _Child:
         if self.ended.done():
             raise DeviceError(f"server process {self.pid} ended before all had loaded it")
         if self._loaded == change and self._refusal is not None:
-            raise self._refusal
+            # Anew: one that was raised keeps what it went through, the version too.
+            raise type(self._refusal)(*self._refusal.args)
 
     def settle(self, what: Literal["put", "drop"], change: int) -> None:
         """Have it serve what it has loaded, or let go of it, if it was told to load it."""

@@ -681,7 +681,9 @@ def checkpoints():
     return sum(isinstance(each, Checkpoint) for each in gc.get_objects())
 
 
-async def test_of_what_was_served_before_nothing_stays_with_the_parent(running, files):
+async def test_of_what_is_served_no_longer_or_was_refused_nothing_stays_with_the_parent(
+    running, files
+):
     await running.all_serve()
     children = await running.children()
     before = memory_files(), checkpoints()
@@ -692,6 +694,13 @@ async def test_of_what_was_served_before_nothing_stays_with_the_parent(running, 
             await child.load(change)
         for child in children:
             assert await child.asked() == ("put", change)
+    await running.turns()
+    assert (memory_files(), checkpoints()) == before
+    files.put("digits_rkmeans")
+    os.kill(os.getpid(), signal.SIGHUP)
+    for child in children:
+        await child.load(4, error=DeviceError("no memory"))
+    await running.reloads("failed")
     await running.turns()
     assert (memory_files(), checkpoints()) == before
 
