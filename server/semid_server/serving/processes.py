@@ -428,7 +428,11 @@ class Processes:
 
     async def _collect(self) -> list[Metric]:
         """Ask every child for its metrics, and add them up with those of children past."""
-        asked = {child: child.ask_for_metrics() for child in self._children if not child.is_late}
+        asked = {
+            child: child.ask_for_metrics()
+            for child in self._children
+            if child.has_versions and not child.is_late
+        }
         if asked:
             await asyncio.wait(asked.values(), timeout=METRICS_PATIENCE)
         for child, answer in asked.items():
@@ -495,7 +499,7 @@ class _Child:
     is_late : bool
         Whether a scrape has waited for its metrics in vain, and it has not answered since.
     has_versions : bool
-        Whether it has asked for what it is to serve.
+        Whether it has asked for what it is to serve: that is the first thing it reads.
     outdated : bool
         Whether another one is to take its place, since it would begin to serve what is not served.
     """

@@ -285,7 +285,8 @@ class Running:
         assert await scrape == 1
 
     async def end(self):
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._run.done():
+            os.kill(os.getpid(), signal.SIGTERM)
         while not self._run.done():
             for child in self.made:
                 if not child.is_alive():
@@ -401,6 +402,21 @@ async def test_a_child_that_does_not_answer_is_waited_for_once_and_does_not_coun
         await child.asked()
         child.answer(1020)
     assert await scrape == 1
+
+
+async def test_a_child_is_asked_for_nothing_before_it_has_what_it_is_to_serve(running):
+    await running.all_serve()
+    one, other = await running.children()
+    await killed(one)
+    while len(running.made) < 3:
+        await asyncio.sleep(0)
+    scrape = running.scrape()
+    await other.asked()
+    other.answer(1000)
+    assert await scrape == 2000
+    assert not running.made[2].pipe.poll()
+    *_, third = await running.children(3)
+    assert third.given == one.given
 
 
 async def test_every_child_is_given_what_the_first_one_was_whatever_is_at_its_path(running, files):
@@ -666,6 +682,21 @@ async def test_the_log_names_the_child_that_a_new_version_waits_for(
         await asyncio.sleep(0)
     await other.load()
     assert caplog.text.count(found) == 1
+
+
+async def test_told_to_end_while_a_new_version_is_loaded_they_end_and_none_is_said_to_have_failed(
+    running, files, caplog
+):
+    await running.all_serve()
+    one, other = await running.children()
+    files.put("digits_rvq")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await one.load()
+    await other.told_to_load()
+    await running.end()
+    assert [one.exitcode, other.exitcode] == [-signal.SIGTERM] * 2
+    assert "goes on as it was" not in caplog.text
+    assert not [task for task in asyncio.all_tasks() if "_reload" in repr(task.get_coro())]
 
 
 def memory_files():
