@@ -405,7 +405,7 @@ class Processes:
         ]
         logger.warning(
             "server processes that have not loaded a new version of %s within %g s: %s; until they "
-            "have, all serve the one before",
+            "have, all serve the one before, and no new version of another model is taken",
             *(name, SLOW_TO_LOAD, ", ".join(late)),
         )
 

@@ -202,8 +202,8 @@ class _Turns:
 
         def pass_on() -> None:
             logger.warning(
-                "%s has not been read within %g s: the one before serves on, and other models are "
-                "not kept waiting",
+                "%s has not been loaded within %g s: the one before serves on, and other models' "
+                "are read meanwhile",
                 *(what, SLOW_LOAD),
             )
             has.close()

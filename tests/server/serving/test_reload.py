@@ -419,7 +419,7 @@ async def test_on_sighup_a_model_on_a_disk_that_hangs_keeps_no_other_waiting_for
         assert number_in(await stub.Encode(to_toy)) == 1 + times
     assert number_in(await stub.Encode(REQUEST)) == 1
     assert threading.get_ident() not in hanging.who
-    assert "y: a new version of other has not been read within 0.01 s" in caplog.text
+    assert "y: a new version of other has not been loaded within 0.01 s" in caplog.text
     hanging.end()
     await reloaded(server, "ok", model="other")
     assert number_in(await stub.Encode(REQUEST)) >= 2
