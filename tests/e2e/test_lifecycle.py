@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import json
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from semid.v1 import semid_pb2 as pb
 from semid_client import Client, SemidClientError, UnavailableError
 
 OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
+FLOOD = Path(__file__).with_name("large_flood.py")
 LONG = 3600
 """Seconds that no test takes."""
 
@@ -159,6 +164,33 @@ def test_a_stream_that_the_drain_cuts_has_answers_to_all_it_sent_before(
             next(answers)
     assert caught.value.code() is UNAVAILABLE
     assert server.wait() == 0
+
+
+@pytest.mark.slow  # three processes that send what they can
+def test_who_floods_a_server_that_ends_with_large_messages_is_told(serve, checkpoint):
+    server = serve(checkpoint)
+    command = [sys.executable, FLOOD, server.target, "32", "1,4,16"]
+    outcomes: collections.Counter[str] = collections.Counter()
+    with contextlib.ExitStack() as stack:
+        flood = [
+            stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            for _ in range(3)
+        ]
+        for process in flood:
+            stack.callback(process.kill)
+        for process in flood:
+            assert process.stdout.readline() == "calling\n"
+        assert server.stop() == 0
+        for process in flood:
+            outcomes.update(json.loads(process.stdout.readline()))
+    statuses: collections.Counter[str] = collections.Counter()
+    for outcome, count in outcomes.items():
+        # With details behind it, it is what their own gRPC says of a connection that has ended.
+        statuses[outcome.partition(":")[0]] += count
+    assert set(statuses) <= {"OK", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"}, outcomes
+    assert min(outcomes["OK"], outcomes["UNAVAILABLE"]) > 0, outcomes
+    # By gRPC, of calls that come as it stops: none as a rule.
+    assert statuses["CANCELLED"] * 10 <= statuses["UNAVAILABLE"], outcomes
 
 
 # --- many connections -----------------------------------------------------------------------
