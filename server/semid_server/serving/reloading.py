@@ -29,6 +29,9 @@ SLOW_LOAD = 15.0
 MAX_PAUSE = 60.0
 """Seconds from one attempt to the next, at most, to read a new version that cannot be read."""
 
+RECOVERY = 5.0
+"""Seconds until new versions are looked for again after something that nobody foresaw."""
+
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 
 
@@ -69,11 +72,11 @@ class Reloads:
     async def run(self) -> None:
         """Do so until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._tell())
+            tasks.create_task(_go_on(self._tell))
             for model in self._models:
-                tasks.create_task(self._reload_when_told(model))
+                tasks.create_task(_go_on(self._reload_when_told, model))
                 if self._watch:
-                    tasks.create_task(self._reload_on_change(model))
+                    tasks.create_task(_go_on(self._reload_on_change, model))
 
     async def _tell(self) -> None:
         """Pass on to each model that all are to be reloaded."""
@@ -182,6 +185,16 @@ class _Model:
             self._again = time.monotonic() + self.pause
         if now != self.read:  # gone meanwhile, perhaps to come back as they were
             self.read = None
+
+
+async def _go_on(forever: Callable[..., Awaitable[None]], *args: _Model) -> None:
+    """Do what does not end, and again where an error ended it: no thread to be had, say."""
+    while True:
+        try:
+            await forever(*args)
+        except Exception:
+            logger.exception("new versions are looked for again in %g s", RECOVERY)
+            await asyncio.sleep(RECOVERY)
 
 
 class _Turns:

@@ -292,6 +292,28 @@ async def test_with_watch_a_version_that_is_bad_in_itself_is_not_tried_again(
     assert caplog.text.count("toy: is cut short; toy goes on as it was\n") == 1
 
 
+async def test_with_watch_a_changed_file_is_loaded_though_no_thread_was_to_be_had_for_a_while(
+    run_server, versions, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(reloading, "RECOVERY", 0.01)
+    file = tmp_path / "toy"
+    file.write_text("1")
+    server = run_server(versions, models=(ModelSource(file),), watch=0.01)
+    await server.address()
+    in_daemon = reloading.in_daemon
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(reloading, "in_daemon", refuse)
+    while caplog.text.count("can't start new thread") < 3:
+        await asyncio.sleep(0)
+    (tmp_path / "newer").write_text("2")
+    (tmp_path / "newer").replace(file)
+    monkeypatch.setattr(reloading, "in_daemon", in_daemon)
+    await reloaded(server, "ok")
+
+
 async def test_with_watch_files_that_go_and_come_back_while_they_are_read_are_read_again(
     run_server, written, stub_of
 ):
