@@ -439,6 +439,23 @@ async def test_a_call_that_grpc_cannot_read_ends_its_server_which_is_opened_agai
     await server.task
 
 
+async def test_who_sends_such_a_call_and_takes_no_more_part_does_not_keep_the_port_shut(
+    run_server, ready, connect, caplog
+):
+    server = run_server(ready)
+    address = await server.address()
+    peer = await connect(address)
+    peer.call(b"/\xff")  # and it answers no ping, which gRPC would wait for
+    async with asyncio.timeout(10), grpc.aio.insecure_channel(address) as channel:
+        while "is to be opened again" not in caplog.text:
+            await asyncio.sleep(0.01)
+        request = health_pb2.HealthCheckRequest()
+        await health_pb2_grpc.HealthStub(channel).Check(request, wait_for_ready=True)
+    assert "Traceback" not in caplog.text
+    server.server.request_stop()
+    await server.task
+
+
 async def test_a_port_that_cannot_be_had_again_ends_the_server_with_its_error(
     run_server, ready, connect, monkeypatch
 ):
