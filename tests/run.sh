@@ -49,6 +49,10 @@ if [ "$(cat "$venv/.semid" 2>/dev/null)" != "$wanted" ]; then
             -c docker/constraints.txt "$@" || die "cannot install the pinned packages"
     }
     install pip
+    # Most of an installation is a few large packages being unpacked: by two processes, then. What
+    # fails here is told by what follows, which needs them if this machine is of their kind.
+    (install --no-deps torch llvmlite) 2>/dev/null & (install --no-deps triton pyarrow) 2>/dev/null &
+    wait
     install -e '.[dev]'
     echo "$wanted" >"$venv/.semid"
 fi

@@ -141,7 +141,7 @@ JUNK = 700
 """Handshakes that fail: twice as many as there are lines of gRPC's own in the 64 KiB of a pipe."""
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_handshakes_that_fail_neither_write_to_the_log_nor_wait_for_who_reads_it(
     serve, reference_dir, tmp_path, processes
 ):

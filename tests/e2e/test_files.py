@@ -65,7 +65,14 @@ def test_a_server_and_its_checkpoint_write_the_same_bytes(
     np.testing.assert_array_equal(codes[:, :-1], reference_set_named("digits_rkmeans").codes)
 
 
-@pytest.mark.parametrize("source", [*INPUTS, "-"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "list.parquet",
+        "-",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in INPUTS if each != "list.parquet"),
+    ],
+)
 def test_every_pair_of_formats_holds_the_recorded_codes(
     engines, digits, tmp_path, reference_set_named, source
 ):

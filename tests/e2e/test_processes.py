@@ -200,6 +200,7 @@ def put(source, place):
     new.replace(place)
 
 
+@pytest.mark.slow  # it starts five processes
 def test_a_process_that_is_started_again_serves_what_the_others_serve(
     serve, reference_dir, tmp_path
 ):

@@ -106,6 +106,7 @@ def test_codes_written_out_decode_as_bytes_do(reference_set, set_server, set_cli
     np.testing.assert_array_equal(decoded, set_client.decode(codes))
 
 
+@pytest.mark.slow  # it starts two servers
 def test_answers_on_the_scale_of_the_input_tell_by_what_norms(tmp_path, request):
     source = load_checkpoint(request.config.rootpath / "checkpoints/movies")
     codes = np.zeros((3, source.spec.n_layers), np.uint8)

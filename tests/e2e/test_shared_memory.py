@@ -301,6 +301,7 @@ def test_a_client_shares_anew_with_a_server_that_was_started_again(
         assert sent_bytes(again) == 0
 
 
+@pytest.mark.slow  # it starts two servers
 def test_a_long_transfer_goes_on_with_a_server_that_comes_back(
     serve, lasting_port, checkpoint, digits
 ):

@@ -18,9 +18,9 @@ def _rows():
 
 
 def _tests_in(path):
-    """Names of the tests that a file defines, and whether each is slow."""
+    """Names of the tests that a file defines, and whether each is slow as a whole."""
     return {
-        node.name: any("mark.slow" in ast.unparse(each) for each in node.decorator_list)
+        node.name: "pytest.mark.slow" in map(ast.unparse, node.decorator_list)
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.name.startswith("test_")

@@ -139,6 +139,7 @@ def test_a_client_machine_says_what_the_server_needs(cli):
     assert "Traceback" not in told.stderr
 
 
+@pytest.mark.slow  # the checkout's own runs in `e2e/test_demo.py`
 def test_the_demo_runs_from_the_wheel(wheel, tmp_path):
     # The wheel unpacked in front of the checkout; what it needs comes from this environment.
     zipfile.ZipFile(wheel).extractall(tmp_path)

@@ -331,7 +331,12 @@ def test_a_full_disk_is_one_sentence_and_with_room_it_goes_on(server, folder, ou
 
 @pytest.mark.parametrize(
     ("output", "room"),
-    [("out.npy", 28_000), ("out.parquet", 35_000), ("out.pt", 40_000), ("out.pt", 263_000)],
+    [
+        ("out.npy", 28_000),
+        ("out.parquet", 35_000),
+        pytest.param("out.pt", 40_000, marks=pytest.mark.slow),
+        ("out.pt", 263_000),
+    ],
 )
 def test_a_disk_that_is_full_at_the_end_leaves_all_rows_and_nothing_else(
     server, folder, output, room

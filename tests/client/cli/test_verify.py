@@ -157,7 +157,7 @@ def short_spans(folder, monkeypatch):
 @pytest.mark.usefixtures("short_spans")
 @pytest.mark.parametrize("unique", ["grid", "tiger", "none"])
 @pytest.mark.parametrize("bad", BAD_SPANS)
-@pytest.mark.parametrize("source", ["in.npy", "in.parquet"])
+@pytest.mark.parametrize("source", ["in.npy", pytest.param("in.parquet", marks=pytest.mark.slow)])
 def test_whole_spans_of_bad_rows_are_encoded_and_verified(target, source, bad, unique):
     rows = embeddings(30) * 0
     rows[BAD_SPANS[bad]] = np.nan

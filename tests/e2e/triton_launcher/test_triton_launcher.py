@@ -142,6 +142,7 @@ except factory.ConfigurationError as error:
 """
 
 
+@pytest.mark.slow  # Triton compiles in each of two processes
 def test_who_has_neither_launcher_nor_compiler_is_told_so(place, tmp_path):
     def told(environment):
         settings = environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}

@@ -178,7 +178,7 @@ def test_half_precision_weights_are_read_as_the_numbers_they_are(folder, spec):
 
 
 @settings(
-    max_examples=400,
+    max_examples=200,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -334,6 +334,7 @@ def test_a_state_that_records_no_file_is_gone_on_with_and_a_warning(embeddings, 
     assert "x.npy only the shape was compared: --restart if it is another" in result.stderr
 
 
+@pytest.mark.slow  # two ranks without torchrun train in `training/test_run.py`
 def test_under_torchrun_processes_train_together_and_one_writes(embeddings, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--no-python"]
