@@ -31,19 +31,23 @@ def checkpoint(reference_dir):
     return reference_dir / "digits_rkmeans" / "model.ckpt"
 
 
-def request():
-    tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=ROWS.shape, data=ROWS.tobytes())
+def request(rows=ROWS):
+    tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=rows.shape, data=rows.tobytes())
     return pb.EncodeRequest(tensor=tensor)
 
 
-def encode_on_connections(target, count):
-    """One Encode on each of so many connections, which the kernel divides among the processes."""
+def encode_on_connections(target, count, rows=ROWS):
+    """One Encode on each of so many connections, which the kernel divides among the processes.
+
+    Each has a part of the rows of its own, if there are enough.
+    """
+    parts = np.array_split(rows, count) if len(rows) >= count else [rows] * count
     with contextlib.ExitStack() as stack:
-        for _ in range(count):
+        for part in parts:
             options = [("grpc.use_local_subchannel_pool", 1)]
             channel = stack.enter_context(grpc.insecure_channel(target, options))
             stub = SemanticIdServiceStub(channel)
-            assert len(stub.Encode(request(), timeout=300, wait_for_ready=True).tensor.data)
+            assert len(stub.Encode(request(part), timeout=300, wait_for_ready=True).tensor.data)
 
 
 def servers_of(pid):
@@ -155,13 +159,23 @@ def test_under_load_sighup_reloads_every_process_and_sigterm_drains_every_one(
     assert min(callers.answers) > 2
 
 
-def test_processes_share_the_load_and_outlive_one_of_them(serve, checkpoint):
+def test_processes_share_the_load_and_outlive_one_of_them(serve, checkpoint, reference_set_named):
     server = serve(checkpoint, "--processes", "2")
     first = servers_of(server.process.pid)
     assert len(first) == 2
-    encode_on_connections(server.target, 16)
+    digits = reference_set_named("digits_rkmeans")
+    encode_on_connections(server.target, 16, digits.embeddings)
     assert server.metric("grpc_server_handled_total", grpc_method="Encode", grpc_code="OK") == 16
     assert server.metric("semid_serving") == 1
+    # Of what both have encoded: the codes of a part are used otherwise.
+    for layer, codes in enumerate(digits.codes.T):
+        _, counts = np.unique(codes, return_counts=True)
+        dead = server.metric("semid_dead_codes", layer=str(layer))
+        assert dead + len(counts) == digits.info["codebook_width"]
+        shares = counts / counts.sum()
+        perplexity = np.exp(-(shares * np.log(shares)).sum())
+        found = server.metric("semid_code_perplexity", layer=str(layer))
+        assert found == pytest.approx(perplexity)
 
     os.kill(min(first), signal.SIGKILL)
     wait_until(lambda: len(servers_of(server.process.pid) - {min(first)}) == 2)

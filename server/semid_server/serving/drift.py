@@ -11,6 +11,8 @@ import math
 import threading
 from collections import deque
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from semid_server.encoding.compiled import compiled
 from semid_server.model import NORM_EPS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy.typing as npt
 
@@ -43,22 +45,56 @@ _BATCHES = 64
 
 @dataclass(frozen=True, slots=True)
 class LayerDrift:
-    """What a window tells of one layer.
+    """What a window tells of one layer; the sum of two tells of both windows.
 
     Attributes
     ----------
-    perplexity : float
-        ``exp`` of the entropy of its codes: as many codes, used equally, would be as unpredictable.
-    dead_codes : int
-        Centroids that no row of the window chose.
-    error : float
-        ``sum ||r - c||^2 / sum ||r||^2`` over sampled rows: what the layer leaves of the squared
-        length of what it gets.
+    counts : int64 (K,)
+        Rows of the window that chose each centroid.
+    entering, left : float
+        Sums over sampled rows of the squared length of what the layer gets, and of what it leaves.
     """
 
-    perplexity: float
-    dead_codes: int
-    error: float
+    counts: npt.NDArray[np.int64]
+    entering: float
+    left: float
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the entropy of its codes: so many, used equally, would be as unpredictable."""
+        shares = self.counts[self.counts > 0] / self.counts.sum()
+        return float(np.exp(-(shares * np.log(shares)).sum()))
+
+    @property
+    def dead_codes(self) -> int:
+        """Centroids that no row of the window chose."""
+        return int((self.counts == 0).sum())
+
+    @property
+    def error(self) -> float:
+        """Share of the squared length of what it gets that it leaves."""
+        # Rows of zeros alone leave nothing of nothing.
+        return self.left / self.entering if self.entering > 0 else 0.0
+
+    def __add__(self, other: LayerDrift) -> LayerDrift:
+        return LayerDrift(
+            self.counts + other.counts, self.entering + other.entering, self.left + other.left
+        )
+
+
+def add_windows(windows: Iterable[Sequence[LayerDrift]]) -> Sequence[LayerDrift]:
+    """Return what windows of several processes tell together, by layer.
+
+    While a new version replaces another, they may be of both: of those that have other layers or
+    widths than the first, nothing is told until they have gone.
+    """
+    told = [window for window in windows if window]
+    fitting = [window for window in told if _widths(window) == _widths(told[0])]
+    return [reduce(add, layers) for layers in zip(*fitting, strict=True)]
+
+
+def _widths(window: Sequence[LayerDrift]) -> list[int]:
+    return [len(layer.counts) for layer in window]
 
 
 @dataclass(slots=True)
@@ -152,7 +188,7 @@ class DriftWatch:
         self._entering = self._left = self._nothing
 
     def summary(self) -> list[LayerDrift]:
-        """Return the figures of each layer, or nothing while no row was seen."""
+        """Return what there is to tell of each layer, or nothing while no row was seen."""
         with self._lock:
             if self._uncounted:
                 self._count()
@@ -162,11 +198,9 @@ class DriftWatch:
             counts = [np.sum(layer, axis=0) for layer in by_layer]
             entering = np.sum([part.entering for part in self._parts], axis=0)
             left = np.sum([part.left for part in self._parts], axis=0)
-        # Rows of zeros alone leave nothing of nothing.
-        errors = np.divide(left, entering, out=np.zeros_like(left), where=entering > 0)
         return [
-            LayerDrift(_perplexity(count), int((count == 0).sum()), float(error))
-            for count, error in zip(counts, errors, strict=True)
+            LayerDrift(count, float(gets), float(leaves))
+            for count, gets, leaves in zip(counts, entering, left, strict=True)
         ]
 
     def _squared_lengths(
@@ -222,8 +256,3 @@ def _subtract(
             r[i] = difference
             left += difference * difference
     return entering, left
-
-
-def _perplexity(counts: npt.NDArray[np.int64]) -> float:
-    shares = counts[counts > 0] / counts.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import grpc
 from prometheus_client import (
@@ -46,6 +46,14 @@ REQUESTS = tuple(2**power for power in range(13))
 OPERATIONS = ("encode", "decode")
 
 TRANSPORTS = ("message", "shared_memory")
+
+DRIFT: Final = frozenset(
+    {"semid_code_perplexity", "semid_dead_codes", "semid_quantization_error_ratio"}
+)
+"""Families of code usage and quantisation error: see `drift_families`."""
+
+Drift: TypeAlias = "Mapping[str, Sequence[LayerDrift]]"
+"""What the last rows tell of each model, by layer."""
 
 CALL = ("grpc_type", "grpc_service", "grpc_method")
 
@@ -347,6 +355,10 @@ class Metrics:
         for result in ("ok", "failed"):
             self.reloads.labels(model.name, result)
 
+    def drift(self) -> Drift:
+        """Return what the families `DRIFT` are made of."""
+        return self._drift.windows()
+
     def verified(self, rows: int, mismatches: int) -> None:
         """Count rows that were encoded again, and those that differed."""
         self.verified_rows.inc(rows)
@@ -416,26 +428,34 @@ class _Drift(Collector):
     def watch(self, model: str, drift: Callable[[], Sequence[LayerDrift]]) -> None:
         self._sources[model] = drift
 
+    def windows(self) -> Drift:
+        return {model: drift() for model, drift in list(self._sources.items())}
+
     def collect(self) -> Iterable[Metric]:
         """Yield the three families."""
-        labels = ("model", "layer")
-        perplexity = GaugeMetricFamily(
-            "semid_code_perplexity", "Perplexity of the codes of the last rows.", labels=labels
-        )
-        dead = GaugeMetricFamily(
-            "semid_dead_codes", "Codes that none of the last rows has.", labels=labels
-        )
-        error = GaugeMetricFamily(
-            "semid_quantization_error_ratio",
-            "Share of the squared length of what a layer gets that it leaves, over sampled rows.",
-            labels=labels,
-        )
-        for model, drift in list(self._sources.items()):
-            for layer, figures in enumerate(drift()):
-                perplexity.add_metric((model, str(layer)), figures.perplexity)
-                dead.add_metric((model, str(layer)), figures.dead_codes)
-                error.add_metric((model, str(layer)), figures.error)
-        yield from (perplexity, dead, error)
+        yield from drift_families(self.windows())
+
+
+def drift_families(drift: Drift) -> Iterable[Metric]:
+    """Yield the families `DRIFT`, of what is told of each model."""
+    labels = ("model", "layer")
+    perplexity = GaugeMetricFamily(
+        "semid_code_perplexity", "Perplexity of the codes of the last rows.", labels=labels
+    )
+    dead = GaugeMetricFamily(
+        "semid_dead_codes", "Codes that none of the last rows has.", labels=labels
+    )
+    error = GaugeMetricFamily(
+        "semid_quantization_error_ratio",
+        "Share of the squared length of what a layer gets that it leaves, over sampled rows.",
+        labels=labels,
+    )
+    for model, layers in drift.items():
+        for number, layer in enumerate(layers):
+            perplexity.add_metric((model, str(number)), layer.perplexity)
+            dead.add_metric((model, str(number)), layer.dead_codes)
+            error.add_metric((model, str(number)), layer.error)
+    yield from (perplexity, dead, error)
 
 
 class _Device(Collector):

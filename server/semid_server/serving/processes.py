@@ -52,6 +52,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
@@ -69,8 +70,9 @@ from semid_server.serving.addresses import (
     share_address,
 )
 from semid_server.serving.disk import in_daemon
+from semid_server.serving.drift import add_windows
 from semid_server.serving.kept import Kept, read
-from semid_server.serving.metrics import Metrics
+from semid_server.serving.metrics import DRIFT, Metrics, drift_families
 from semid_server.serving.reloading import Reloads, Stamp, check_width, lies_in_the_files, stamp
 from semid_server.serving.server import Server, leave_at_once
 
@@ -82,6 +84,8 @@ if TYPE_CHECKING:
 
     from semid_server.serving.backend import Backend
     from semid_server.serving.config import ModelSource, ServeConfig
+    from semid_server.serving.drift import LayerDrift
+    from semid_server.serving.metrics import Drift
 
 T = TypeVar("T")
 
@@ -119,10 +123,9 @@ SUMMED: Final = frozenset(
 )
 """Gauges of which all processes together have the sum. Counters and histograms are summed too."""
 
-LEAST: Final = frozenset(
-    {"semid_serving", "semid_dead_codes", "process_start_time_seconds", "process_max_fds"}
-)
-"""Gauges of which the least of any process is shown: of all others, the greatest."""
+LEAST: Final = frozenset({"semid_serving", "process_start_time_seconds", "process_max_fds"})
+"""Gauges of which the least of any process is shown: of all others, the greatest. But those of
+`DRIFT` are figures of the rows of all processes together."""
 
 OWN: Final = frozenset({"semid_serving", "semid_model_reloads"})
 """What the parent knows of all of them together, and shows beside what they tell."""
@@ -442,6 +445,7 @@ class Processes:
         # Those that there are by now: one that ended meanwhile is among those past.
         for child in self._children:
             merge(together, child.metrics)
+        merge(together, drift_families(add_drift(child.drift for child in self._children)))
         # One that is not there, or does not answer, tells nothing of itself.
         serving = sum(child.serves for child in self._children)
         self._metrics.serving.set(serving >= self._config.processes)
@@ -523,6 +527,7 @@ class _Child:
         theirs.close()
         self.pid = self._process.pid
         self.metrics: list[Metric] = []
+        self.drift: Drift = {}
         self.is_late = self.has_versions = self.outdated = False
         self.serving: asyncio.Future[str] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -622,7 +627,7 @@ class _Child:
             self._finish()
             return
         if kind == "metrics":
-            self.metrics = what
+            self.metrics, self.drift = what
             self._answer()
         elif kind == "loaded":
             self._loaded, self._refusal = what
@@ -676,6 +681,15 @@ class _Together(Collector):
         if not self._closed:
             future = asyncio.run_coroutine_threadsafe(self._collect(), self._loop)
             yield from future.result(2 * METRICS_PATIENCE)
+
+
+def add_drift(processes: Iterable[Drift]) -> Drift:
+    """Return what all processes tell together of each model."""
+    windows: defaultdict[str, list[Sequence[LayerDrift]]] = defaultdict(list)
+    for drift in processes:
+        for model, window in drift.items():
+            windows[model].append(window)
+    return {model: add_windows(told) for model, told in windows.items()}
 
 
 def merge(into: dict[str, Metric], metrics: Iterable[Metric]) -> None:
@@ -760,7 +774,8 @@ class _Parent:
         self._loading: asyncio.Task[None] | None = None
 
     def send_metrics(self) -> None:
-        self._connection.send(("metrics", list(self._server.registry.collect())))
+        families = [each for each in self._server.registry.collect() if each.name not in DRIFT]
+        self._connection.send(("metrics", (families, self._server.drift())))
 
     def listen(self) -> None:
         """Hear one message of it."""

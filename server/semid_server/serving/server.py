@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from semid_server.serving.config import ModelSource, ServeConfig
+    from semid_server.serving.metrics import Drift
     from semid_server.serving.tracing import Tracing
     from semid_server.serving.types import Payload, WorkKey
 
@@ -631,6 +632,10 @@ class Server:
     def registry(self) -> CollectorRegistry:
         """What the metrics endpoint shows."""
         return self._metrics.registry
+
+    def drift(self) -> Drift:
+        """Return what its models' last rows tell; see `Metrics.drift`."""
+        return self._metrics.drift()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

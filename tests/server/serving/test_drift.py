@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from semid_server.serving.drift import DriftWatch
+from semid_server.serving.drift import DriftWatch, add_windows
 
 CODEBOOKS = [np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)[:3] / 2]
 
@@ -94,3 +94,25 @@ def test_a_row_too_long_to_be_squared_hides_nothing_of_the_others():
     for sample in (rows[:1], rows, rows[:1]):
         drift.observe(codes[: len(sample)], sample, codes[: len(sample)])
     assert [layer.error for layer in drift.summary()] == pytest.approx([1 / 4, 1 / 4])
+
+
+def test_windows_of_processes_together_tell_what_one_of_all_rows_tells():
+    one, other, both, unused = watch(), watch(), watch(), watch()
+    for drift, codes in ((one, [[0, 0], [1, 0]]), (other, [[1, 2], [1, 2], [2, 0]])):
+        rows = np.arange(4 * len(codes), dtype=np.float64).reshape(-1, 4)
+        drift.observe(np.array(codes), rows, np.array(codes))
+        both.observe(np.array(codes), rows, np.array(codes))
+    together = add_windows([one.summary(), unused.summary(), other.summary()])
+    for found, expected in zip(together, both.summary(), strict=True):
+        assert found.perplexity == pytest.approx(expected.perplexity)
+        assert found.dead_codes == expected.dead_codes == 1
+        assert found.error == pytest.approx(expected.error)
+    assert one.summary()[0].dead_codes == other.summary()[0].dead_codes == 2
+    assert add_windows([]) == add_windows([unused.summary()]) == []
+
+
+def test_a_window_of_other_layers_is_not_added():
+    one, other = watch(), DriftWatch(CODEBOOKS[:1], normalize_residuals=False, features=np.copy)
+    one.observe(np.array([[0, 0]]))
+    other.observe(np.array([[1]]))
+    assert [layer.counts.sum() for layer in add_windows([one.summary(), other.summary()])] == [1, 1]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import pytest
 import uvloop
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -24,6 +25,7 @@ from semid_server.checkpoint import Checkpoint, Overrides, load_checkpoint
 from semid_server.errors import ConfigurationError, DeviceError
 from semid_server.serving import reloading
 from semid_server.serving.config import ModelSource, ServeConfig
+from semid_server.serving.drift import LayerDrift
 from semid_server.serving.kept import Kept, read
 from semid_server.serving.metrics import Metrics
 from semid_server.serving.processes import (
@@ -78,7 +80,7 @@ def test_histograms_are_added_up_bucket_by_bucket():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("semid_queue_requests", 5), ("semid_serving", 2), ("semid_code_perplexity", 3)],
+    [("semid_queue_requests", 5), ("semid_serving", 2), ("semid_device_utilization_ratio", 3)],
 )
 def test_gauges_are_added_up_or_the_least_or_greatest_counts(name, value):
     found = together(
@@ -207,11 +209,11 @@ class FakeProcess:
         self.has_loaded(change, error)
         return fingerprint
 
-    def answer(self, count):
+    def answer(self, count, drift=()):
         calls = Counter("calls_total", "Calls.", registry=(registry := CollectorRegistry()))
         calls.inc(count)
         Gauge("semid_serving", "Serving.", registry=registry).set(1)
-        self.pipe.send(("metrics", list(registry.collect())))
+        self.pipe.send(("metrics", (list(registry.collect()), {"toy": drift})))
 
 
 class FakeContext:
@@ -355,6 +357,16 @@ async def test_what_a_child_counted_that_ends_during_a_scrape_is_counted_once(ru
     await other.asked()
     other.answer(1000)
     assert await second == 2000
+
+
+async def test_code_usage_is_that_of_the_rows_of_all_processes(running):
+    one, other = await running.children()
+    scrape = running.scrape('semid_dead_codes{layer="0",model="toy"}')
+    for child, counts in ((one, [3, 0, 0, 0]), (other, [0, 1, 0, 1])):
+        child.pipe.send(("serving", "toy"))
+        await child.asked()
+        child.answer(1000, [LayerDrift(np.array(counts), 1.0, 0.5)])
+    assert await scrape == 1
 
 
 async def test_while_no_process_is_there_none_is_said_to_serve(running):
