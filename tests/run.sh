@@ -106,12 +106,23 @@ check() {
 
 check lint ruff check .
 check format ruff format --check .
-check types mypy
 check imports lint-imports
 check protocol buf lint proto
 check dockerfile hadolint docker/Dockerfile
-# In three processes, each with whole files (tests/conftest.py): most tests wait for another process.
+# Beside the tests, most of which wait for another process; what it says follows theirs.
+types=$(mktemp) || die "cannot make a temporary file"
+mypy >"$types" 2>&1 &
+typing=$!
+typed() {
+    wait $typing
+    local status=$?
+    cat "$types"
+    rm -f "$types"
+    return $status
+}
+# In three processes, each with whole files (tests/conftest.py).
 check tests pytest -n 3 --dist loadfile "$@"
+check types typed
 
 echo
 echo "== summary"

@@ -98,6 +98,7 @@ async def half_sent(serve, reference_dir, digits, path):
     assert "Traceback" not in server.stderr()
 
 
+@pytest.mark.slow  # it is sent a gigabyte
 async def test_who_takes_no_answer_and_sends_half_a_message_is_cut_off_when_memory_is_short(
     serve, reference_dir, digits
 ):

@@ -281,6 +281,7 @@ def test_a_server_that_is_told_to_stop_does_not_wait_for_sharing_to_end(serve, c
         assert server.stop() == 0
 
 
+@pytest.mark.slow  # it starts two servers
 def test_a_client_shares_anew_with_a_server_that_was_started_again(
     serve, lasting_port, checkpoint, digits
 ):

@@ -53,7 +53,7 @@ def _pip(python: Path, *arguments: object) -> str:
 
 
 def _install(python: Path, root: Path, what: str) -> None:
-    _pip(python, "install", "-q", "-c", root / "docker/constraints.txt", what)
+    _pip(python, "install", "-q", "--no-compile", "-c", root / "docker/constraints.txt", what)
 
 
 def _run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:

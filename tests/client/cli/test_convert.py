@@ -378,7 +378,11 @@ def write_one_row_group(name, n):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "write"), [("npy", write_sparse_npy), ("parquet", write_one_row_group)]
+    ("suffix", "write"),
+    [
+        ("npy", write_sparse_npy),
+        pytest.param("parquet", write_one_row_group, marks=pytest.mark.slow),
+    ],
 )
 def test_memory_does_not_grow_with_the_file(make_server, folder, suffix, write):
     server = make_server(input_dim=1024, max_message_bytes=2 << 20, max_rows=1 << 20)
